@@ -1,0 +1,1 @@
+"""Train class-conditional generators and export them as artifacts."""

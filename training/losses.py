@@ -1,0 +1,64 @@
+"""Adversarial losses and the gradient penalty: unreduced tensors of shape (N,), one screen."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+
+Objective = Literal["cross-entropy", "relativistic"]
+
+
+def discriminator_loss(objective: Objective, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """What the discriminator minimises.
+
+    Args:
+        objective: `cross-entropy` (Goodfellow et al., arXiv 1406.2661, eq. 1), where real images
+            aim at 1 and fake ones at 0, or `relativistic` (Jolicoeur-Martineau, arXiv 1807.00734;
+            R3GAN, arXiv 2501.05441, eq. 2), where each real image aims above the fake one that it
+            is paired with.
+        real_logits: (N,).
+        fake_logits: (N,).
+
+    Returns:
+        (N,), non-negative.
+    """
+    if objective == "relativistic":
+        return softplus(fake_logits - real_logits)
+    real = binary_cross_entropy_with_logits(
+        real_logits, torch.ones_like(real_logits), reduction="none"
+    )
+    fake = binary_cross_entropy_with_logits(
+        fake_logits, torch.zeros_like(fake_logits), reduction="none"
+    )
+    return real + fake
+
+
+def generator_loss(objective: Objective, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """What the generator minimises, non-saturating; the arguments of `discriminator_loss`.
+
+    Returns:
+        (N,), non-negative.
+    """
+    if objective == "relativistic":
+        return softplus(real_logits - fake_logits)
+    return binary_cross_entropy_with_logits(
+        fake_logits, torch.ones_like(fake_logits), reduction="none"
+    )
+
+
+def gradient_penalty(images: Tensor, logits: Tensor) -> Tensor:
+    """The squared norm of the discriminator's gradient at each image, centred at zero.
+
+    On real images this is R1, on fake ones R2 (Mescheder et al., arXiv 1801.04406, eq. 9). It can
+    be differentiated again.
+
+    Args:
+        images: (N, C, H, W), requiring gradients.
+        logits: (N,), computed from `images` without mixing samples.
+
+    Returns:
+        (N,), non-negative.
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3))
