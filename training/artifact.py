@@ -1,0 +1,222 @@
+"""The artifact: one safetensors file that holds a generator and everything needed to serve it.
+
+This is the only thing that training and the service share. Nothing in it is executed: it is read
+once, checked against the network that its own configuration builds, and refused with the path and
+the cause where it differs.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import safetensors.torch
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from training.files import write_atomically
+from training.networks import GeneratorConfig, MLPGenerator, build_generator
+
+MAX_BYTES = 1 << 30  # far above any generator here; bounds what a wrong path can read
+_METADATA_KEY = "artifact"  # one key of sorted JSON: the same contents always give the same bytes
+
+
+class ArtifactError(Exception):
+    """A file that is no valid artifact; names the path and the cause."""
+
+    def __init__(self, path: Path, cause: str) -> None:
+        super().__init__(f"{path}: {cause}")
+        self.path = path
+        self.cause = cause
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactInfo:
+    """What an artifact says of itself.
+
+    Attributes:
+        network: the generator's full configuration.
+        class_names: one name a class, in the order of the labels.
+        training: the training configuration and circumstances, as recorded.
+        images_seen: real images shown during training.
+        source_commit: of the code that trained it, where it was known.
+        certificate: the measured quality, where it was measured; see `training.evaluation`.
+        value_range: of the generator's output.
+        latent_prior: what a latent's entries are drawn from.
+        format: always `cgan-generator`.
+        version: of the format.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    network: GeneratorConfig
+    class_names: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...]
+    training: dict[str, Any] = field(default_factory=dict)
+    images_seen: Annotated[int, Field(ge=0)]
+    source_commit: str | None = None
+    certificate: dict[str, Any] | None = None
+    value_range: Literal["[-1, 1]"] = "[-1, 1]"
+    latent_prior: Literal["standard normal"] = "standard normal"
+    format: Literal["cgan-generator"] = "cgan-generator"
+    version: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) != self.network.num_classes:
+            raise ValueError(
+                f"{len(self.class_names)} class names for {self.network.num_classes} classes"
+            )
+        if len(set(self.class_names)) != len(self.class_names):
+            raise ValueError("class names repeat")
+
+    def label(self, text: str) -> int:
+        """The label that a class name or, failing that, a class index stands for.
+
+        Raises:
+            ValueError: it is neither; says what is allowed.
+        """
+        if text in self.class_names:
+            return self.class_names.index(text)
+        # Only plain decimal digits: int() would also take " 7 ", "1_0" and digits of other scripts.
+        if text.isascii() and text.isdecimal() and len(text) <= 6:
+            index = int(text)
+            if index < len(self.class_names):
+                return index
+        raise ValueError(
+            f"{_quote(text)} is not a class; allowed is an index from 0 to "
+            f"{len(self.class_names) - 1} or a name: {_list(self.class_names)}"
+        )
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact: the generator in evaluation mode on the CPU, and the file's identity.
+
+    Attributes:
+        path: where it was read.
+        sha256: hexadecimal digest of the whole file, the identity of the model.
+        info: what the file says of itself.
+        generator: with the file's weights.
+    """
+
+    path: Path
+    sha256: str
+    info: ArtifactInfo
+    generator: MLPGenerator
+
+
+_INFO = TypeAdapter(ArtifactInfo)
+
+
+def save_artifact(path: Path, generator: nn.Module, info: ArtifactInfo) -> None:
+    """Write an artifact beside its target, sync it, and rename it into place.
+
+    Raises:
+        ArtifactError: the weights are not finite.
+        OSError: the file cannot be written; what was there before is untouched.
+    """
+    tensors = {k: v.detach().cpu().contiguous() for k, v in generator.state_dict().items()}
+    _check_finite(path, tensors)
+    metadata = json.dumps(dataclasses.asdict(info), sort_keys=True, allow_nan=False)
+    write_atomically(path, safetensors.torch.save(tensors, {_METADATA_KEY: metadata}))
+
+
+def load_artifact(path: Path) -> Artifact:
+    """Read and check an artifact.
+
+    The file is read once, so what was checked is what is used.
+
+    Raises:
+        ArtifactError: the file cannot be read, is no artifact, or its tensors are not the ones that
+            its configuration builds: by name, dtype, shape, or a value that is not finite.
+    """
+    data = _read(path)
+    header = _parse_header(path, data)
+    info = _parse_info(path, header)
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ArtifactError(path, f"is not a valid safetensors file: {error}") from error
+    with torch.device("meta"):  # shapes only; no memory is taken for a network that will not fit
+        generator = build_generator(info.network)
+    _check_tensors(path, generator.state_dict(), tensors)
+    generator.load_state_dict(tensors, assign=True)
+    generator.eval().requires_grad_(False)
+    return Artifact(path, hashlib.sha256(data).hexdigest(), info, generator)
+
+
+def _quote(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+def _list(names: tuple[str, ...], most: int = 20) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise ArtifactError(path, "is a folder, not a file")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ArtifactError(path, f"is {size} bytes long, more than the {MAX_BYTES} allowed")
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(path, f"cannot be read: {error.strerror}") from error
+
+
+def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
+    """The header of a safetensors file: its length in 8 bytes, then JSON."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        if data[:2] == b"PK" or data[:1] == b"\x80":
+            raise ArtifactError(path, "is a pickle (a checkpoint?); nothing in it was executed")
+        raise ArtifactError(path, f"is cut short or no safetensors file ({len(data)} bytes)")
+    try:
+        header = json.loads(data[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(path, "is no safetensors file: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise ArtifactError(path, "is no safetensors file: its header is not an object")
+    return header
+
+
+def _parse_info(path: Path, header: dict[str, Any]) -> ArtifactInfo:
+    metadata = header.get("__metadata__")
+    text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise ArtifactError(path, "is a safetensors file but no artifact: it has no description")
+    try:
+        return _INFO.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "description"
+        raise ArtifactError(path, f"{where}: {first['msg']}") from error
+
+
+def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    for name, want in expected.items():
+        if name not in found:
+            raise ArtifactError(path, f"the tensor {name!r} is missing")
+        have = found[name]
+        if have.dtype != want.dtype:
+            raise ArtifactError(path, f"{name}: dtype is {have.dtype}, expected {want.dtype}")
+        if have.shape != want.shape:
+            shapes = f"{list(have.shape)}, expected {list(want.shape)}"
+            raise ArtifactError(path, f"{name}: shape is {shapes}")
+    for name in found:
+        if name not in expected:
+            raise ArtifactError(path, f"the tensor {name!r} does not belong to this network")
+    _check_finite(path, found)
+
+
+def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ArtifactError(path, f"{name}: holds values that are not finite")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ArtifactError(path, f"{name}: holds negative variances")
