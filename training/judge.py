@@ -1,0 +1,188 @@
+"""The judge: a classifier trained on real images, whose eyes the certificate measures with.
+
+A judge never sees a generated image while it learns. It is small enough to travel with the code, so
+that everybody measures with the same one; its file's SHA-256 stands in every certificate.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.data import Dataset
+from training.files import write_atomically
+
+FOLDER = Path(__file__).parent / "judges"
+
+# The judges that travel with the code: data set name -> SHA-256 of the file.
+DIGESTS = {"mnist": "112d65ddbd5da0a41e500ff6f27f6bc2b12cbdb225ef81b5428646f2b774fb9a"}
+
+
+class JudgeError(Exception):
+    """A judge that is missing or is not the one that was committed; names the path."""
+
+
+class Classifier(nn.Module):
+    """Images to class logits by three stages of two convolutions and a mean over positions."""
+
+    def __init__(self, *, num_classes: int, channels: int, width: int = 24) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        fan_in = channels
+        for fan_out in (width, 2 * width, 4 * width):
+            for conv_in in (fan_in, fan_out):
+                layers += [
+                    nn.Conv2d(conv_in, fan_out, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(fan_out),
+                    nn.ReLU(),
+                ]
+            layers.append(nn.MaxPool2d(2))
+            fan_in = fan_out
+        self.main = nn.Sequential(*layers[:-1])  # the mean replaces the last pooling
+        self.out = nn.Linear(fan_in, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) in [-1, 1] to (N, 4 * width), the space in which distances are measured."""
+        maps: Tensor = self.main(images)
+        return maps.mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) float32 in [-1, 1] to logits (N, num_classes)."""
+        logits: Tensor = self.out(self.features(images))
+        return logits
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained classifier in evaluation mode, and the SHA-256 of the file it came from."""
+
+    classifier: Classifier
+    digest: str
+
+    @torch.inference_mode()
+    def look(self, pixels: Tensor, *, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
+        """Classify images and measure them.
+
+        Args:
+            pixels: (N, C, H, W) uint8.
+            batch_size: images at a time.
+
+        Returns:
+            predictions (N,) int64, and features (N, D) float32.
+        """
+        predictions, features = [], []
+        for batch in pixels.split(batch_size):
+            seen = self.classifier.features(to_images(batch))
+            features.append(seen)
+            predictions.append(self.classifier.out(seen).argmax(1))
+        return torch.cat(predictions), torch.cat(features)
+
+    def accuracy(self, dataset: Dataset) -> float:
+        """The share of a data set's images that are given their own label."""
+        predictions, _ = self.look(dataset.images)
+        return (predictions == dataset.labels).float().mean().item()
+
+
+def to_images(pixels: Tensor) -> Tensor:
+    """Uint8 pixels to float32 images in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def augment(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Turn, scale and move each image a little: up to 10 degrees, 10 % and 2 pixels in 28."""
+    n, device = len(images), images.device
+    u = torch.rand((4, n), generator=rng, device=device) * 2.0 - 1.0
+    angle, scale = u[0] * math.radians(10), 1.0 + 0.1 * u[1]
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    theta = torch.stack([cos, -sin, u[2] / 7, sin, cos, u[3] / 7], dim=1).view(n, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def train_classifier(
+    dataset: Dataset,
+    *,
+    epochs: int,
+    seed: int,
+    batch_size: int = 128,
+    lr: float = 3e-3,
+    report: Callable[[int, float], None] = lambda _epoch, _loss: None,
+) -> Classifier:
+    """Train a classifier from scratch, on the data set's device.
+
+    Adam with decoupled weight decay, one cycle of the learning rate, augmented images.
+
+    Args:
+        dataset: resident on the device.
+        epochs: passes over it.
+        seed: decides weights, order and augmentation.
+        batch_size: images a step.
+        lr: the highest learning rate.
+        report: told (epoch, mean loss) after every epoch.
+    """
+    device = dataset.labels.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = Classifier(num_classes=dataset.num_classes, channels=dataset.channels)
+    classifier.to(device)
+    rng = torch.Generator(device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=1e-2, fused=True)
+    steps = len(dataset.labels) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=epochs * steps, pct_start=0.2
+    )
+    for epoch in range(epochs):
+        order = torch.randperm(len(dataset.labels), generator=rng, device=device)
+        total = torch.zeros((), device=device)
+        for indices in order[: steps * batch_size].view(steps, batch_size):
+            images = augment(to_images(dataset.images[indices]), rng)
+            images = images.contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(classifier(images), dataset.labels[indices])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+        report(epoch, total.item() / steps)
+    classifier.eval().requires_grad_(False)
+    return classifier
+
+
+def save_judge(path: Path, classifier: Classifier, *, dataset: str, epochs: int, seed: int) -> str:
+    """Write a judge with half-precision weights, to keep it small; returns its SHA-256."""
+    tensors = {
+        name: (t.half() if t.is_floating_point() else t).cpu().contiguous()
+        for name, t in classifier.state_dict().items()
+    }
+    recipe = json.dumps({"dataset": dataset, "epochs": epochs, "seed": seed}, sort_keys=True)
+    data = safetensors.torch.save(tensors, {"judge": recipe})
+    write_atomically(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_judge(dataset: Dataset, folder: Path = FOLDER) -> Judge:
+    """The judge for a data set, on that data set's device.
+
+    Raises:
+        JudgeError: there is none, or its file is not the committed one.
+    """
+    path = folder / f"{dataset.name}.safetensors"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise JudgeError(f"{path}: no judge for the data set {dataset.name!r}: {error}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    expected = DIGESTS.get(dataset.name)
+    if digest != expected:
+        raise JudgeError(f"{path}: SHA-256 is {digest}, the committed judge has {expected}")
+    classifier = Classifier(num_classes=dataset.num_classes, channels=dataset.channels)
+    classifier.load_state_dict(safetensors.torch.load(data))  # copies into float32
+    classifier.eval().requires_grad_(False).to(dataset.labels.device)
+    return Judge(classifier, digest)
