@@ -1,0 +1,212 @@
+"""The engine: an artifact on a device, as one function from seeds, indices and labels to pixels.
+
+The generator is rewritten for inference: batch norm is folded into the linear layer before it, and
+the label's embedding into a table of biases of the first layer, one row a class. Warm-up compares
+the rewritten network with the artifact's own and proves that an image does not depend on its batch;
+an engine that fails either does not serve.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from service.latents import draw_latents
+from training.artifact import Artifact
+from training.devices import has_native_bfloat16
+from training.networks import MLPGenerator
+
+DtypeName = Literal["auto", "float32", "bfloat16"]
+
+# On the CPU a batch is filled up to a multiple of this: with fewer than 8 rows a float32 product
+# takes another route with other roundings, and few shapes mean few kernels to prepare.
+_ROW_MULTIPLE = 8
+# By how many levels of 255 the served pixels may differ, on average, from the artifact's own
+# float32 forward, which is not rounded to levels. A network folded wrongly is off by tens of them.
+_TOLERANCE = {torch.float32: 0.5, torch.bfloat16: 1.5}
+_KNOWN_SEED = 0
+
+
+class EngineError(Exception):
+    """The engine cannot serve: warm-up found a wrong image."""
+
+
+def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """The dtype that an option names; `auto` is bfloat16 where the device computes in it."""
+    if name == "auto":
+        return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+class FusedMLP:
+    """An `MLPGenerator` in evaluation mode, as linear layers alone.
+
+    Batch norm y = (x - mean) / sqrt(var + eps) * gamma + beta follows a linear layer, so both are
+    one linear layer with scaled weights. The first layer's product with a label's embedding is the
+    same for every image of a class, so it is a row of a table.
+    """
+
+    def __init__(
+        self, generator: MLPGenerator, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for layer in generator.main:
+            if isinstance(layer, nn.Linear):
+                weights.append(layer.weight.double())
+                biases.append(layer.bias.double())
+            elif isinstance(layer, nn.BatchNorm1d):
+                mean, var = layer.running_mean, layer.running_var
+                if mean is None or var is None:
+                    raise EngineError("batch norm without running statistics cannot be folded")
+                scale = layer.weight.double() / (var.double() + layer.eps).sqrt()
+                weights[-1] = weights[-1] * scale[:, None]
+                biases[-1] = (biases[-1] - mean.double()) * scale + layer.bias.double()
+        latent_dim = generator.config.latent_dim
+        embedding = generator.label_embedding.weight.double()  # (classes, embedding_dim)
+        table = embedding @ weights[0][:, latent_dim:].T + biases[0]  # (classes, hidden[0])
+        weights[0] = weights[0][:, :latent_dim]
+        self.label_bias = table.to(device, dtype).contiguous()
+        self.weights = [w.to(device, dtype).contiguous() for w in weights]
+        self.biases = [b.to(device, dtype).contiguous() for b in biases]
+
+    def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """(N, latent_dim) float32 and (N,) int64 to (N, C * H * W) in [-1, 1]."""
+        x = F.linear(latents.to(self.label_bias.dtype), self.weights[0])
+        x = x.add_(self.label_bias[labels])  # (N, hidden[0])
+        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
+            x = F.linear(F.leaky_relu_(x, 0.2), weight, bias)
+        return x.tanh_()
+
+
+class Engine:
+    """A generator on a device; calling it makes pixels. One thread at a time.
+
+    Attributes:
+        artifact: what is served.
+        device: where it runs.
+        dtype: what it computes in.
+        max_batch: most rows a call takes.
+        image_shape: (H, W, C).
+    """
+
+    def __init__(
+        self, artifact: Artifact, *, device: torch.device, dtype: torch.dtype, max_batch: int
+    ) -> None:
+        """Load, rewrite, warm up and check.
+
+        Raises:
+            EngineError: the rewritten network differs from the artifact's own, or an image depends
+                on its batch.
+        """
+        network = artifact.info.network
+        self.artifact = artifact
+        self.device = device
+        self.dtype = dtype
+        self.max_batch = max_batch
+        self.image_shape = (network.image_size, network.image_size, network.channels)
+        self._latent_dim = network.latent_dim
+        self._network = FusedMLP(artifact.generator, device=device, dtype=dtype)
+        self._forward: Callable[[Tensor, Tensor], Tensor] = self._eager
+        if device.type == "cuda":
+            self._forward = _Captured(self._pixels, max_batch, network.latent_dim, device)
+        self._check()
+
+    def __call__(
+        self,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.int64],
+        labels: NDArray[np.int64],
+    ) -> NDArray[np.uint8]:
+        """Make one image a row.
+
+        Args:
+            seeds: (B,) uint64, with 1 <= B <= max_batch.
+            indices: (B,) int64, not negative.
+            labels: (B,) int64 in [0, num_classes).
+
+        Returns:
+            (B, H, W, C) uint8, owned by the caller.
+        """
+        latents = draw_latents(seeds, indices, self._latent_dim)
+        with torch.inference_mode():
+            pixels = self._forward(torch.from_numpy(latents), torch.from_numpy(labels))
+        return pixels.numpy()
+
+    def _eager(self, latents: Tensor, labels: Tensor) -> Tensor:
+        rows = len(labels)
+        missing = -rows % _ROW_MULTIPLE
+        if missing:
+            latents = F.pad(latents, (0, 0, 0, missing))
+            labels = F.pad(labels, (0, missing))
+        return self._pixels(latents, labels)[:rows]
+
+    def _pixels(self, latents: Tensor, labels: Tensor) -> Tensor:
+        height, width, channels = self.image_shape
+        x = self._network(latents, labels).float()  # (N, C * H * W)
+        x = x.mul_(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+        x = x.view(-1, channels, height, width).permute(0, 2, 3, 1)
+        return x.contiguous()  # (N, H, W, C)
+
+    def _check(self) -> None:
+        """Warm every batch shape up, and prove the two things that an answer relies on."""
+        labels = np.arange(self.max_batch, dtype=np.int64) % self.artifact.info.network.num_classes
+        indices = np.arange(self.max_batch, dtype=np.int64)
+        seeds = np.full(self.max_batch, _KNOWN_SEED, dtype=np.uint64)
+        known = self(seeds, indices, labels)
+        for rows in (1, *range(_ROW_MULTIPLE, self.max_batch, _ROW_MULTIPLE)):
+            some = self(seeds[-rows:], indices[-rows:], labels[-rows:])
+            if not np.array_equal(some, known[-rows:]):
+                raise EngineError(
+                    f"an image in a batch of {rows} differs from the same in a larger"
+                )
+        latents = torch.from_numpy(draw_latents(seeds, indices, self._latent_dim))
+        with torch.inference_mode():
+            images = self.artifact.generator(latents, torch.from_numpy(labels))
+        reference = images.mul(127.5).add(127.5).permute(0, 2, 3, 1).numpy()
+        difference = float(np.abs(known - reference).mean())
+        if not difference <= _TOLERANCE[self.dtype]:
+            raise EngineError(
+                f"the known images differ from the artifact's by {difference:.2f} levels on average"
+            )
+
+
+class _Captured:
+    """A CUDA graph of one fixed batch shape, replayed for every batch.
+
+    A fixed shape takes the same kernels every time, which is what makes a row independent of how
+    many others ride with it; rows that nobody asked for are computed and left behind.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor], Tensor],
+        rows: int,
+        latent_dim: int,
+        device: torch.device,
+    ) -> None:
+        self._latents = torch.zeros((rows, latent_dim), device=device)
+        self._labels = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            for _ in range(3):  # libraries choose kernels and take workspaces before the capture
+                function(self._latents, self._labels)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._pixels = function(self._latents, self._labels)
+        self._host = torch.empty(self._pixels.shape, dtype=torch.uint8, pin_memory=True)
+
+    def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
+        rows = len(labels)
+        with torch.cuda.stream(self._stream):
+            self._latents[:rows].copy_(latents)
+            self._labels[:rows].copy_(labels)
+            self._graph.replay()
+            self._host[:rows].copy_(self._pixels[:rows], non_blocking=True)
+        self._stream.synchronize()
+        return self._host[:rows].clone()  # the pinned buffer is written again by the next batch

@@ -1,0 +1,110 @@
+"""What is seen of every request: an id, a line in the log, and the request metrics."""
+
+import json
+import logging
+import re
+import secrets
+import time
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.metrics import Metrics
+
+access_log = logging.getLogger("service.access")
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SHOWN = 300  # characters of a path or query in the log
+
+
+class JSONFormatter(logging.Formatter):
+    """One JSON object a line, so that nothing a client sends can forge a second one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record with its `fields`, and the traceback where there is one."""
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def configure_logging(level: str) -> None:
+    """Send every logger of the process to stderr as JSON lines."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JSONFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for name in ("uvicorn", "uvicorn.error"):
+        # Start and stop are ours to tell; its access log is replaced by the one here.
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+
+
+class Observe:
+    """ASGI middleware around everything else; it never touches a body."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and report when its answer is complete."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        status, sent_bytes = 500, 0
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def observed_send(message: Message) -> None:
+            nonlocal status, sent_bytes
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            elif message["type"] == "http.response.body":
+                sent_bytes += len(message.get("body", b""))
+            await send(message)
+
+        self._metrics.requests_in_progress.inc()
+        try:
+            await self._app(scope, receive, observed_send)
+        finally:
+            self._metrics.requests_in_progress.dec()
+            self._report(scope, request_id, status, sent_bytes, time.perf_counter() - began)
+
+    def _report(
+        self, scope: Scope, request_id: str, status: int, sent_bytes: int, seconds: float
+    ) -> None:
+        # The template and not the path: a label may only take values that we chose.
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if route != "unmatched" else "any"
+        self._metrics.requests.labels(route, method, str(status)).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        if not access_log.isEnabledFor(logging.INFO):
+            return
+        client = scope.get("client")
+        fields = {
+            "request_id": request_id,
+            "method": scope["method"],
+            "path": scope["path"][:_SHOWN],
+            "query": scope["query_string"][:_SHOWN].decode("latin-1"),
+            "status": status,
+            "bytes": sent_bytes,
+            "duration_ms": round(1e3 * seconds, 3),
+            "client": client[0] if client else None,
+        }
+        access_log.info("request", extra={"fields": fields})
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's own id where it is a harmless one, else a new one."""
+    sent = Headers(scope=scope).get("x-request-id", "")
+    return sent if _SAFE_ID.fullmatch(sent) else secrets.token_hex(8)

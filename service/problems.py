@@ -1,0 +1,146 @@
+"""Errors as problem details (RFC 9457), in one place.
+
+A problem says what is wrong in words a caller can act on; nothing internal ever reaches a body.
+"""
+
+import http
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+MEDIA_TYPE = "application/problem+json"
+_SHOWN = 100  # characters of a wrong value that are repeated to whoever sent it
+
+
+class FieldError(BaseModel):
+    """One wrong value."""
+
+    field: str = Field(description="the parameter or header")
+    value: str | None = Field(description="what was sent, shortened; null where nothing was")
+    message: str = Field(description="what is wrong, and what is allowed")
+
+
+class ProblemDetails(BaseModel):
+    """The body of every error."""
+
+    type: str = Field(description="what kind of problem it is; stable")
+    title: str = Field(description="the kind in words")
+    status: int = Field(description="the HTTP status")
+    detail: str = Field(description="this occurrence in words")
+    request_id: str | None = Field(description="the X-Request-ID of the answer")
+    errors: list[FieldError] = Field(default_factory=list, description="the wrong values")
+
+
+class Problem(Exception):  # noqa: N818  (the name of RFC 9457)
+    """An answer that is no image.
+
+    Args:
+        status: HTTP status.
+        kind: short name that becomes the type.
+        detail: one sentence for the caller.
+        errors: the wrong values, where there are any.
+        headers: to add to the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        detail: str,
+        *,
+        errors: Sequence[FieldError] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.kind = kind
+        self.detail = detail
+        self.errors = list(errors)
+        self.headers = dict(headers or {})
+
+
+def wrong_value(field: str, value: object, message: str, *, status: int = 422) -> Problem:
+    """A problem with one value."""
+    error = FieldError(field=field, value=_shorten(value), message=message)
+    return Problem(status, "invalid-value", f"{field}: {message}", errors=[error])
+
+
+def respond(request: Request, problem: Problem) -> JSONResponse:
+    """The answer to a request that ended in a problem."""
+    details = ProblemDetails(
+        type=f"urn:cgan:problem:{problem.kind}",
+        title=problem.kind.replace("-", " ").capitalize(),
+        status=problem.status,
+        detail=problem.detail,
+        request_id=request.scope.get("state", {}).get("request_id"),
+        errors=problem.errors,
+    )
+    return JSONResponse(
+        details.model_dump(), problem.status, headers=problem.headers, media_type=MEDIA_TYPE
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of an app as a problem."""
+
+    @app.exception_handler(Problem)
+    async def problem(request: Request, error: Problem) -> JSONResponse:
+        return respond(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        errors = [_field_error(each) for each in error.errors()[:20]]
+        detail = "; ".join(f"{each.field}: {each.message}" for each in errors[:3])
+        return respond(request, Problem(422, "invalid-value", detail, errors=errors))
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+        phrase = http.HTTPStatus(error.status_code).phrase
+        kind = phrase.lower().replace(" ", "-")
+        return respond(
+            request,
+            Problem(error.status_code, kind, _detail(request, error), headers=error.headers),
+        )
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, _error: Exception) -> JSONResponse:
+        # The traceback goes to the log, from the server; the caller gets the id to ask about.
+        return respond(
+            request, Problem(500, "internal-error", "The service failed; it was logged.")
+        )
+
+
+def _detail(request: Request, error: HTTPException) -> str:
+    path = _shorten(request.url.path)
+    if error.status_code == 404:
+        return f"There is nothing at {path}; see /docs."
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"{request.method} is not allowed at {path}; allowed is {allowed}."
+    return str(error.detail)
+
+
+def _field_error(error: Mapping[str, Any]) -> FieldError:
+    where = [str(part) for part in error["loc"] if not isinstance(part, int)]
+    field = where[-1] if len(where) > 1 else ".".join(where)
+    message = str(error["msg"])
+    value = error["input"]
+    if error["type"] == "missing":
+        value, message = None, "is required"
+    elif error["type"] == "extra_forbidden":
+        message = "there is no such parameter"
+    elif isinstance(value, list):
+        value = f"{len(value)} values"
+    return FieldError(field=_shorten(field) or "", value=_shorten(value), message=message)
+
+
+def _shorten(value: object) -> str | None:
+    if value is None:
+        return None
+    text = str(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

@@ -1,0 +1,82 @@
+"""The loaded models, by name."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.engine import Engine, EngineError, resolve_dtype
+from service.settings import Settings
+from training.artifact import ArtifactError, ArtifactInfo, load_artifact
+from training.devices import resolve_device
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is being served.
+
+    Attributes:
+        name: the stem of the artifact's file name.
+        engine: makes its images.
+    """
+
+    name: str
+    engine: Engine
+
+    @property
+    def info(self) -> ArtifactInfo:
+        """What the artifact says of itself."""
+        return self.engine.artifact.info
+
+    @property
+    def sha256(self) -> str:
+        """The model's identity: the digest of its file."""
+        return self.engine.artifact.sha256
+
+
+class Registry:
+    """The models of one service; the first by name is the default."""
+
+    def __init__(self, models: list[Model]) -> None:
+        self._models = {model.name: model for model in models}
+        self.default = models[0]
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    def find(self, name: str) -> Model | None:
+        """The model of this name."""
+        return self._models.get(name)
+
+    @property
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return list(self._models)
+
+
+def load_registry(settings: Settings) -> Registry:
+    """Load, warm up and check every model that the settings name.
+
+    Raises:
+        ArtifactError: a file is no valid artifact, or there is none, or it computes wrong images.
+        DeviceError: the device is not there.
+    """
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    models = []
+    for path in _artifact_paths(settings.weights):
+        artifact = load_artifact(path)
+        try:
+            engine = Engine(artifact, device=device, dtype=dtype, max_batch=settings.max_batch)
+        except EngineError as error:
+            raise ArtifactError(path, f"is not served: {error}") from error
+        models.append(Model(path.stem, engine))
+    return Registry(models)
+
+
+def _artifact_paths(weights: Path) -> list[Path]:
+    if not weights.is_dir():
+        return [weights]
+    paths = sorted(weights.glob("*.safetensors"))
+    if not paths:
+        raise ArtifactError(weights, "holds no *.safetensors file")
+    return paths

@@ -1,0 +1,1 @@
+"""The HTTP surfaces of the service, one module each."""

@@ -1,0 +1,319 @@
+"""The front door: `POST /generate` and the list of models."""
+
+import base64
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+import mimeparse
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
+
+from service.generation import Disconnected, Generation, Images, Order, unless_disconnected
+from service.png import contact_sheet, encode_png, enlarge
+from service.problems import MEDIA_TYPE as PROBLEM_TYPE
+from service.problems import ProblemDetails, wrong_value
+from service.registry import Model
+from service.settings import MAX_IMAGES
+
+Format = Literal["png", "zip", "json"]
+MEDIA_TYPES: dict[Format, str] = {
+    "png": "image/png",
+    "zip": "application/zip",
+    "json": "application/json",
+}
+# Ties go to the last one, so that */* means a picture.
+_OFFERED = ["application/json", "application/zip", "image/png"]
+MAX_SEED = 2**64 - 1
+MAX_PIXELS = 1 << 24  # of one answer, enlargement included
+CLIENT_GONE = 499  # nobody reads this answer; the log and the metrics do
+
+
+def _allowed(words: str) -> WrapValidator:
+    """Say what is allowed, whichever way a value is wrong."""
+
+    def check(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            raise PydanticCustomError("not_allowed", "must be {words}", {"words": words}) from error
+
+    return WrapValidator(check)
+
+
+class GenerateQuery(BaseModel):
+    """The parameters of `POST /generate`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: Annotated[
+        list[str],
+        Field(min_length=1, max_length=MAX_IMAGES, examples=[["7"]]),
+        _allowed(f"given once to {MAX_IMAGES} times, each a class index or a class name"),
+    ] = Field(description="class index or class name; may repeat")
+    n: Annotated[
+        int, Field(ge=1, le=MAX_IMAGES), _allowed(f"an integer from 1 to {MAX_IMAGES}")
+    ] = Field(1, description=f"images of each label; at most {MAX_IMAGES} in all")
+    seed: Annotated[
+        int | None, Field(ge=0, le=MAX_SEED), _allowed(f"an integer from 0 to {MAX_SEED}")
+    ] = Field(None, description="the same seed gives the same images; drawn where none is given")
+    model: str | None = Field(None, description="name of a model; the default one if not given")
+    format: Annotated[Format | None, _allowed(f"one of {', '.join(MEDIA_TYPES)}")] = Field(
+        None, description="goes before the Accept header"
+    )
+    scale: Annotated[int, Field(ge=1, le=16), _allowed("an integer from 1 to 16")] = Field(
+        1, description="enlarge by whole pixels"
+    )
+
+
+class ImageEntry(BaseModel):
+    """One image and what it was made from."""
+
+    label: int
+    class_name: str
+    seed: int
+    index: int
+    png: str = Field(description="the PNG file, base64")
+
+
+class GeneratedImages(BaseModel):
+    """The answer as JSON."""
+
+    model: str
+    sha256: str
+    seed: int
+    images: list[ImageEntry]
+
+
+class ModelEntry(BaseModel):
+    """A loaded model."""
+
+    name: str
+    default: bool
+    sha256: str = Field(description="digest of the artifact's file; the model's identity")
+    classes: list[str] = Field(description="class names, in the order of their indices")
+    image_size: int = Field(description="height and width in pixels")
+    channels: int
+    device: str
+    dtype: str
+    images_seen: int = Field(description="real images shown during training")
+    source_commit: str | None
+    network: dict[str, Any]
+    training: dict[str, Any]
+    certificate: dict[str, Any] | None = Field(description="measured quality")
+
+
+class ModelList(BaseModel):
+    """All loaded models."""
+
+    models: list[ModelEntry]
+
+
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": words,
+        "content": {PROBLEM_TYPE: {"schema": ProblemDetails.model_json_schema()}},
+    }
+    for status, words in {
+        404: "Unknown model",
+        406: "No format that the Accept header allows",
+        422: "A wrong value; the body names the field and what is allowed",
+        429: "Overloaded; Retry-After says when to come back",
+        503: "Shutting down, or the device failed",
+        504: "The images took longer than the service allows",
+    }.items()
+}
+_IMAGES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "One image, or a contact sheet of several; or the single images.",
+        "model": GeneratedImages,
+        "content": {
+            "image/png": {"schema": {"type": "string", "format": "binary"}},
+            "application/zip": {"schema": {"type": "string", "format": "binary"}},
+        },
+        "headers": {
+            name: {"description": words, "schema": {"type": "string"}}
+            for name, words in {
+                "X-Seed": "the seed, also when it was drawn",
+                "X-Model": "name@sha256:digest of the model",
+                "X-Request-ID": "the id in the service's log",
+                "Server-Timing": "milliseconds in queue, forward and encode",
+            }.items()
+        },
+    }
+}
+
+
+def create_router(generation: Generation) -> APIRouter:
+    """The routes of this module."""
+    router = APIRouter()
+
+    @router.post(
+        "/generate",
+        response_class=Response,
+        responses=_IMAGES | _PROBLEMS,
+        summary="Generate images of the requested classes",
+    )
+    async def generate(request: Request, query: Annotated[GenerateQuery, Query()]) -> Response:
+        _refuse_body(request)
+        chosen = query.format or negotiate(request.headers.get("accept"))
+        order = generation.order(labels=query.label, n=query.n, seed=query.seed, model=query.model)
+        _check_size(order, query.scale)
+        try:
+            images = await unless_disconnected(request.receive, generation.fulfil(order))
+        except Disconnected:
+            return Response(status_code=CLIENT_GONE)
+        body, encode_s = await generation.encode(_encoder(chosen, order, images, query.scale))
+        generation.count(order)
+        return Response(
+            body,
+            media_type=MEDIA_TYPES[chosen],
+            headers=_headers(order, images, encode_s),
+        )
+
+    @router.get("/models", summary="The loaded models")
+    async def models() -> ModelList:
+        registry = generation.registry
+        return ModelList(models=[_entry(each, each is registry.default) for each in registry])
+
+    return router
+
+
+def negotiate(accept: str | None) -> Format:
+    """The format that an Accept header prefers (RFC 9110, 12.5.1); a picture where there is none.
+
+    Raises:
+        Problem: 406, nothing on offer matches or the header makes no sense.
+    """
+    if not accept or accept == "*/*":
+        return "png"
+    try:
+        best = mimeparse.best_match(_OFFERED, accept)
+    except (mimeparse.MimeTypeParseException, ValueError):
+        best = ""
+    for name, media_type in MEDIA_TYPES.items():
+        if media_type == best:
+            return name
+    offered = ", ".join(MEDIA_TYPES.values())
+    problem = wrong_value("Accept", accept, f"nothing matches; on offer are {offered}", status=406)
+    problem.kind = "not-acceptable"
+    raise problem
+
+
+def _refuse_body(request: Request) -> None:
+    length = request.headers.get("content-length", "0")
+    if length != "0" or "transfer-encoding" in request.headers:
+        message = "no body is allowed; the parameters go into the query string"
+        raise wrong_value("body", f"{length} bytes", message)
+
+
+def _check_size(order: Order, scale: int) -> None:
+    height, width, _ = order.model.engine.image_shape
+    pixels = len(order.labels) * height * width * scale**2
+    if pixels > MAX_PIXELS:
+        message = f"{pixels} pixels in all; at most {MAX_PIXELS} are allowed"
+        raise wrong_value("scale", scale, message)
+
+
+def _headers(order: Order, images: Images, encode_s: float) -> dict[str, str]:
+    stages = {"queue": images.queue_s, "forward": images.forward_s, "encode": encode_s}
+    return {
+        "X-Seed": str(order.seed),
+        "X-Model": f"{order.model.name}@sha256:{order.model.sha256}",
+        "Server-Timing": ", ".join(f"{name};dur={1e3 * s:.3f}" for name, s in stages.items()),
+    }
+
+
+def _encoder(chosen: Format, order: Order, images: Images, scale: int) -> Callable[[], bytes]:
+    if chosen == "png":
+        return lambda: encode_sheet(order, images, scale)
+    if chosen == "zip":
+        return lambda: encode_zip(order, images, scale)
+    return lambda: encode_json(order, images, scale)
+
+
+def encode_sheet(order: Order, images: Images, scale: int) -> bytes:
+    """One image as itself, several as a contact sheet."""
+    if len(order.labels) == 1:
+        return _single_pngs(order, images, scale)[0]
+    recipe = {
+        "model": order.model.name,
+        "sha256": order.model.sha256,
+        "labels": order.labels.tolist(),
+        "seed": order.seed,
+        "indices": order.indices.tolist(),
+    }
+    return encode_png(enlarge(contact_sheet(images.pixels), scale), recipe)
+
+
+def encode_zip(order: Order, images: Images, scale: int) -> bytes:
+    """Single PNGs named by label and index, and `manifest.json`; always the same bytes."""
+    files = []
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed already
+        for position, png in enumerate(_single_pngs(order, images, scale)):
+            recipe = order.recipe(position)
+            name = f"{recipe['label']:04d}-{recipe['index']:04d}.png"
+            files.append({"file": name, **recipe})
+            archive.writestr(zipfile.ZipInfo(name), png)  # ZipInfo's date is fixed: 1980
+        manifest = json.dumps({"images": files}, indent=1).encode()
+        archive.writestr(zipfile.ZipInfo("manifest.json"), manifest)
+    return buffer.getvalue()
+
+
+def encode_json(order: Order, images: Images, scale: int) -> bytes:
+    """Single PNGs in base64, each with its recipe."""
+    names = order.model.info.class_names
+    entries = [
+        ImageEntry(
+            label=int(label),
+            class_name=names[label],
+            seed=order.seed,
+            index=int(index),
+            png=base64.b64encode(png).decode(),
+        )
+        for label, index, png in zip(
+            order.labels, order.indices, _single_pngs(order, images, scale), strict=True
+        )
+    ]
+    answer = GeneratedImages(
+        model=order.model.name, sha256=order.model.sha256, seed=order.seed, images=entries
+    )
+    return answer.model_dump_json().encode()
+
+
+def _single_pngs(order: Order, images: Images, scale: int) -> list[bytes]:
+    return [
+        encode_png(enlarge(pixels, scale), order.recipe(position))
+        for position, pixels in enumerate(images.pixels)
+    ]
+
+
+def _entry(model: Model, default: bool) -> ModelEntry:
+    info, engine = model.info, model.engine
+    return ModelEntry(
+        name=model.name,
+        default=default,
+        sha256=model.sha256,
+        classes=list(info.class_names),
+        image_size=info.network.image_size,
+        channels=info.network.channels,
+        device=str(engine.device),
+        dtype=str(engine.dtype).removeprefix("torch."),
+        images_seen=info.images_seen,
+        source_commit=info.source_commit,
+        network=asdict(info.network),
+        training=info.training,
+        certificate=info.certificate,
+    )

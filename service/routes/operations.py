@@ -1,0 +1,58 @@
+"""What orchestrators and Prometheus ask: liveness, readiness, metrics."""
+
+from collections.abc import Callable
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import RedirectResponse
+from prometheus_client.exposition import choose_encoder
+from pydantic import BaseModel, Field
+
+from service.metrics import Metrics
+from service.problems import MEDIA_TYPE as PROBLEM_TYPE
+from service.problems import Problem, ProblemDetails
+
+
+class Health(BaseModel):
+    """The answer of a health check."""
+
+    status: str = Field(examples=["ready"])
+
+
+def create_router(metrics: Metrics, draining: Callable[[], bool]) -> APIRouter:
+    """The routes of this module."""
+    router = APIRouter()
+
+    @router.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:
+        return RedirectResponse("/docs")
+
+    @router.get("/livez", summary="Whether the process answers")
+    async def livez() -> Health:
+        return Health(status="alive")
+
+    @router.get(
+        "/readyz",
+        summary="Whether new work is taken",
+        responses={
+            503: {
+                "description": "Shutting down",
+                "content": {PROBLEM_TYPE: {"schema": ProblemDetails.model_json_schema()}},
+            }
+        },
+    )
+    async def readyz() -> Health:
+        if draining():
+            raise Problem(503, "draining", "The service is shutting down.")
+        return Health(status="ready")
+
+    @router.get(
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def scrape(request: Request) -> Response:
+        encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics.registry), headers={"Content-Type": media_type})
+
+    return router

@@ -1,0 +1,78 @@
+"""Every option of the service, once: as a flag, as an environment variable, and in the help."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+MAX_IMAGES = 1024  # of one request
+
+_BUNDLED = Path(__file__).parent.parent / "weights"
+
+
+class Settings(BaseSettings):
+    """Serve class-conditional image generators over HTTP.
+
+    Every option is also read from the environment: --max-batch from CGAN_MAX_BATCH, and so on. A
+    flag wins over the environment.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="CGAN_",
+        cli_prog_name="python -m service",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        env_ignore_empty=True,
+    )
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
+    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 takes a free one")
+    weights: Path = Field(
+        _BUNDLED,
+        description="an artifact, or a folder of them (*.safetensors); a model is named after its "
+        "file, and the first by name answers requests that name none",
+    )
+    device: str = Field("auto", description="auto (CUDA, else the CPU), cpu, cuda, or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="what to compute in; auto is bfloat16 where the device is built for it"
+    )
+    max_batch: int = Field(64, ge=1, le=4096, description="most images of one forward")
+    max_queue: int = Field(
+        4096,
+        ge=MAX_IMAGES,
+        le=1_000_000,
+        description="most images that may wait; a request beyond that is refused with 429",
+    )
+    timeout_ms: int = Field(
+        10_000,
+        ge=1,
+        le=600_000,
+        description="milliseconds that a request may take; what cannot make it is refused",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe messages to log; info has a line per request"
+    )
+
+
+def parse_settings(arguments: list[str]) -> Settings:
+    """Settings from flags and the environment.
+
+    Raises:
+        ValueError: an option is wrong; a line for each, with its value and what is allowed.
+        SystemExit: `--help` was asked for, or a flag is unknown.
+    """
+    try:
+        return Settings(_cli_parse_args=arguments)
+    except ValidationError as error:
+        raise ValueError("\n".join(map(_describe, error.errors()))) from error
+    except SettingsError as error:
+        raise ValueError(str(error)) from error
+
+
+def _describe(error: object) -> str:
+    assert isinstance(error, dict)
+    name = ".".join(map(str, error["loc"]))
+    flag, variable = f"--{name.replace('_', '-')}", f"CGAN_{name.upper()}"
+    return f"{flag} (or {variable}): {error['msg']}, not {error['input']!r}"
