@@ -1,6 +1,7 @@
 """From what was asked for to images: the one path that every HTTP surface shares."""
 
 import asyncio
+import logging
 import math
 import secrets
 import time
@@ -20,6 +21,8 @@ from service.registry import Model, Registry
 from service.settings import MAX_IMAGES
 
 T = TypeVar("T")
+
+log = logging.getLogger("service")
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class Generation:
         except DeadlineExceeded as error:
             raise self._rejected(504, "deadline-exceeded", "The images took too long.") from error
         except ForwardFailed as error:
+            log.exception("a forward failed")
             raise self._rejected(
                 503, "forward-failed", "The device failed; try again.", 1
             ) from error

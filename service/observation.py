@@ -1,4 +1,4 @@
-"""What is seen of every request: an id, a line in the log, and the request metrics."""
+"""What is seen of every request: an id, a line in the log, the metrics, and what went wrong."""
 
 import json
 import logging
@@ -8,10 +8,13 @@ import time
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import problems
 from service.metrics import Metrics
 
+log = logging.getLogger("service")
 access_log = logging.getLogger("service.access")
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -55,19 +58,22 @@ class Observe:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and report when its answer is complete."""
+        """Pass a request on, and report when its answer is complete.
+
+        What nobody expected is logged with its traceback and answered as a bare 500.
+        """
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        status, sent_bytes = 500, 0
+        status, sent_bytes, started = 500, 0, False
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def observed_send(message: Message) -> None:
-            nonlocal status, sent_bytes
+            nonlocal status, sent_bytes, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             elif message["type"] == "http.response.body":
                 sent_bytes += len(message.get("body", b""))
@@ -76,6 +82,12 @@ class Observe:
         self._metrics.requests_in_progress.inc()
         try:
             await self._app(scope, receive, observed_send)
+        except Exception:
+            log.exception("a request failed", extra={"fields": {"request_id": request_id}})
+            if started:
+                raise  # too late for an answer: the server has to cut the connection
+            answer = problems.respond(Request(scope), problems.INTERNAL_ERROR)
+            await answer(scope, receive, observed_send)
         finally:
             self._metrics.requests_in_progress.dec()
             self._report(scope, request_id, status, sent_bytes, time.perf_counter() - began)

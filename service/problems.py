@@ -64,6 +64,9 @@ class Problem(Exception):  # noqa: N818  (the name of RFC 9457)
         self.headers = dict(headers or {})
 
 
+INTERNAL_ERROR = Problem(500, "internal-error", "The service failed; it was logged by this id.")
+
+
 def wrong_value(field: str, value: object, message: str, *, status: int = 422) -> Problem:
     """A problem with one value."""
     error = FieldError(field=field, value=_shorten(value), message=message)
@@ -86,7 +89,7 @@ def respond(request: Request, problem: Problem) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of an app as a problem."""
+    """Answer every expected error of an app as a problem; `Observe` answers the others."""
 
     @app.exception_handler(Problem)
     async def problem(request: Request, error: Problem) -> JSONResponse:
@@ -105,13 +108,6 @@ def install(app: FastAPI) -> None:
         return respond(
             request,
             Problem(error.status_code, kind, _detail(request, error), headers=error.headers),
-        )
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, _error: Exception) -> JSONResponse:
-        # The traceback goes to the log, from the server; the caller gets the id to ask about.
-        return respond(
-            request, Problem(500, "internal-error", "The service failed; it was logged.")
         )
 
 
