@@ -1,0 +1,59 @@
+"""Fixtures that several modules share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.serving import REPOSITORY, ServiceProcess
+from training.artifact import Artifact, ArtifactInfo, load_artifact, save_artifact
+from training.loop import recompute_batch_norm
+from training.networks import MLPGeneratorConfig, build_generator
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+# Serving -----------------------------------------------------------------------------------------
+
+
+def make_artifact(path: Path, *, classes: int = 3, channels: int = 1, seed: int = 0) -> Path:
+    """A small untrained generator whose every parameter is far from its neutral value."""
+    config = MLPGeneratorConfig(
+        num_classes=classes,
+        channels=3 if channels == 3 else 1,
+        image_size=12,
+        latent_dim=9,
+        embedding_dim=4,
+        hidden=(16, 32, 24),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = build_generator(config)
+        with torch.no_grad():
+            for parameter in generator.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    recompute_batch_norm(generator, batches=2)
+    names = ("cat", "dog", "emu", "7", "fox")[:classes]
+    save_artifact(path, generator, ArtifactInfo(network=config, class_names=names, images_seen=5))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return load_artifact(make_artifact(tmp_path_factory.mktemp("weights") / "small.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Path:
+    return REPOSITORY / "weights" / "mnist.safetensors"
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[ServiceProcess]:
+    """The bundled model, served as a newcomer would."""
+    with ServiceProcess() as running:
+        yield running

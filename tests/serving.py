@@ -1,0 +1,97 @@
+"""Real services for tests: the command line in a process, or an app on a socket of this process."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+class ServiceProcess:
+    """`python -m service` on a free port, as a context manager."""
+
+    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("CGAN_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "service", "--port", "0", *arguments],
+            cwd=REPOSITORY,
+            env={**clean, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.errors: list[str] = []
+        self._reader = threading.Thread(target=self._read_errors)
+        self._reader.start()
+        assert self.process.stdout is not None
+        self.first_line = self.process.stdout.readline()
+        found = re.search(r"http://[\d.]+:\d+", self.first_line)
+        if found is None:
+            self.wait()
+            raise AssertionError(f"did not start: {self.errors}")
+        self.client = httpx.Client(base_url=found.group(), timeout=60)
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.errors.append(line)
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """The exit status; everything it logged is then in `errors`."""
+        status = self.process.wait(timeout=60)
+        self._reader.join()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+        return status
+
+    def __enter__(self) -> "ServiceProcess":
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
+    ) -> None:
+        self.client.close()
+        if self.process.returncode is None:
+            self.signal()
+            self.wait()
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[httpx.Client]:
+    """An app on a real socket, served by uvicorn in a thread of this process."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    started = threading.Event()
+
+    async def run() -> None:
+        task = asyncio.ensure_future(server.serve())
+        while not server.started and not task.done():
+            await asyncio.sleep(0)
+        started.set()
+        await task
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    started.wait()
+    host, port = server.servers[0].sockets[0].getsockname()
+    try:
+        with httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,897 @@
+"""The batcher: who rides in which batch, who is refused, and who lives on when something fails."""
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from service import batcher as batcher_module
+from service.batcher import (
+    QUANTUM,
+    Batcher,
+    DeadlineExceeded,
+    Draining,
+    ForwardFailed,
+    Generated,
+    Overloaded,
+)
+
+T = TypeVar("T")
+Row = tuple[int, int, int]  # (seed, index, label)
+
+PATIENCE_S = 30.0  # a hung test fails by it; no test passes by it
+POISON = 666  # the label that makes a forward fail
+
+
+def picture(row: Row) -> NDArray[np.uint8]:
+    """The image (2, 4, 3) of a row: every number of it in its bytes."""
+    return np.frombuffer(np.array(row, np.int64).tobytes(), np.uint8).reshape(2, 4, 3)
+
+
+class Gate:
+    """Holds every forward that reaches it until it is opened for one more."""
+
+    def __init__(self) -> None:
+        self.begun: list[list[Row]] = []
+        self._entered = threading.Semaphore(0)
+        self._opened = threading.Semaphore(0)
+
+    def hold(self, batch: list[Row]) -> None:
+        self.begun.append(batch)
+        self._entered.release()
+        assert self._opened.acquire(timeout=PATIENCE_S)
+
+    async def entered(self) -> None:
+        """Wait until one more forward is held."""
+        assert await asyncio.to_thread(self._entered.acquire, timeout=PATIENCE_S)
+
+    def open(self, forwards: int = 1) -> None:
+        self._opened.release(forwards)
+
+
+class FakeEngine:
+    """Writes each row into its pixels, and remembers its batches."""
+
+    def __init__(self, max_batch: int = 64, gate: Gate | None = None) -> None:
+        self.max_batch = max_batch
+        self.gate = gate
+        self.batches: list[list[Row]] = []
+
+    def __call__(
+        self, seeds: NDArray[np.uint64], indices: NDArray[np.int64], labels: NDArray[np.int64]
+    ) -> NDArray[np.uint8]:
+        assert threading.current_thread().name == "engine"
+        assert seeds.dtype == np.uint64
+        assert indices.dtype == labels.dtype == np.int64
+        batch = list(zip(seeds.tolist(), indices.tolist(), labels.tolist(), strict=True))
+        self.batches.append(batch)
+        if self.gate is not None:
+            self.gate.hold(batch)
+        if POISON in labels:
+            raise ArithmeticError("poisoned")
+        return np.stack([picture(row) for row in batch])
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(batch) for batch in self.batches]
+
+
+@dataclass
+class Recorder:
+    """An observer that keeps what it was told."""
+
+    batches: list[tuple[int, float]] = field(default_factory=list)
+
+    def batch(self, rows: int, forward_s: float) -> None:
+        self.batches.append((rows, forward_s))
+
+
+class FakeClock:
+    """Stands in for perf_counter: time passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class TimedEngine(FakeEngine):
+    """Takes `fixed_s + rows * row_s` of a fake clock per forward."""
+
+    def __init__(
+        self, clock: FakeClock, max_batch: int = 64, *, row_s: float = 0.0, fixed_s: float = 0.0
+    ) -> None:
+        super().__init__(max_batch)
+        self.clock, self.row_s, self.fixed_s = clock, row_s, fixed_s
+
+    def __call__(
+        self, seeds: NDArray[np.uint64], indices: NDArray[np.int64], labels: NDArray[np.int64]
+    ) -> NDArray[np.uint8]:
+        pixels = super().__call__(seeds, indices, labels)
+        self.clock.now_s += self.fixed_s + len(seeds) * self.row_s
+        return pixels
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    monkeypatch.setattr(batcher_module, "perf_counter", clock)
+    return clock
+
+
+def run(
+    scenario: Callable[[Batcher], Awaitable[T]],
+    *,
+    max_queue: int = 1024,
+    timeout_s: float = PATIENCE_S,
+    observer: Recorder | None = None,
+) -> T:
+    """Run a scenario on an event loop, with a batcher that is drained after it."""
+
+    async def main() -> T:
+        mishaps: list[dict[str, Any]] = []  # what asyncio would only have logged
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: mishaps.append(what))
+        batcher = Batcher(max_queue, timeout_s, observer or Recorder())
+        batcher.start()
+        result = await scenario(batcher)
+        assert batcher.queued_rows == 0
+        await asyncio.wait_for(batcher.close(), PATIENCE_S)
+        assert not engine_threads()
+        assert not mishaps
+        return result
+
+    return asyncio.run(main())
+
+
+def engine_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "engine"]
+
+
+def rows_of(seed: int, n: int, label: int = 7) -> list[Row]:
+    return [(seed, index, label) for index in range(n)]
+
+
+def submit(
+    batcher: Batcher, engine: FakeEngine, seed: int, n: int = 1, label: int = 7
+) -> Coroutine[None, None, Generated]:
+    return batcher.submit(
+        engine,
+        np.full(n, seed, np.uint64),
+        np.arange(n, dtype=np.int64),
+        np.full(n, label, np.int64),
+    )
+
+
+async def admitted(request: Coroutine[None, None, Generated]) -> "asyncio.Task[Generated]":
+    """Start a request and return when it is admitted or refused, which takes no waiting."""
+    task = asyncio.create_task(request)
+    await asyncio.sleep(0)
+    return task
+
+
+async def let_pass(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the clock of the event loop forward, and let it do what has become due."""
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    monkeypatch.setattr(loop, "time", lambda: clock() + seconds)
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+def assert_is_own(answer: Generated, rows: list[Row]) -> None:
+    np.testing.assert_array_equal(answer.pixels, np.stack([picture(row) for row in rows]))
+    assert answer.pixels.dtype == np.uint8
+
+
+# Batches
+
+
+def test_an_idle_engine_starts_at_once_with_what_there_is() -> None:
+    gate = Gate()
+    engine = FakeEngine(gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        lone = await admitted(submit(batcher, engine, 1))
+        await gate.entered()  # nothing else was submitted, and no clock was involved
+        assert engine.batches == [rows_of(1, 1)]
+        assert batcher.queued_rows == 0
+        gate.open()
+        assert_is_own(await lone, rows_of(1, 1))
+
+    run(scenario)
+
+
+def test_requests_that_came_during_a_forward_ride_together() -> None:
+    gate = Gate()
+    engine = FakeEngine(gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = [await admitted(submit(batcher, engine, 0))]
+        await gate.entered()
+        tasks += [await admitted(submit(batcher, engine, seed, n=seed)) for seed in (1, 2, 3)]
+        assert batcher.queued_rows == 6
+        gate.open(2)
+        answers = await asyncio.gather(*tasks)
+        assert engine.batches == [rows_of(0, 1), rows_of(1, 1) + rows_of(2, 2) + rows_of(3, 3)]
+        for seed, answer in enumerate(answers):
+            assert_is_own(answer, rows_of(seed, max(seed, 1)))
+
+    run(scenario)
+
+
+def test_a_batch_never_exceeds_what_the_engine_takes() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=8, gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = [await admitted(submit(batcher, engine, 0))]
+        await gate.entered()
+        tasks += [await admitted(submit(batcher, engine, seed, n=3)) for seed in range(1, 7)]
+        gate.open(4)
+        await asyncio.gather(*tasks)
+        assert engine.sizes == [1, 8, 8, 2]
+
+    run(scenario)
+
+
+def test_a_lone_large_request_fills_whole_batches() -> None:
+    engine = FakeEngine(max_batch=64)
+
+    async def scenario(batcher: Batcher) -> None:
+        assert_is_own(await submit(batcher, engine, 1, n=150), rows_of(1, 150))
+
+    run(scenario)
+    assert engine.sizes == [64, 64, 22]
+
+
+def test_a_small_request_waits_for_one_quantum_of_a_large_one() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=QUANTUM, gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        large = await admitted(submit(batcher, engine, 1, n=5 * QUANTUM))
+        await gate.entered()
+        small = await admitted(submit(batcher, engine, 2))
+        gate.open(3)
+        assert_is_own(await small, rows_of(2, 1))
+        assert not large.done()
+        gate.open(3)
+        assert_is_own(await large, rows_of(1, 5 * QUANTUM))
+
+    run(scenario)
+    own = rows_of(1, 5 * QUANTUM)
+    # The head gives its quantum, the small one its row, and the head the rest of that batch.
+    assert engine.batches[1] == own[QUANTUM : 2 * QUANTUM]
+    assert engine.batches[2][0] == (2, 0, 7)
+    assert engine.batches[2][1:] == own[2 * QUANTUM : 3 * QUANTUM - 1]
+
+
+def test_large_requests_share_the_batches_evenly_even_when_these_cut_a_quantum() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=QUANTUM + QUANTUM // 2, gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = [await admitted(submit(batcher, engine, 0))]
+        await gate.entered()
+        tasks += [await admitted(submit(batcher, engine, seed, n=6 * QUANTUM)) for seed in (1, 2)]
+        gate.open(9)
+        await asyncio.gather(*tasks)
+
+    run(scenario)
+    shared = [row for batch in engine.batches[1:5] for row in batch]
+    assert [sum(row[0] == seed for row in shared) for seed in (1, 2)] == [3 * QUANTUM, 3 * QUANTUM]
+    assert sum(engine.sizes) == 1 + 12 * QUANTUM
+
+
+def test_two_engines_never_mix_in_a_batch_and_take_turns() -> None:
+    gate = Gate()
+    first, second = FakeEngine(max_batch=4, gate=gate), FakeEngine(max_batch=4, gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = [await admitted(submit(batcher, first, 1, n=14))]
+        await gate.entered()
+        tasks.append(await admitted(submit(batcher, second, 2, n=7)))
+        gate.open(6)
+        await asyncio.gather(*tasks)
+
+    run(scenario)
+    assert first.sizes == [4, 4, 4, 2]
+    assert second.sizes == [4, 3]
+    assert [batch[0][0] for batch in gate.begun] == [1, 1, 2, 1, 2, 1]
+    assert all(len({row[0] for row in batch}) == 1 for batch in gate.begun)
+
+
+def test_whole_answers_are_views_of_the_batch_and_split_ones_are_their_own() -> None:
+    engine = FakeEngine(max_batch=4)
+
+    async def scenario(batcher: Batcher) -> None:
+        whole = await submit(batcher, engine, 1, n=4)
+        split = await submit(batcher, engine, 2, n=5)
+        assert whole.pixels.base is not None
+        assert split.pixels.base is None
+
+    run(scenario)
+
+
+def test_the_times_of_an_answer_begin_at_admission_and_end_with_its_last_row(
+    clock: FakeClock,
+) -> None:
+    gate = Gate()
+    engine = TimedEngine(clock, max_batch=4, row_s=0.5)
+    engine.gate = gate
+    recorder = Recorder()
+
+    async def scenario(batcher: Batcher) -> Generated:
+        blocker = await admitted(submit(batcher, engine, 0, n=4))
+        await gate.entered()
+        task = await admitted(submit(batcher, engine, 1, n=6))
+        clock.now_s += 10.0
+        gate.open(3)
+        await blocker
+        return await task
+
+    answer = run(scenario, observer=recorder)
+    assert (answer.queue_s, answer.forward_s) == (10.0 + 2.0, 2.0 + 1.0)
+    assert recorder.batches == [(4, 10.0 + 2.0), (4, 2.0), (2, 1.0)]
+
+
+# Admission
+
+
+def test_rows_beyond_the_bound_are_refused_and_nothing_is_queued() -> None:
+    gate = Gate()
+    engine = FakeEngine(gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = [await admitted(submit(batcher, engine, 0, n=10))]  # an idle one takes max_queue
+        await gate.entered()
+        tasks.append(await admitted(submit(batcher, engine, 1, n=8)))
+        with pytest.raises(Overloaded) as refusal:
+            await submit(batcher, engine, 2, n=3)
+        assert batcher.queued_rows == 8
+        # Nothing was measured yet: all that is certain is that none waits beyond its deadline.
+        assert refusal.value.retry_after_s == PATIENCE_S
+        tasks.append(await admitted(submit(batcher, engine, 3, n=2)))
+        gate.open(2)
+        await asyncio.gather(*tasks)
+
+    run(scenario, max_queue=10)
+    assert engine.sizes == [10, 10]
+
+
+def test_a_full_queue_says_when_there_will_be_room(clock: FakeClock) -> None:
+    engine = TimedEngine(clock, max_batch=10, row_s=0.1)
+
+    async def scenario(batcher: Batcher) -> float:
+        await submit(batcher, engine, 0, n=10)  # measures 0.1 s per row
+        engine.gate = gate = Gate()
+        tasks = [await admitted(submit(batcher, engine, 1, n=10))]
+        await gate.entered()
+        tasks.append(await admitted(submit(batcher, engine, 2, n=18)))
+        with pytest.raises(Overloaded) as refusal:
+            await submit(batcher, engine, 3, n=7)
+        gate.open(3)
+        await asyncio.gather(*tasks)
+        return refusal.value.retry_after_s
+
+    # The batch of 10 that runs takes 1 s, and then 5 of the 18 must have made room.
+    assert run(scenario, max_queue=20) == pytest.approx(1.0 + 5 * 0.1)
+
+
+def test_what_cannot_finish_in_time_is_refused_and_told_when_it_could(clock: FakeClock) -> None:
+    engine = TimedEngine(clock, max_batch=10, row_s=1.0)
+
+    async def scenario(batcher: Batcher) -> float:
+        await submit(batcher, engine, 0, n=10)  # measures 1 s per row
+        engine.gate = gate = Gate()
+        tasks = [await admitted(submit(batcher, engine, 1, n=10))]
+        await gate.entered()
+        tasks.append(await admitted(submit(batcher, engine, 2, n=8)))
+        clock.now_s += 4.0  # of the 10 s that the running batch takes
+        with pytest.raises(Overloaded) as refusal:
+            await submit(batcher, engine, 3, n=20)
+        tasks.append(await admitted(submit(batcher, engine, 4, n=16)))  # 6 + 8 + 16 s: just fits
+        gate.open(4)
+        await asyncio.gather(*tasks)
+        return refusal.value.retry_after_s
+
+    # 6 s of the running batch, 8 s of what waits and 20 s of its own, against 30 s.
+    assert run(scenario, timeout_s=30.0) == pytest.approx(6 + 8 + 20 - 30)
+
+
+def test_each_engine_is_reckoned_at_its_own_rate(clock: FakeClock) -> None:
+    slow = TimedEngine(clock, max_batch=10, row_s=1.0)
+    fast = TimedEngine(clock, max_batch=10, row_s=0.001)
+
+    async def scenario(batcher: Batcher) -> None:
+        await submit(batcher, slow, 0, n=10)
+        await submit(batcher, fast, 0, n=10)
+        fast.gate = gate = Gate()
+        tasks = [await admitted(submit(batcher, fast, 1))]
+        await gate.entered()
+        tasks.append(await admitted(submit(batcher, fast, 2, n=500)))
+        tasks.append(await admitted(submit(batcher, slow, 3, n=20)))
+        with pytest.raises(Overloaded):
+            await submit(batcher, slow, 4, n=10)
+        gate.open(51)
+        await asyncio.gather(*tasks)
+
+    run(scenario, timeout_s=30.0)
+    assert slow.sizes == [10, 10, 10]
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_light_traffic_does_not_make_the_engine_look_slow(clock: FakeClock, measured: bool) -> None:
+    engine = TimedEngine(clock, max_batch=10, fixed_s=1.0)  # as long for one row as for ten
+
+    async def scenario(batcher: Batcher) -> None:
+        if measured:
+            await submit(batcher, engine, 0, n=10)
+        for seed in range(20):
+            await submit(batcher, engine, seed)  # 1 s per row, if that were what a row costs
+        engine.gate = gate = Gate()
+        tasks = [await admitted(submit(batcher, engine, 20))]
+        await gate.entered()
+        tasks += [await admitted(submit(batcher, engine, seed, n=50)) for seed in (21, 22)]
+        gate.open(11)
+        await asyncio.gather(*tasks)
+
+    run(scenario, timeout_s=30.0)
+    assert engine.sizes[-11:] == [1] + [10] * 10
+
+
+def test_light_traffic_corrects_an_estimate_that_is_too_slow(clock: FakeClock) -> None:
+    engine = TimedEngine(clock, max_batch=10, row_s=100.0)
+
+    async def scenario(batcher: Batcher) -> None:
+        await submit(batcher, engine, 0, n=10)  # a hiccup: 1000 s
+        engine.row_s = 0.1
+        for seed in range(1, 50):
+            await submit(batcher, engine, seed)
+        engine.gate = gate = Gate()
+        tasks = [await admitted(submit(batcher, engine, 50))]
+        await gate.entered()
+        tasks += [await admitted(submit(batcher, engine, seed, n=10)) for seed in (51, 52)]
+        gate.open(3)
+        await asyncio.gather(*tasks)
+
+    run(scenario, timeout_s=30.0)
+    assert engine.sizes[-3:] == [1, 10, 10]
+
+
+def test_an_idle_batcher_tries_even_when_its_estimate_says_no(clock: FakeClock) -> None:
+    engine = TimedEngine(clock, max_batch=10, row_s=100.0)
+
+    async def scenario(batcher: Batcher) -> None:
+        await submit(batcher, engine, 0, n=10)  # a hiccup: 1000 s
+        engine.row_s = 0.001
+        for seed in range(1, 100):
+            await submit(batcher, engine, seed, n=10)
+        await asyncio.gather(*(submit(batcher, engine, seed, n=10) for seed in range(100)))
+
+    run(scenario, timeout_s=30.0)
+    assert sum(engine.sizes) == 2000
+
+
+@pytest.mark.parametrize(
+    ("seeds", "indices"),
+    [
+        (np.zeros(2, np.int64), np.zeros(2, np.int64)),  # would widen its neighbours to float
+        (np.zeros(2, np.uint64), np.zeros(3, np.int64)),
+        (np.zeros(0, np.uint64), np.zeros(0, np.int64)),
+        (np.zeros((1, 2), np.uint64), np.zeros((1, 2), np.int64)),
+    ],
+)
+def test_rows_of_the_wrong_shape_or_type_are_refused(
+    seeds: NDArray[np.uint64], indices: NDArray[np.int64]
+) -> None:
+    engine = FakeEngine()
+
+    async def scenario(batcher: Batcher) -> None:
+        with pytest.raises(ValueError, match="expected uint64, int64, int64"):
+            await batcher.submit(engine, seeds, indices, np.zeros(seeds.shape, np.int64))
+
+    run(scenario)
+    assert engine.batches == []
+
+
+# Requests that end early
+
+
+def test_a_request_that_is_queued_at_its_deadline_is_never_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate()
+    engine = FakeEngine(gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        running = await admitted(submit(batcher, engine, 0))
+        await gate.entered()
+        queued = await admitted(submit(batcher, engine, 1, n=5))
+        await let_pass(PATIENCE_S / 2, monkeypatch)
+        assert not queued.done()
+        await let_pass(PATIENCE_S / 2, monkeypatch)
+        assert batcher.queued_rows == 0
+        assert isinstance(queued.exception(), DeadlineExceeded)
+        assert isinstance(running.exception(), DeadlineExceeded)  # in flight is late as well
+        gate.open()
+
+    run(scenario)
+    assert engine.batches == [rows_of(0, 1)]
+
+
+def test_the_rest_of_a_split_request_is_not_computed_after_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=4, gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        split = await admitted(submit(batcher, engine, 1, n=9))
+        await gate.entered()
+        await let_pass(PATIENCE_S, monkeypatch)
+        assert batcher.queued_rows == 0
+        assert isinstance(split.exception(), DeadlineExceeded)
+        gate.open()
+
+    run(scenario)
+    assert engine.batches == [rows_of(1, 9)[:4]]
+
+
+def test_a_deadline_needs_no_other_event_to_be_kept() -> None:
+    gate = Gate()
+
+    async def scenario(batcher: Batcher) -> float:
+        submitted_at = time.perf_counter()
+        with pytest.raises(DeadlineExceeded, match=r"within 0\.05 s"):
+            await submit(batcher, FakeEngine(gate=gate), 1)
+        gate.open()
+        return time.perf_counter() - submitted_at
+
+    assert 0.04 < run(scenario, timeout_s=0.05) < PATIENCE_S / 2
+
+
+def test_cancelling_a_queued_request_frees_its_rows_for_another() -> None:
+    gate = Gate()
+    engine = FakeEngine(gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        blocker = await admitted(submit(batcher, engine, 0))
+        await gate.entered()
+        gone = await admitted(submit(batcher, engine, 1, n=10))
+        with pytest.raises(Overloaded):
+            await submit(batcher, engine, 2)
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert batcher.queued_rows == 0
+        other = await admitted(submit(batcher, engine, 3, n=10))
+        gate.open(2)
+        await blocker
+        assert_is_own(await other, rows_of(3, 10))
+
+    run(scenario, max_queue=10)
+    assert engine.batches == [rows_of(0, 1), rows_of(3, 10)]
+
+
+def test_cancelling_in_flight_leaves_the_neighbours_right() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=8, gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        blocker = await admitted(submit(batcher, engine, 0))
+        await gate.entered()
+        left = await admitted(submit(batcher, engine, 1, n=3))
+        right = await admitted(submit(batcher, engine, 3, n=3))
+        gone = await admitted(submit(batcher, engine, 2, n=9))  # two rows ride, seven wait
+        gate.open()
+        await blocker
+        await gate.entered()
+        assert batcher.queued_rows == 7
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert batcher.queued_rows == 0
+        gate.open()
+        assert_is_own(await left, rows_of(1, 3))
+        assert_is_own(await right, rows_of(3, 3))
+
+    run(scenario)
+    assert engine.sizes == [1, 8]
+
+
+# Failures
+
+
+def test_a_failed_forward_rejects_its_own_requests_and_the_next_one_works() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=4, gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        blocker = await admitted(submit(batcher, engine, 0))
+        await gate.entered()
+        neighbour = await admitted(submit(batcher, engine, 1))
+        poisoned = await admitted(submit(batcher, engine, 2, n=7, label=POISON))
+        unharmed = await admitted(submit(batcher, engine, 3, n=4))
+        gate.open(3)
+        failures = await asyncio.gather(neighbour, poisoned, return_exceptions=True)
+        assert_is_own(await blocker, rows_of(0, 1))
+        assert_is_own(await unharmed, rows_of(3, 4))
+
+        assert [type(failure) for failure in failures] == [ForwardFailed, ForwardFailed]
+        assert failures[0] is not failures[1]
+        for failure in failures:
+            assert isinstance(failure, ForwardFailed)
+            assert isinstance(failure.__cause__, ArithmeticError)
+            assert "poisoned" not in str(failure)  # a client is told that, not why
+
+    run(scenario)
+    # Of the seven poisoned rows, the four that did not ride were dropped.
+    assert engine.batches[1] == rows_of(1, 1) + rows_of(2, 3, POISON)
+    assert engine.batches[2:] == [rows_of(3, 4)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((1, 2, 2, 3), np.uint8),
+        np.zeros((2, 2, 2, 3), np.float32),
+        np.zeros((2, 12), np.uint8),
+    ],
+)
+def test_an_engine_that_returns_the_wrong_array_fails_its_batch(wrong: NDArray[np.uint8]) -> None:
+    class Wrong(FakeEngine):
+        def __call__(
+            self,
+            seeds: NDArray[np.uint64],
+            indices: NDArray[np.int64],
+            labels: NDArray[np.int64],
+        ) -> NDArray[np.uint8]:
+            return wrong
+
+    async def scenario(batcher: Batcher) -> None:
+        with pytest.raises(ForwardFailed) as failure:
+            await submit(batcher, Wrong(), 1, n=2)
+        assert "expected uint8 (2, H, W, C)" in str(failure.value.__cause__)
+        assert_is_own(await submit(batcher, FakeEngine(), 2), rows_of(2, 1))
+
+    run(scenario)
+
+
+def test_neither_a_success_nor_a_failure_keeps_a_replaced_engine_in_memory() -> None:
+    async def scenario(batcher: Batcher) -> None:
+        engine = FakeEngine()
+        alive = weakref.ref(engine)
+        await submit(batcher, engine, 1)
+        try:
+            await submit(batcher, engine, 2, label=POISON)
+        except ForwardFailed as failure:
+            assert isinstance(failure.__cause__, ArithmeticError)  # noqa: PT017
+        del engine
+        # A request to another engine follows the turn that may still have held this one.
+        await submit(batcher, FakeEngine(), 3)
+        assert alive() is None
+
+    gc.collect()
+    gc.disable()  # freed by reference counts alone, not whenever the collector comes by
+    try:
+        run(scenario)
+    finally:
+        gc.enable()
+
+
+# The end
+
+
+def test_draining_finishes_what_was_admitted_and_refuses_the_rest() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=4, gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        running = await admitted(submit(batcher, engine, 1, n=3))
+        await gate.entered()
+        waiting = await admitted(submit(batcher, engine, 2, n=6))
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0)
+        with pytest.raises(Draining):
+            await submit(batcher, engine, 3)
+        assert not closing.done()
+        assert engine_threads()
+        gate.open(3)
+        assert_is_own(await running, rows_of(1, 3))
+        assert_is_own(await waiting, rows_of(2, 6))
+        await closing
+        assert not engine_threads()
+
+    run(scenario)  # which closes it a second time
+    assert engine.sizes == [3, 4, 2]
+
+
+def test_closing_does_not_block_the_event_loop() -> None:
+    gate = Gate()
+    engine = FakeEngine(gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        task = await admitted(submit(batcher, engine, 1))
+        await gate.entered()
+        closing = asyncio.create_task(batcher.close())
+        for _ in range(3):
+            await asyncio.sleep(0)  # the loop turns while the forward is held
+        assert not closing.done()
+        gate.open()
+        await asyncio.gather(closing, task)
+
+    run(scenario)
+
+
+def test_a_batcher_that_was_never_started_takes_no_work_and_closes() -> None:
+    async def main() -> None:
+        batcher = Batcher(10, PATIENCE_S, Recorder())
+        with pytest.raises(Draining):
+            await submit(batcher, FakeEngine(), 1)
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_the_thread_ends_quietly_when_the_event_loop_closes_under_it() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=1, gate=gate)
+
+    async def main() -> None:
+        batcher = Batcher(10, PATIENCE_S, Recorder())
+        batcher.start()
+        await admitted(submit(batcher, engine, 1, n=3))
+        await gate.entered()
+
+    asyncio.run(main())  # cancels the request and closes the loop, without draining
+    (thread,) = engine_threads()
+    gate.open()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()  # an exception in the thread would fail the test as a warning
+    assert engine.sizes == [1]
+
+
+# Anything at all
+
+
+@dataclass
+class Submit:
+    engine: int
+    n: int
+    poisoned: bool
+
+
+@dataclass
+class Cancel:
+    request: int
+
+
+@dataclass
+class Forward:
+    pass
+
+
+Step = Submit | Cancel | Forward
+
+STEPS = st.lists(
+    st.one_of(
+        st.builds(
+            Submit,
+            engine=st.integers(0, 1),
+            n=st.one_of(st.integers(1, 4), st.integers(1, 40)),
+            poisoned=st.integers(0, 9).map(lambda number: number == 0),
+        ),
+        st.builds(Cancel, st.integers(0, 29)),
+        st.builds(Forward),
+    ),
+    max_size=30,
+)
+MAX_QUEUE, MAX_BATCH = 48, 12
+
+
+class World:
+    """Takes random steps in lockstep with the engine thread, which forwards when told to."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.batcher = batcher
+        self.gate = Gate()
+        self.engines = [FakeEngine(MAX_BATCH, self.gate) for _ in range(2)]
+        self.requests: list[tuple[asyncio.Task[Generated], list[Row]]] = []
+        self.begun_at_cancel: dict[int, int] = {}  # by the number of the request, which is its seed
+        self.running = False
+
+    async def take(self, step: Step) -> None:
+        match step:
+            case Submit():
+                await self.submit(step)
+            case Cancel(any_number) if self.requests:
+                number = any_number % len(self.requests)
+                task, _ = self.requests[number]
+                if task.cancel():
+                    await asyncio.wait([task])
+                    self.begun_at_cancel[number] = len(self.gate.begun)
+            case Forward() if self.running:
+                await self.forward()
+        assert self.batcher.queued_rows == self.rows_not_begun() <= MAX_QUEUE
+
+    async def submit(self, step: Submit) -> None:
+        seed, label = len(self.requests), POISON if step.poisoned else step.engine
+        fits = self.batcher.queued_rows + step.n <= MAX_QUEUE
+        task = await admitted(submit(self.batcher, self.engines[step.engine], seed, step.n, label))
+        if not fits:
+            assert isinstance(task.exception(), Overloaded)
+            return
+        self.requests.append((task, rows_of(seed, step.n, label)))
+        if not self.running:
+            await self.gate.entered()
+            self.running = True
+
+    async def forward(self) -> None:
+        """Let the running forward finish, and wait for what follows from it."""
+        self.gate.open()
+        self.running = False
+        if self.rows_not_begun():
+            await self.gate.entered()
+            self.running = True
+        elif pending := [task for task, _ in self.requests if not task.done()]:
+            await asyncio.wait(pending, timeout=PATIENCE_S)
+
+    def rows_not_begun(self) -> int:
+        """Rows that wait for a forward, by the engines' account."""
+        begun = Counter(row[0] for batch in self.gate.begun for row in batch)
+        ended = self.gate.begun[:-1] if self.running else self.gate.begun
+        dropped = {row[0] for batch in ended if failed(batch) for row in batch}
+        dropped |= self.begun_at_cancel.keys()
+        return sum(
+            len(rows) - begun[seed]
+            for seed, (_, rows) in enumerate(self.requests)
+            if seed not in dropped
+        )
+
+    def check_answers(self) -> None:
+        """Every request was answered with its own rows, unless it had a reason not to be."""
+        begun = self.gate.begun
+        computed = [row for batch in begun for row in batch]
+        assert len(computed) == len(set(computed))
+        assert all(len(batch) <= MAX_BATCH for batch in begun)
+        failures = {row[0] for batch in begun if failed(batch) for row in batch}
+        for seed, (task, rows) in enumerate(self.requests):
+            if seed in self.begun_at_cancel:
+                assert task.cancelled()
+                later = begun[self.begun_at_cancel[seed] :]
+                assert seed not in {row[0] for batch in later for row in batch}
+            elif seed in failures:
+                assert isinstance(task.exception(), ForwardFailed)
+            else:
+                assert_is_own(task.result(), rows)
+
+
+def failed(batch: list[Row]) -> bool:
+    return any(label == POISON for _, _, label in batch)
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(STEPS)
+def test_every_request_is_answered_once_with_its_own_rows_whatever_happens(
+    steps: list[Step],
+) -> None:
+    async def scenario(batcher: Batcher) -> None:
+        world = World(batcher)
+        for step in steps:
+            await world.take(step)
+        while world.running:
+            await world.take(Forward())
+        world.check_answers()
+
+    run(scenario, max_queue=MAX_QUEUE)

@@ -1,0 +1,99 @@
+"""The byte contract and the life of the process, through `python -m service` on a real socket."""
+
+import io
+import random
+import signal
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+
+from tests.serving import ServiceProcess
+
+Recipe = tuple[int, int, int]  # label, seed, n
+
+
+def images(client: httpx.Client, recipe: Recipe) -> list[bytes]:
+    """The single PNGs of a request, in order."""
+    label, seed, n = recipe
+    answer = client.post(f"/generate?label={label}&seed={seed}&n={n}&format=zip")
+    assert answer.status_code == 200
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        return [archive.read(f"{label:04d}-{index:04d}.png") for index in range(n)]
+
+
+KNOWN: Recipe = (7, 20_141_111, 20)
+LONG = (*KNOWN[:2], 150)  # more than a batch
+
+
+def crowd(count: int) -> list[Recipe]:
+    """Requests of mixed classes, seeds and sizes, the known one among them."""
+    rng = random.Random(0)
+    mixed = [(rng.randrange(10), rng.getrandbits(64), rng.randrange(1, 90)) for _ in range(count)]
+    mixed[count // 2] = KNOWN
+    mixed[count // 3] = LONG
+    return mixed
+
+
+def test_the_same_seed_gives_the_same_bytes_alone_in_a_crowd_and_after_a_restart() -> None:
+    with ServiceProcess("--max-queue", "100000") as service:
+        alone = images(service.client, KNOWN)
+        requests = crowd(64)
+        with ThreadPoolExecutor(64) as pool:
+            crowded = list(pool.map(lambda each: images(service.client, each), requests))
+        assert crowded[32] == alone
+        assert crowded[21][:20] == alone, "a smaller n is the prefix of a larger one"
+        quiet = [images(service.client, each) for each in requests]
+        assert quiet == crowded
+        batches = batch_sizes(service.client)
+        assert batches[">1 request"] > 0, "nothing rode together, so nothing was shown"
+    with ServiceProcess("--max-batch", "24") as restarted:
+        assert images(restarted.client, KNOWN) == alone
+        assert images(restarted.client, LONG) == crowded[21]
+
+
+def batch_sizes(client: httpx.Client) -> dict[str, float]:
+    """How many batches were full, which a request of at most 89 images seldom is by itself."""
+    found = {}
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith("cgan_batch_rows_bucket"):
+            found[line.split('"')[1]] = float(line.rsplit(" ", 1)[1])
+    return {">1 request": found["64.0"] - found["48.0"]}
+
+
+def test_an_image_is_the_same_with_one_thread() -> None:
+    with ServiceProcess() as many, ServiceProcess(environment={"OMP_NUM_THREADS": "1"}) as one:
+        assert images(many.client, KNOWN) == images(one.client, KNOWN)
+
+
+def test_float32_keeps_the_contract_too() -> None:
+    with ServiceProcess("--dtype", "float32") as service:
+        assert images(service.client, LONG)[:20] == images(service.client, KNOWN)
+
+
+def test_sigterm_under_load_answers_what_was_admitted_and_exits_0() -> None:
+    with ServiceProcess() as service, ThreadPoolExecutor(4) as pool:
+        url = "/generate?label=7&n=1024&format=zip"
+        answers = [pool.submit(service.client.post, url) for _ in range(4)]
+        while in_progress(service.client) < 5:  # the four, and the scrape itself
+            pass
+        service.signal()
+        for answer in answers:
+            with zipfile.ZipFile(io.BytesIO(answer.result().content)) as archive:
+                assert len(archive.namelist()) == 1025
+        assert service.wait() == 0
+    assert not [line for line in service.errors if '"level": "error"' in line]
+
+
+def in_progress(client: httpx.Client) -> float:
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith("cgan_requests_in_progress "):
+            return float(line.split()[1])
+    raise AssertionError("no such metric")
+
+
+def test_ctrl_c_exits_0() -> None:
+    with ServiceProcess() as service:
+        service.signal(signal.SIGINT)
+        assert service.wait() == 0
+    assert service.errors == []

@@ -1,0 +1,123 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from service.engine import Engine, EngineError, FusedMLP, resolve_dtype
+from service.latents import draw_latents
+from tests.conftest import make_artifact
+from training.artifact import Artifact, load_artifact
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def rows(count: int, classes: int = 10) -> "tuple[np.typing.NDArray[np.uint64], ...]":
+    rng = np.random.default_rng(count)
+    seeds = rng.integers(0, 2**64, count, dtype=np.uint64)
+    return seeds, rng.integers(0, 1024, count), rng.integers(0, classes, count)
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def engine(request: pytest.FixtureRequest, bundled: Path) -> Engine:
+    return Engine(load_artifact(bundled), device=CPU, dtype=request.param, max_batch=64)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_fused_network_is_the_artifacts_network(tmp_path: Path, channels: int) -> None:
+    artifact = load_artifact(make_artifact(tmp_path / "a.safetensors", channels=channels))
+    fused = FusedMLP(artifact.generator, device=CPU, dtype=torch.float32)
+    latents, labels = torch.randn(32, 9), torch.arange(32) % 3
+    with torch.inference_mode():
+        expected = artifact.generator(latents, labels).flatten(1)
+        assert torch.allclose(fused(latents, labels), expected, atol=1e-5)
+
+
+def test_pixels_are_the_rounded_image_in_rows_of_height_width_channels(tmp_path: Path) -> None:
+    artifact = load_artifact(make_artifact(tmp_path / "a.safetensors", channels=3))
+    engine = Engine(artifact, device=CPU, dtype=torch.float32, max_batch=8)
+    seeds, indices, labels = rows(5, classes=3)
+    made = engine(seeds, indices, labels)
+    latents = torch.from_numpy(draw_latents(seeds, indices, 9))
+    with torch.inference_mode():
+        images = artifact.generator(latents, torch.from_numpy(labels)).permute(0, 2, 3, 1)
+    assert made.shape == (5, 12, 12, 3)
+    assert np.abs(made - (images.numpy() * 127.5 + 127.5)).max() <= 0.5 + 1e-2
+
+
+def test_an_image_is_the_same_in_every_batch_it_rides_in(engine: Engine) -> None:
+    seeds, indices, labels = rows(64)
+    known = engine(seeds, indices, labels)
+    rng = np.random.default_rng(1)
+    for size in (1, 2, 3, 7, 8, 9, 15, 31, 33, 63, 64):
+        chosen = rng.permutation(64)[:size]
+        some = engine(seeds[chosen], indices[chosen], labels[chosen])
+        assert (some == known[chosen]).all(), f"in a batch of {size}"
+
+
+def test_an_image_is_the_same_with_one_thread_and_with_two(engine: Engine) -> None:
+    order = rows(64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = engine(*order)
+        torch.set_num_threads(2)
+        assert (engine(*order) == alone).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_answer_is_the_callers_to_keep(engine: Engine) -> None:
+    first = engine(*rows(8))
+    kept = first.copy()
+    engine(*rows(9))
+    assert (first == kept).all()
+
+
+def test_a_network_folded_wrongly_is_not_served(
+    small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget_the_label(fused: FusedMLP, *args: object, **kwargs: object) -> None:
+        original(fused, *args, **kwargs)  # type: ignore[arg-type]
+        fused.label_bias.zero_()
+
+    original = FusedMLP.__init__
+    monkeypatch.setattr(FusedMLP, "__init__", forget_the_label)
+    with pytest.raises(EngineError, match=r"differ from the artifact's by \d+"):
+        Engine(small_artifact, device=CPU, dtype=torch.float32, max_batch=8)
+
+
+def test_an_image_that_depends_on_its_batch_is_not_served(
+    small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = FusedMLP.__call__
+
+    def mix_rows(fused: FusedMLP, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return original(fused, latents + 0.1 * latents.mean(0), labels)
+
+    monkeypatch.setattr(FusedMLP, "__call__", mix_rows)
+    with pytest.raises(EngineError, match="an image in a batch of"):
+        Engine(small_artifact, device=CPU, dtype=torch.float32, max_batch=32)
+
+
+def test_a_dtype_asked_for_by_name_is_taken() -> None:
+    assert resolve_dtype("float32", CPU) is torch.float32
+    assert resolve_dtype("bfloat16", CPU) is torch.bfloat16
+    assert resolve_dtype("auto", CPU) in DTYPES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_captured_forward_agrees_with_the_cpu_and_with_itself(
+    bundled: Path, dtype: torch.dtype
+) -> None:
+    artifact = load_artifact(bundled)
+    gpu = Engine(artifact, device=torch.device("cuda"), dtype=dtype, max_batch=64)
+    cpu = Engine(artifact, device=CPU, dtype=torch.float32, max_batch=64)
+    order = rows(64)
+    known = gpu(*order)
+    difference = np.abs(known.astype(int) - cpu(*order))
+    assert difference.mean() < (0.05 if dtype is torch.float32 else 2.0)
+    for size in (1, 5, 63):
+        assert (gpu(*(column[:size] for column in order)) == known[:size]).all()
