@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from service.engine import Engine, EngineError, FusedMLP, resolve_dtype
 from service.latents import draw_latents
@@ -13,7 +14,10 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def rows(count: int, classes: int = 10) -> "tuple[np.typing.NDArray[np.uint64], ...]":
+Rows = tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]
+
+
+def rows(count: int, classes: int = 10) -> Rows:
     rng = np.random.default_rng(count)
     seeds = rng.integers(0, 2**64, count, dtype=np.uint64)
     return seeds, rng.integers(0, 1024, count), rng.integers(0, classes, count)
@@ -120,4 +124,5 @@ def test_the_captured_forward_agrees_with_the_cpu_and_with_itself(
     difference = np.abs(known.astype(int) - cpu(*order))
     assert difference.mean() < (0.05 if dtype is torch.float32 else 2.0)
     for size in (1, 5, 63):
-        assert (gpu(*(column[:size] for column in order)) == known[:size]).all()
+        seeds, indices, labels = order
+        assert (gpu(seeds[:size], indices[:size], labels[:size]) == known[:size]).all()

@@ -2,15 +2,16 @@ import math
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from service.latents import draw_latents, splitmix64
 
 
-def u64(*values: int) -> "np.typing.NDArray[np.uint64]":
+def u64(*values: int) -> NDArray[np.uint64]:
     return np.array(values, dtype=np.uint64)
 
 
-def i64(*values: int) -> "np.typing.NDArray[np.int64]":
+def i64(*values: int) -> NDArray[np.int64]:
     return np.array(values, dtype=np.int64)
 
 

@@ -3,12 +3,13 @@ import json
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from service.png import contact_sheet, encode_png, enlarge
 
 
-def noise(*shape: int) -> "np.typing.NDArray[np.uint8]":
+def noise(*shape: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
