@@ -1,5 +1,6 @@
 """The loaded models, by name."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,9 @@ from service.engine import Engine, EngineError, resolve_dtype
 from service.settings import Settings
 from training.artifact import ArtifactError, ArtifactInfo, load_artifact
 from training.devices import resolve_device
+
+# A model's name stands in URLs, headers and metrics as it is.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ def load_registry(settings: Settings) -> Registry:
     dtype = resolve_dtype(settings.dtype, device)
     models = []
     for path in _artifact_paths(settings.weights):
+        if not _NAME.fullmatch(path.stem):
+            raise ArtifactError(
+                path,
+                "gives the model a name that is not allowed; allowed are up to 100 of the letters "
+                "A to Z and a to z, digits, '.', '_' and '-', the first a letter or a digit",
+            )
         artifact = load_artifact(path)
         try:
             engine = Engine(artifact, device=device, dtype=dtype, max_batch=settings.max_batch)

@@ -36,7 +36,8 @@ def describe(device: torch.device) -> str:
     """A device in words."""
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
-    return f"the CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"the CPU, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
