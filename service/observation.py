@@ -18,6 +18,7 @@ log = logging.getLogger("service")
 access_log = logging.getLogger("service.access")
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PROBES = frozenset({"/livez", "/readyz", "/metrics"})
 _SHOWN = 300  # characters of a path or query in the log
 
 
@@ -100,7 +101,9 @@ class Observe:
         method = scope["method"] if route != "unmatched" else "any"
         self._metrics.requests.labels(route, method, str(status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
-        if not access_log.isEnabledFor(logging.INFO):
+        # Probes and scrapes come every few seconds for ever, and would bury the rest.
+        level = logging.DEBUG if route in _PROBES else logging.INFO
+        if not access_log.isEnabledFor(level):
             return
         client = scope.get("client")
         fields = {
@@ -113,7 +116,7 @@ class Observe:
             "duration_ms": round(1e3 * seconds, 3),
             "client": client[0] if client else None,
         }
-        access_log.info("request", extra={"fields": fields})
+        access_log.log(level, "request", extra={"fields": fields})
 
 
 def _request_id(scope: Scope) -> str:

@@ -86,7 +86,10 @@ def load_registry(settings: Settings) -> Registry:
 def _artifact_paths(weights: Path) -> list[Path]:
     if not weights.is_dir():
         return [weights]
-    paths = sorted(weights.glob("*.safetensors"))
+    try:
+        paths = sorted(path for path in weights.iterdir() if path.suffix == ".safetensors")
+    except OSError as error:
+        raise ArtifactError(weights, f"cannot be read: {error.strerror}") from error
     if not paths:
         raise ArtifactError(weights, "holds no *.safetensors file")
     return paths

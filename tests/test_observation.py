@@ -41,9 +41,20 @@ def test_a_log_line_cannot_be_forged() -> None:
     assert all(json.loads(line)["level"] == "info" for line in service.errors)
 
 
+def test_probes_and_scrapes_are_logged_at_debug_only() -> None:
+    for level, expected in (("info", set()), ("debug", {"/livez", "/readyz", "/metrics"})):
+        with ServiceProcess("--log-level", level) as service:
+            for path in ("/livez", "/readyz", "/metrics"):
+                assert service.client.get(path).status_code == 200
+            service.signal()
+            service.wait()
+        lines = [json.loads(line) for line in service.errors]
+        assert {each["path"] for each in lines if each["logger"] == "service.access"} == expected
+
+
 def test_log_level_warning_is_silent_about_requests() -> None:
     with ServiceProcess("--log-level", "warning") as service:
-        assert service.client.get("/livez").status_code == 200
+        assert service.client.get("/models").status_code == 200
         service.signal()
         service.wait()
     assert service.errors == []
