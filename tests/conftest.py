@@ -8,6 +8,7 @@ import torch
 
 from tests.serving import REPOSITORY, ServiceProcess
 from training.artifact import Artifact, ArtifactInfo, load_artifact, save_artifact
+from training.data import default_data_dir
 from training.loop import recompute_batch_norm
 from training.networks import MLPGeneratorConfig, build_generator
 
@@ -57,3 +58,24 @@ def service() -> Iterator[ServiceProcess]:
     """The bundled model, served as a newcomer would."""
     with ServiceProcess() as running:
         yield running
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny networks are faster so, many times where other processes want the cores as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """A data directory that holds the real MNIST; tests never download it."""
+    data_dir = default_data_dir()
+    if not (data_dir / "mnist").is_dir():
+        pytest.skip(f"no MNIST in {data_dir}: set CGAN_DATA_DIR to a folder that has it")
+    return data_dir

@@ -15,15 +15,23 @@ from training.config import PRESETS
 from training.data import DATASETS, DataError, Dataset, default_data_dir, load_dataset
 from training.devices import DeviceError, describe, has_native_bfloat16, resolve_device
 from training.evaluation import certify, generate, table, with_certificate
-from training.judge import Judge, JudgeError, load_judge, save_judge, train_classifier
-from training.loop import TrainState, create_state, generator_config, train
-from training.networks import count_parameters
+from training.judge import DIGESTS, Judge, JudgeError, load_judge, save_judge, train_classifier
+from training.loop import DivergedError, TrainState, create_state, generator_config, train
+from training.networks import GeneratorConfig, count_parameters
 from training.pictures import grid, save_png
 from training.report import write_report
 from training.run import RunFolder, run, stop_on_signals
 
 # What a person can mend; anything else is a defect of this code and shows its traceback.
-EXPECTED = (ArtifactError, CheckpointError, DataError, DeviceError, JudgeError, OSError)
+EXPECTED = (
+    ArtifactError,
+    CheckpointError,
+    DataError,
+    DeviceError,
+    DivergedError,
+    JudgeError,
+    OSError,
+)
 
 
 class _Commands(click.Group):
@@ -173,6 +181,9 @@ def _print_plan(folder: RunFolder, state: TrainState, data: Dataset, identity: I
         click.echo(f"Estimated time: {identity.minutes:g} minutes, as asked for.")
         return
     left = identity.config.images - state.images_seen
+    if left <= 0:
+        click.echo("Estimated time: none; the run is complete.")
+        return
     until = time.monotonic() + 5.0
     points = train(
         state, data, identity.config, log_every=2**62, stop=lambda: time.monotonic() > until
@@ -198,12 +209,15 @@ def evaluate_command(*, artifact: Path, device: str, data_dir: Path | None, repo
     loaded = load_artifact(artifact)
     torch_device = _device(device)
     name = loaded.info.training.get("dataset")
-    if not isinstance(name, str) or name not in DATASETS:
+    if not isinstance(name, str) or name not in DIGESTS:
         raise ArtifactError(artifact, f"was trained on {name!r}, for which there is no judge")
     train_set, test_set = (
         load_dataset(name, split, data_dir or default_data_dir()).to(torch_device)
         for split in ("train", "test")
     )
+    made, real = _shape(loaded.info.network), _shape(generator_config(test_set))
+    if made != real:
+        raise ArtifactError(artifact, f"makes images of {made}, but those of {name} are of {real}")
     judge = load_judge(test_set)
     generator = loaded.generator.to(torch_device)
     certificate = certify(generator, judge, train=train_set, test=test_set)
@@ -211,6 +225,11 @@ def evaluate_command(*, artifact: Path, device: str, data_dir: Path | None, repo
     click.echo(table(certificate, loaded.info.class_names))
     if report:
         write_report(artifact.parent)
+
+
+def _shape(network: GeneratorConfig) -> str:
+    size = f"{network.image_size}x{network.image_size}x{network.channels}"
+    return f"{size} in {network.num_classes} classes"
 
 
 @main.command("sample")

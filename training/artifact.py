@@ -8,6 +8,7 @@ the cause where it differs.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from training.files import write_atomically
 from training.networks import GeneratorConfig, MLPGenerator, build_generator
@@ -71,6 +73,7 @@ class ArtifactInfo:
             )
         if len(set(self.class_names)) != len(self.class_names):
             raise ValueError("class names repeat")
+        json.dumps((self.training, self.certificate), allow_nan=False)  # raises for NaN and inf
 
     def label(self, text: str) -> int:
         """The label that a class name or, failing that, a class index stands for.
@@ -111,6 +114,26 @@ class Artifact:
 _INFO = TypeAdapter(ArtifactInfo)
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Builds modules without drawing their initial weights.
+
+    On the meta device drawing them does nothing, but PyTorch loads its whole compiler to find that
+    out: over a second, and a writable temporary folder, which a locked-down container has not.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def save_artifact(path: Path, generator: nn.Module, info: ArtifactInfo) -> None:
     """Write an artifact beside its target, sync it, and rename it into place.
 
@@ -120,7 +143,7 @@ def save_artifact(path: Path, generator: nn.Module, info: ArtifactInfo) -> None:
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in generator.state_dict().items()}
     _check_finite(path, tensors)
-    metadata = json.dumps(dataclasses.asdict(info), sort_keys=True, allow_nan=False)
+    metadata = json.dumps(dataclasses.asdict(info), sort_keys=True)
     write_atomically(path, safetensors.torch.save(tensors, {_METADATA_KEY: metadata}))
 
 
@@ -140,7 +163,7 @@ def load_artifact(path: Path) -> Artifact:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(path, f"is not a valid safetensors file: {error}") from error
-    with torch.device("meta"):  # shapes only; no memory is taken for a network that will not fit
+    with torch.device("meta"), _Uninitialised():  # shapes only: a hostile one takes no memory
         generator = build_generator(info.network)
     _check_tensors(path, generator.state_dict(), tensors)
     generator.load_state_dict(tensors, assign=True)
@@ -162,6 +185,8 @@ def _read(path: Path) -> bytes:
         if path.is_dir():
             raise ArtifactError(path, "is a folder, not a file")
         size = path.stat().st_size
+        if not path.is_file():  # a pipe or a device would be read for ever
+            raise ArtifactError(path, "is no ordinary file")
         if size > MAX_BYTES:
             raise ArtifactError(path, f"is {size} bytes long, more than the {MAX_BYTES} allowed")
         return path.read_bytes()

@@ -1,9 +1,12 @@
 """Checkpoints: everything a run needs to go on exactly where it stopped. Private to this code.
 
-A checkpoint is no artifact: it resumes, it does not serve, and another version may refuse it.
+A checkpoint is no artifact: it resumes, it does not serve, and another version may refuse it. The
+file is a line that says what it is, the SHA-256 of the rest, and the rest as PyTorch saves it, so
+that no damage can pass for a state.
 """
 
 import dataclasses
+import hashlib
 import io
 import pickle
 from dataclasses import dataclass
@@ -17,7 +20,8 @@ from training.config import TrainingConfig
 from training.files import write_atomically
 from training.loop import TrainState
 
-VERSION = 1
+_MAGIC = b"cgan checkpoint, version 2\n"
+_DIGEST_BYTES = 32
 _CONFIG = TypeAdapter(TrainingConfig)
 
 
@@ -53,7 +57,6 @@ def save_checkpoint(path: Path, state: TrainState, identity: Identity) -> None:
         CheckpointError: the file cannot be written.
     """
     contents = {
-        "version": VERSION,
         "identity": dataclasses.asdict(identity),
         "generator": state.generator.state_dict(),
         "discriminator": state.discriminator.state_dict(),
@@ -66,8 +69,9 @@ def save_checkpoint(path: Path, state: TrainState, identity: Identity) -> None:
     }
     buffer = io.BytesIO()
     torch.save(contents, buffer)
+    payload = buffer.getvalue()
     try:
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, _MAGIC + hashlib.sha256(payload).digest() + payload)
     except OSError as error:
         kept = "; the checkpoint before it is intact" if path.exists() else ""
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}{kept}") from error
@@ -79,22 +83,33 @@ def read_checkpoint(path: Path) -> tuple[Identity, dict[str, Any]]:
     Raises:
         CheckpointError: there is none, or it is damaged or of another version.
     """
+    payload = _read_payload(path)
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: there is no checkpoint to resume from") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: is damaged or no checkpoint") from error
-    if not isinstance(contents, dict) or contents.get("version") != VERSION:
-        raise CheckpointError(f"{path}: is no checkpoint of version {VERSION}")
+        contents = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: is no checkpoint; nothing in it was executed") from error
     try:
         stored = dict(contents["identity"])
         config = _CONFIG.validate_python(stored.pop("config"))
         return Identity(config=config, **stored), contents
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{path}: was written by another version of this code") from error
+
+
+def _read_payload(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: there is no checkpoint to resume from") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if not data.startswith(_MAGIC):
+        raise CheckpointError(f"{path}: is no checkpoint, or one of another version of this code")
+    start = len(_MAGIC) + _DIGEST_BYTES
+    payload = data[start:]
+    if hashlib.sha256(payload).digest() != data[len(_MAGIC) : start]:
+        raise CheckpointError(f"{path}: is damaged: its contents do not have their SHA-256")
+    return payload
 
 
 def restore(path: Path, contents: dict[str, Any], state: TrainState) -> None:

@@ -64,8 +64,8 @@ PRESETS: dict[str, TrainingConfig] = {
         precision="float32",
         ema_half_life=0.0,
     ),
-    # The same generator against a discriminator that sees neighbouring pixels, with the objective of
-    # R3GAN (arXiv 2501.05441): relativistic pairs, R1 and R2.
+    # The same generator against a discriminator that sees neighbouring pixels, with the objective
+    # of R3GAN (arXiv 2501.05441): relativistic pairs, R1 and R2.
     "mlp": TrainingConfig(
         discriminator="conv",
         discriminator_hidden=(32, 64, 256),

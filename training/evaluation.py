@@ -126,11 +126,10 @@ def generate(
         (N, C, H, W) uint8.
     """
     rng = torch.Generator().manual_seed(seed)
-    pixels = []
-    for batch in labels.split(batch_size):
-        latents = torch.randn((len(batch), generator.config.latent_dim), generator=rng)
-        pixels.append(to_pixels(generator(latents.to(labels.device), batch)))
-    return torch.cat(pixels)
+    # All at once: what several calls of randn give depends on how many there are.
+    latents = torch.randn((len(labels), generator.config.latent_dim), generator=rng)
+    batches = zip(latents.split(batch_size), labels.split(batch_size), strict=True)
+    return torch.cat([to_pixels(generator(z.to(labels.device), y)) for z, y in batches])
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -226,6 +225,7 @@ def table(certificate: Certificate, class_names: tuple[str, ...]) -> str:
     rows.append(
         ("Fréchet distance", f"{made.frechet_distance:.3f}", f"{real.frechet_distance:.3f}")
     )
+    rows = [(name.replace("|", "\\|").replace("\n", " "), a, b) for name, a, b in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [
         "| " + f"{a:<{widths[0]}} | {b:>{widths[1]}} | {c:>{widths[2]}}" + " |" for a, b, c in rows

@@ -67,7 +67,7 @@ class Judge:
     digest: str
 
     @torch.inference_mode()
-    def look(self, pixels: Tensor, *, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
+    def look(self, pixels: Tensor, *, batch_size: int = 100) -> tuple[Tensor, Tensor]:
         """Classify images and measure them.
 
         Args:
@@ -184,5 +184,7 @@ def load_judge(dataset: Dataset, folder: Path = FOLDER) -> Judge:
         raise JudgeError(f"{path}: SHA-256 is {digest}, the committed judge has {expected}")
     classifier = Classifier(num_classes=dataset.num_classes, channels=dataset.channels)
     classifier.load_state_dict(safetensors.torch.load(data))  # copies into float32
-    classifier.eval().requires_grad_(False).to(dataset.labels.device)
+    classifier.eval().requires_grad_(False)
+    # Channels last, and few images at a time: three times as fast on a CPU.
+    classifier.to(dataset.labels.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Judge(classifier, digest)

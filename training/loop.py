@@ -45,6 +45,10 @@ class TrainState:
     elapsed_s: float = 0.0
 
 
+class DivergedError(Exception):
+    """The losses are no longer numbers; going on would only waste time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Losses:
     """Means since the last log point, as plain numbers.
@@ -245,20 +249,19 @@ def recompute_batch_norm(generator: MLPGenerator, *, batches: int, seed: int = 0
     """Measure the batch-norm statistics that belong to the generator's present weights.
 
     The running statistics that training keeps belong to other weights than the averaged ones.
-    Labels are balanced; the statistics are the plain mean over all batches of 500 images.
+    Labels are balanced over the batches; the statistics are the plain mean over all batches of 500
+    images. The generator is left in evaluation mode.
     """
     norms = [m for m in generator.modules() if isinstance(m, nn.BatchNorm1d)]
-    if not norms:
-        return
-    device = norms[0].running_mean.device if norms[0].running_mean is not None else None
-    rng = torch.Generator(device or "cpu").manual_seed(seed)
+    device = generator.label_embedding.weight.device
+    rng = torch.Generator(device).manual_seed(seed)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average instead of an exponential one
     generator.train()
-    labels = torch.arange(500, device=device) % generator.config.num_classes
-    for _ in range(batches):
+    for first in range(0, 500 * batches, 500):
+        labels = torch.arange(first, first + 500, device=device) % generator.config.num_classes
         latents = torch.randn((500, generator.config.latent_dim), generator=rng, device=device)
         generator(latents, labels)
     generator.eval()
@@ -288,11 +291,16 @@ def train(
     Yields:
         a point every `log_every` images, and a last one when the run ends or is stopped. The state
         may be saved at every point.
+
+    Raises:
+        DivergedError: a loss is not finite.
     """
     while True:
         point = _train_to_log_point(state, dataset, config, minutes, log_every, stop)
+        # Asked before the caller looks: a stop that comes later is told by a point of its own.
+        last = point.finished or stop()
         yield point
-        if point.finished or stop():
+        if last:
             return
 
 
@@ -325,6 +333,11 @@ def _train_to_log_point(
             break
     means = totals / steps if steps else totals
     values = means.tolist()  # the one read-back; it waits for the device
+    if not all(map(math.isfinite, values)):
+        raise DivergedError(
+            f"the losses are no longer finite after {state.images_seen:,} images; the last "
+            "checkpoint is from before"
+        )
     spent = time.perf_counter() - began
     state.elapsed_s = elapsed + spent
     if penalties:

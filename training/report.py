@@ -44,13 +44,19 @@ def render(artifacts: list[Artifact]) -> str:
 def _section(artifact: Artifact) -> str:
     info, name = artifact.info, artifact.path.stem
     training = info.training
+    network = info.network
+    line = (
+        f"`{network.kind}` generator, {count_parameters(artifact.generator):,} parameters, "
+        f"{network.num_classes} classes, {network.image_size}x{network.image_size}x"
+        f"{network.channels}; {info.images_seen:,} real images seen"
+    )
+    if {"preset", "dataset", "elapsed_s", "device"} <= training.keys():
+        line += (
+            f" of the data set `{training['dataset']}`, with the preset `{training['preset']}`, in "
+            f"{training['elapsed_s'] / 60:.0f} minutes on the device `{training['device']}`"
+        )
     facts = [
-        f"`{info.network.kind}` generator, {count_parameters(artifact.generator):,} parameters, "
-        f"{info.network.num_classes} classes, {info.network.image_size}x{info.network.image_size}x"
-        f"{info.network.channels}; preset `{training.get('preset')}`, data set "
-        f"`{training.get('dataset')}`, {info.images_seen:,} real images seen in "
-        f"{training.get('elapsed_s', 0) / 60:.0f} minutes on the device "
-        f"`{training.get('device')}`.",
+        f"{line}.",
         "",
         f"![A row per class, the same latents down each column]({picture_path(artifact).name})",
         "",

@@ -104,7 +104,8 @@ def run(
     (folder.path / "samples").mkdir(parents=True, exist_ok=True)
     _truncate_log(folder.log, state.images_seen)
     last_checkpoint, last_grid = time.monotonic(), _grid_number(state, identity)
-    writer = SummaryWriter(str(folder.tensorboard), purge_step=state.images_seen)
+    # Purging begins at its step, and the last point before the checkpoint is to stay.
+    writer = SummaryWriter(str(folder.tensorboard), purge_step=state.images_seen + 1)
     bar = tqdm(
         total=identity.config.images,
         initial=state.images_seen,
@@ -228,7 +229,7 @@ def _truncate_log(path: Path, images_seen: int) -> None:
                     break
             except (ValueError, KeyError, TypeError):
                 break  # a line cut short by a crash
-            kept.append(line)
+            kept.append(line.rstrip("\n") + "\n")
         log.seek(0)
         log.writelines(kept)
         log.truncate()

@@ -1,0 +1,123 @@
+"""The lines that the parts of the project do not cross."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.serving import REPOSITORY
+
+SERVED = {"training", "training.artifact", "training.devices", "training.files"}
+SERVED |= {"training.networks"}
+
+TRAINING_ONLY = ("matplotlib", "pooch", "tensorboard", "tqdm")
+
+TOP_LEVEL = {
+    *("pyproject.toml", "Dockerfile", "docker-compose.yml", "README.md"),
+    *("service", "training", "tests", "weights"),
+}
+
+
+def fresh(code: str) -> list[str]:
+    """What a fresh interpreter prints, in words."""
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.split()
+
+
+def modules(package: str) -> list[str]:
+    paths = sorted((REPOSITORY / package).rglob("*.py"))
+    names = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in paths]
+    assert len(names) > 10
+    return [name.removesuffix(".__init__") for name in names]
+
+
+def import_all(names: list[str]) -> str:
+    return f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_training_never_imports_the_service() -> None:
+    loaded = fresh(import_all(modules("training")) + "print(*sys.modules)")
+    assert "training.run" in loaded
+    assert [name for name in loaded if name.split(".")[0] == "service"] == []
+
+
+def test_the_service_knows_of_training_only_what_artifacts_need() -> None:
+    loaded = fresh(import_all(modules("service")) + "print(*sys.modules)")
+    assert "service.app" in loaded
+    assert {name for name in loaded if name.split(".")[0] == "training"} == SERVED
+
+
+def test_the_service_needs_nothing_that_only_training_is_installed_with() -> None:
+    """They are hidden instead of looked for: PyTorch itself takes tqdm where it finds it."""
+    hide = f"import sys\nfor name in {TRAINING_ONLY}: sys.modules[name] = None\n"
+    fresh(hide + import_all(modules("service")))
+    fresh(hide + "sys.modules['click'] = None\nimport service.app")  # which uvicorn needs, later
+    with pytest.raises(AssertionError, match="ModuleNotFoundError"):
+        fresh(hide + "import training.data")
+
+
+@pytest.mark.parametrize("package", ["service", "training"])
+def test_importing_does_no_work(package: str) -> None:
+    """No thread, no child, no output, no compute device."""
+    code = import_all([name for name in modules(package) if not name.endswith("__main__")])
+    code += "import threading, torch\n"
+    code += "print(threading.active_count(), torch.cuda.is_initialized())"
+    assert fresh(code) == ["1", "False"]
+
+
+def test_the_service_can_unpickle_nothing() -> None:
+    paths = sorted((REPOSITORY / "service").rglob("*.py"))
+    paths += [REPOSITORY / f"{name.replace('.', '/')}.py" for name in SERVED - {"training"}]
+    assert len(paths) > 10
+    for path in paths:
+        assert not imports_of(path) & {"pickle", "joblib", "dill", "shelve", "marshal"}, path
+        assert not any(is_torch_load(node) for node in ast.walk(ast.parse(path.read_text()))), path
+
+
+def is_torch_load(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Attribute)
+        and node.attr == "load"
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("torch", "numpy", "np")
+    )
+
+
+def test_the_top_level_holds_the_four_folders_and_what_belongs_to_the_whole() -> None:
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a clone")
+    if not listed:
+        pytest.skip("not a clone of its own")
+    names = {Path(line).parts[0] for line in listed}
+    extra = {name for name in names - TOP_LEVEL if not name.startswith(".")}
+    assert {name for name in extra if not name.endswith((".lock", "requirements.txt"))} == set()
+    assert {"pyproject.toml", "service", "training", "tests"} <= names
+
+
+def test_weights_hold_no_code() -> None:
+    suffixes = {path.suffix for path in (REPOSITORY / "weights").rglob("*") if path.is_file()}
+    assert suffixes <= {".safetensors", ".png", ".md"}

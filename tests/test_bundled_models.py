@@ -1,0 +1,112 @@
+"""The models that travel with the code are as good as their certificates say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.serving import REPOSITORY
+from training.artifact import Artifact, load_artifact
+from training.data import DATASETS, load_dataset
+from training.evaluation import IMAGES, NEIGHBOURS, Certificate, Quality, certificate_of, certify
+from training.judge import DIGESTS, load_judge
+from training.networks import GeneratorConfig, count_parameters
+from training.pictures import class_grid
+from training.report import picture_path, render
+
+WEIGHTS = REPOSITORY / "weights"
+PATHS = sorted(WEIGHTS.glob("*.safetensors"))
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
+
+
+def certified(artifact: Artifact) -> Certificate:
+    certificate = certificate_of(artifact.info)
+    assert certificate is not None, f"{artifact.path} is not certified"
+    return certificate
+
+
+def figures(quality: Quality) -> dict[str, float]:
+    names = ("gan_test", "precision", "recall", "density", "coverage", "frechet_distance")
+    return {name: getattr(quality, name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def mnist() -> Artifact:
+    return load_artifact(WEIGHTS / "mnist.safetensors")
+
+
+def test_there_is_a_model_to_begin_with() -> None:
+    assert WEIGHTS / "mnist.safetensors" in PATHS
+
+
+@each
+def test_a_model_is_certified_by_the_committed_judge(path: Path) -> None:
+    artifact = load_artifact(path)
+    certificate = certified(artifact)
+    assert certificate.dataset == artifact.info.training["dataset"]
+    assert certificate.judge_sha256 == DIGESTS[certificate.dataset]
+    assert (certificate.images, certificate.neighbours) == (IMAGES, NEIGHBOURS)
+    assert artifact.info.class_names == DATASETS[certificate.dataset].class_names
+    for quality in (certificate.generated, certificate.real):
+        assert len(quality.gan_test_per_class) == len(artifact.info.class_names)
+
+
+@each
+def test_a_model_says_where_it_comes_from(path: Path) -> None:
+    info = load_artifact(path).info
+    assert info.images_seen > 0
+    assert {"preset", "seed", "dataset_sha256", "config", "elapsed_s"} <= set(info.training)
+
+
+@each
+def test_a_model_has_the_picture_that_its_generator_makes(path: Path) -> None:
+    artifact = load_artifact(path)
+    expected = class_grid(artifact.generator, columns=16)
+    with Image.open(picture_path(artifact)) as picture:
+        small = picture.reduce(2)  # it is enlarged by whole pixels
+        shown = torch.tensor(list(small.tobytes()), dtype=torch.uint8).view(expected.shape)
+    # Another processor may round a pixel otherwise.
+    assert (shown.int() - expected.int()).abs().max() <= 1
+
+
+def test_the_page_beside_the_models_is_what_they_say() -> None:
+    page = (WEIGHTS / "README.md").read_text(encoding="utf-8")
+    assert page == render([load_artifact(path) for path in PATHS])
+
+
+def test_the_mnist_model_is_the_documents_generator(mnist: Artifact) -> None:
+    assert mnist.info.network == GeneratorConfig(num_classes=10, channels=1, image_size=28)
+    assert count_parameters(mnist.generator) == 1_511_412
+
+
+def test_the_mnist_model_stands_above_its_floors(mnist: Artifact) -> None:
+    quality = certified(mnist).generated
+    assert quality.gan_test >= 0.96
+    assert min(quality.gan_test_per_class) >= 0.92
+    assert quality.coverage >= 0.30
+    assert quality.precision >= 0.70
+
+
+def test_the_mnist_certificate_is_measured_again(mnist: Artifact, mnist_dir: Path) -> None:
+    stored = certified(mnist)
+    train, test = (
+        load_dataset("mnist", "train", mnist_dir, mirrors=()),
+        load_dataset("mnist", "test", mnist_dir, mirrors=()),
+    )
+
+    found = certify(
+        mnist.generator,
+        load_judge(test),
+        train=train,
+        test=test,
+        images=stored.images,
+        seed=stored.seed,
+    )
+
+    assert found.judge_accuracy == pytest.approx(stored.judge_accuracy, abs=2e-4)
+    for again, before in ((found.generated, stored.generated), (found.real, stored.real)):
+        assert figures(again) == pytest.approx(figures(before), abs=5e-3, rel=5e-3)
+        assert again.gan_test_per_class == pytest.approx(before.gan_test_per_class, abs=3e-3)

@@ -1,0 +1,317 @@
+"""A run that goes on from a checkpoint is the run that was never stopped."""
+
+import hashlib
+import io
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.serving import REPOSITORY
+from training.checkpoint import (
+    CheckpointError,
+    Identity,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from training.config import TrainingConfig
+from training.loop import TrainState, recompute_batch_norm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDENTITY = Identity(
+    dataset="tiny", dataset_digest="ab12", preset="mlp", seed=3, config=tiny.CONFIG, minutes=None
+)
+
+
+def everything(state: TrainState) -> dict[str, Any]:
+    """All that a state holds, flat: a name for every tensor and number."""
+    flat: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, each in value.items():
+                add(f"{name}.{key}", each)
+        elif isinstance(value, list):
+            add(name, dict(enumerate(value)))
+        else:
+            flat[name] = value
+
+    for part in (
+        *("generator", "discriminator", "ema"),
+        *("generator_optimizer", "discriminator_optimizer"),
+    ):
+        add(part, getattr(state, part).state_dict())
+    return {**flat, "rng": state.rng.get_state(), "images_seen": state.images_seen}
+
+
+def differing(one: TrainState, two: TrainState) -> list[str]:
+    first, second = everything(one), everything(two)
+    assert first.keys() == second.keys()
+    return [
+        name
+        for name, value in first.items()
+        if not (
+            torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name]
+        )
+    ]
+
+
+def saved(path: Path, count: int = 3, config: TrainingConfig = tiny.CONFIG) -> TrainState:
+    """A state after some steps, and its checkpoint."""
+    state = tiny.state(config, seed=3)
+    tiny.steps(state, config, count)
+    state.elapsed_s = 12.5
+    save_checkpoint(path, state, replace(IDENTITY, config=config))
+    return state
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Going on
+
+
+@pytest.mark.parametrize("config", [tiny.CONFIG, tiny.PAPER], ids=["mlp", "paper"])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    tmp_path: Path, config: TrainingConfig
+) -> None:
+    whole = tiny.state(config, seed=3)
+    tiny.steps(whole, config, 12)
+
+    saved(tmp_path / "c.pt", 5, config)
+    _, contents = read_checkpoint(tmp_path / "c.pt")
+    resumed = tiny.state(config, seed=77)  # all that it has of its own must be replaced
+    restore(tmp_path / "c.pt", contents, resumed)
+    tiny.steps(resumed, config, 7)
+
+    assert resumed.images_seen == 12 * config.batch_size
+    assert differing(resumed, whole) == []
+
+
+def test_a_run_that_forgot_its_random_state_would_be_another_one(tmp_path: Path) -> None:
+    """The comparison above sees it."""
+    state = saved(tmp_path / "c.pt")
+    _, contents = read_checkpoint(tmp_path / "c.pt")
+    forgetful = tiny.state()
+    restore(tmp_path / "c.pt", contents, forgetful)
+    assert differing(forgetful, state) == []
+    forgetful.rng.manual_seed(3)
+    assert differing(forgetful, state) == ["rng"]
+    tiny.steps(forgetful, tiny.CONFIG, 1)
+    tiny.steps(state, tiny.CONFIG, 1)
+    assert "generator.main.0.weight" in differing(forgetful, state)
+
+
+def test_pictures_of_the_average_between_steps_change_nothing_that_is_trained(
+    tmp_path: Path,
+) -> None:
+    whole = tiny.state()
+    tiny.steps(whole, tiny.CONFIG, 8)
+    sampled = tiny.state()
+    tiny.steps(sampled, tiny.CONFIG, 4)
+    recompute_batch_norm(sampled.ema, batches=2)
+    tiny.steps(sampled, tiny.CONFIG, 4)
+    assert all(
+        name.startswith("ema.") and ("running" in name or "num_batches" in name)
+        for name in differing(sampled, whole)
+    )
+
+
+def test_a_checkpoint_says_whose_it_is_and_how_far_it_came(tmp_path: Path) -> None:
+    identity = replace(IDENTITY, minutes=2.5)
+    state = tiny.state()
+    tiny.steps(state, tiny.CONFIG, 2)
+    state.elapsed_s = 12.5
+    save_checkpoint(tmp_path / "c.pt", state, identity)
+
+    stored, contents = read_checkpoint(tmp_path / "c.pt")
+    fresh = tiny.state()
+    restore(tmp_path / "c.pt", contents, fresh)
+
+    assert stored == identity
+    assert (fresh.images_seen, fresh.elapsed_s) == (32, 12.5)
+
+
+def test_the_next_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
+    state = saved(tmp_path / "c.pt")
+    tiny.steps(state, tiny.CONFIG, 1)
+    save_checkpoint(tmp_path / "c.pt", state, IDENTITY)
+
+    _, contents = read_checkpoint(tmp_path / "c.pt")
+    assert contents["images_seen"] == 64
+    assert names_in(tmp_path) == ["c.pt"]
+
+
+# Refusals
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "c.pt") == "there is no checkpoint to resume from"
+
+
+def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == "cannot be read: Is a directory"
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, 27, 40, 59, 60, 1000, -1])
+def test_a_checkpoint_cut_short_is_refused(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "c.pt"
+    saved(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    message = refusal(path)
+    assert ("is damaged" in message) if kept >= 27 or kept < 0 else ("is no checkpoint" in message)
+
+
+def test_one_wrong_bit_anywhere_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    saved(path)
+    whole = path.read_bytes()
+    for position in range(0, len(whole), len(whole) // 60):
+        wrong = bytearray(whole)
+        wrong[position] ^= 1 << position % 8
+        path.write_bytes(wrong)
+        assert "is" in refusal(path)
+
+
+class Payload:
+    """Unpickling it makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return os.mkdir, (str(self.trace),)
+
+
+def torch_saved(contents: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    return buffer.getvalue()
+
+
+def with_header(payload: bytes) -> bytes:
+    """As the code itself would sign it, which whoever writes a hostile file can do as well."""
+    start = b"cgan checkpoint, version 2\n"
+    return start + hashlib.sha256(payload).digest() + payload
+
+
+@pytest.mark.parametrize("save", [lambda it: pickle.dumps(it, protocol=2), torch_saved])
+@pytest.mark.parametrize("wrap", [bytes, with_header], ids=["bare", "signed"])
+def test_a_file_with_a_payload_is_refused_and_nothing_in_it_is_executed(
+    tmp_path: Path, save: Any, wrap: Any
+) -> None:
+    path, trace = tmp_path / "c.pt", tmp_path / "trace"
+    saved(tmp_path / "good.pt")
+    hostile = save({"identity": Payload(trace)})
+    pickle.loads(pickle.dumps(Payload(trace)))  # the payload works
+    trace.rmdir()
+    path.write_bytes(wrap(hostile))
+
+    assert "is no checkpoint" in refusal(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [[1, 2], {}, {"identity": 5}, {"identity": {}}, {"identity": {"config": {"lr": 1.0}}}],
+    ids=str,
+)
+def test_a_file_of_another_version_is_refused(tmp_path: Path, contents: object) -> None:
+    path = tmp_path / "c.pt"
+    path.write_bytes(with_header(torch_saved(contents)))
+    assert refusal(path) == "was written by another version of this code"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(tiny.CONFIG, discriminator_hidden=(32, 17)),
+        replace(tiny.CONFIG, discriminator_hidden=(32, 16, 8)),
+        replace(tiny.CONFIG, discriminator="conv", discriminator_hidden=(4, 8)),
+    ],
+)
+def test_a_state_of_another_configuration_is_refused(tmp_path: Path, other: TrainingConfig) -> None:
+    saved(tmp_path / "c.pt")
+    _, contents = read_checkpoint(tmp_path / "c.pt")
+    with pytest.raises(
+        CheckpointError, match=r"c\.pt: does not fit this configuration: ."
+    ) as caught:
+        restore(tmp_path / "c.pt", contents, tiny.state(other))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["ema", "generator_optimizer", "rng", "elapsed_s"])
+def test_contents_that_miss_a_part_are_refused(tmp_path: Path, part: str) -> None:
+    saved(tmp_path / "c.pt")
+    _, contents = read_checkpoint(tmp_path / "c.pt")
+    del contents[part]
+    with pytest.raises(CheckpointError, match=part):
+        restore(tmp_path / "c.pt", contents, tiny.state())
+
+
+# A full disk
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from dataclasses import replace
+from tests import tiny
+from tests.test_checkpoint import IDENTITY
+from training.checkpoint import CheckpointError, save_checkpoint
+
+path = Path(sys.argv[1])
+state = tiny.state()
+if sys.argv[2] == "again":
+    save_checkpoint(path, state, IDENTITY)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+state.images_seen = 16
+try:
+    save_checkpoint(path, state, IDENTITY)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("occasion", ["first", "again"])
+def test_where_a_checkpoint_cannot_be_written_the_one_before_survives(
+    tmp_path: Path, occasion: str
+) -> None:
+    path = tmp_path / "run" / "c.pt"
+    ended = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path), occasion],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+
+    message = f"{path}: cannot be written: File too large"
+    if occasion == "first":
+        assert ended.stdout.strip() == message
+        assert names_in(path.parent) == []
+    else:
+        assert ended.stdout.strip() == f"{message}; the checkpoint before it is intact"
+        assert names_in(path.parent) == ["c.pt"]
+        _, contents = read_checkpoint(path)
+        assert contents["images_seen"] == 0

@@ -1,0 +1,153 @@
+"""The judge: the committed one is good, and no other one is taken for it."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from training import judge as judge_module
+from training.data import load_dataset
+from training.judge import (
+    DIGESTS,
+    FOLDER,
+    Classifier,
+    Judge,
+    JudgeError,
+    augment,
+    load_judge,
+    save_judge,
+    to_images,
+    train_classifier,
+)
+
+DATA = tiny.dataset()
+
+
+@pytest.fixture(scope="module")
+def classifier(one_thread: None) -> Classifier:
+    return train_classifier(DATA, epochs=3, seed=0, batch_size=32)
+
+
+# The committed one
+
+
+def test_the_committed_judge_knows_real_digits(mnist_dir: Path) -> None:
+    test = load_dataset("mnist", "test", mnist_dir, mirrors=())
+    judge = load_judge(test)
+    assert judge.accuracy(test) >= 0.994
+    assert not any(p.requires_grad for p in judge.classifier.parameters())
+
+
+def test_every_committed_judge_is_there_and_is_the_one_that_is_named() -> None:
+    assert {path.stem for path in FOLDER.glob("*")} == set(DIGESTS)
+    shape = torch.zeros((1, 1, 28, 28), dtype=torch.uint8)
+    names = tuple(str(digit) for digit in range(10))
+    for name, digest in DIGESTS.items():
+        judge = load_judge(replace(DATA, name=name, images=shape, class_names=names))
+        assert judge.digest == digest
+        assert judge.classifier.out.out_features == 10
+
+
+def test_another_file_in_its_place_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mnist.safetensors"
+    shutil.copy(FOLDER / path.name, path)
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+
+    with pytest.raises(JudgeError, match=r"SHA-256 is [0-9a-f]{64}, the committed") as caught:
+        load_judge(replace(DATA, name="mnist"), tmp_path)
+
+    assert str(caught.value).startswith(f"{path}: ")
+    assert DIGESTS["mnist"] in str(caught.value)
+
+
+def test_a_data_set_without_a_judge_is_named() -> None:
+    with pytest.raises(JudgeError, match=r"tiny\.safetensors: no judge for the data set 'tiny'"):
+        load_judge(DATA)
+
+
+def test_a_judge_that_nobody_committed_is_refused(tmp_path: Path, classifier: Classifier) -> None:
+    save_judge(tmp_path / "tiny.safetensors", classifier, dataset="tiny", epochs=3, seed=0)
+    with pytest.raises(JudgeError, match="the committed judge has None"):
+        load_judge(DATA, tmp_path)
+
+
+# Training one
+
+
+def test_a_classifier_learns_what_is_easy_to_tell_apart(classifier: Classifier) -> None:
+    assert Judge(classifier, "").accuracy(tiny.dataset(seed=1)) > 0.95
+
+
+def test_its_accuracy_is_the_share_of_right_answers(classifier: Classifier) -> None:
+    judge = Judge(classifier, "")
+    predictions, features = judge.look(DATA.images)
+    assert judge.accuracy(replace(DATA, labels=predictions)) == 1.0
+    assert judge.accuracy(replace(DATA, labels=1 - predictions)) == 0.0
+    quarter = predictions.clone()
+    quarter[:192] = 1 - quarter[:192]
+    assert judge.accuracy(replace(DATA, labels=quarter)) == 0.25
+    assert features.shape == (256, 96)
+
+
+def test_what_it_sees_does_not_depend_on_the_batches(classifier: Classifier) -> None:
+    judge = Judge(classifier, "")
+    predictions, features = judge.look(DATA.images)
+    for batch_size in (7, 64):
+        same, near = judge.look(DATA.images, batch_size=batch_size)
+        assert torch.equal(predictions, same)
+        torch.testing.assert_close(near, features, rtol=1e-4, atol=1e-5)
+
+
+def test_a_seed_decides_the_classifier_and_the_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    losses: list[tuple[int, float]] = []
+    first, again, other = (
+        train_classifier(
+            DATA, epochs=1, seed=seed, batch_size=64, report=lambda *told: losses.append(told)
+        ).out.weight
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert [epoch for epoch, _ in losses] == [0, 0, 0]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_judge_comes_back_from_its_file(
+    tmp_path: Path, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = save_judge(tmp_path / "tiny.safetensors", classifier, dataset="tiny", epochs=3, seed=0)
+    monkeypatch.setattr(judge_module, "DIGESTS", {"tiny": digest})
+
+    judge = load_judge(DATA, tmp_path)
+
+    assert judge.digest == digest
+    assert judge.classifier.out.weight.dtype == torch.float32
+    kept, halved = Judge(classifier, "").look(DATA.images), judge.look(DATA.images)
+    assert torch.equal(kept[0], halved[0])
+    torch.testing.assert_close(halved[1], kept[1], rtol=0.02, atol=0.02)  # half-precision weights
+
+
+def test_pixels_become_images_in_the_value_range() -> None:
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    assert to_images(pixels).tolist() == pytest.approx([-1.0, -0.6, 1.0])
+
+
+def test_augmentation_moves_images_a_little_and_each_its_own_way() -> None:
+    images = to_images(DATA.images[:1]).repeat(8, 1, 1, 1)
+    moved = augment(images, torch.Generator().manual_seed(0))
+
+    assert moved.shape == images.shape
+    assert moved.min() >= -1
+    assert moved.max() <= 1
+    assert len({tuple(image.flatten().tolist()) for image in moved}) == 8
+    halves = [(image[..., :4].mean() - image[..., 4:].mean()).item() for image in moved]
+    original = (images[0, ..., :4].mean() - images[0, ..., 4:].mean()).item()
+    assert all(half * original > 0.3 * original**2 for half in halves)

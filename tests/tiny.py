@@ -1,0 +1,147 @@
+"""A data set, networks and a configuration small enough to train in a test.
+
+Its two classes are easy to tell apart: one is bright on the left half, the other on the right.
+"""
+
+import gzip
+import hashlib
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+import training.__main__ as command_line
+from training import config, data, run
+from training.artifact import ArtifactInfo, save_artifact
+from training.config import TrainingConfig
+from training.data import DataFile, Dataset, DatasetSpec, SplitFiles
+from training.loop import TrainState, create_state, recompute_batch_norm, train_step
+from training.networks import GeneratorConfig, build_generator
+
+CPU = torch.device("cpu")
+CLASS_NAMES = ("left", "right")
+FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+NETWORK = GeneratorConfig(
+    num_classes=2, channels=1, image_size=8, latent_dim=9, embedding_dim=3, hidden=(16, 32, 24)
+)
+CONFIG = TrainingConfig(
+    discriminator="mlp",
+    discriminator_hidden=(32, 16),
+    objective="relativistic",
+    penalty=0.5,
+    penalty_interval=2,
+    batch_size=16,
+    images=640,
+    lr=1e-3,
+    lr_schedule="cosine",
+    beta1=0.0,
+    beta2=0.99,
+    precision="float32",
+    ema_half_life=100.0,
+)
+PAPER = replace(
+    CONFIG,
+    objective="cross-entropy",
+    penalty=0.0,
+    penalty_interval=1,
+    lr_schedule="constant",
+    ema_half_life=0.0,
+)
+
+
+def arrays(count: int, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Images (N, 8, 8) and labels (N,) as their files hold them."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, count, dtype=np.uint8)
+    images = rng.integers(0, 64, (count, 8, 8), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[:, 4 * label : 4 * label + 4] += np.uint8(160)
+    return images, labels
+
+
+def dataset(count: int = 256, seed: int = 0) -> Dataset:
+    images, labels = arrays(count, seed)
+    return Dataset(
+        name="tiny",
+        images=torch.from_numpy(images)[:, None],
+        labels=torch.from_numpy(labels.astype(np.int64)),
+        class_names=CLASS_NAMES,
+        digest=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
+    )
+
+
+def state(training: TrainingConfig = CONFIG, seed: int = 0) -> TrainState:
+    return create_state(training, NETWORK, CPU, seed)
+
+
+def steps(
+    state: TrainState, training: TrainingConfig, count: int, data: Dataset | None = None
+) -> Tensor:
+    """Make `count` steps as a run would; returns what the last one reported."""
+    shown = data or dataset()
+    report = torch.zeros(5)
+    for _ in range(count):
+        step = state.images_seen // training.batch_size
+        report = train_step(
+            state,
+            shown,
+            training,
+            used=min(1.0, state.images_seen / training.images),
+            penalise=training.penalty > 0 and step % training.penalty_interval == 0,
+        )
+    return report
+
+
+def artifact_file(path: Path, *, network: GeneratorConfig = NETWORK, **described: Any) -> Path:
+    """An artifact of an untrained generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        generator = build_generator(network)
+    recompute_batch_norm(generator, batches=2)
+    description: dict[str, Any] = {"class_names": CLASS_NAMES, "images_seen": 0, **described}
+    save_artifact(path, generator, ArtifactInfo(network=network, **description))
+    return path
+
+
+def idx(array: npt.NDArray[np.uint8]) -> bytes:
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_data_dir(folder: Path, name: str = "mnist") -> DatasetSpec:
+    """Both splits as a data directory's files; returns how to find them, and no mirror."""
+    splits = {}
+    (folder / name).mkdir(parents=True)
+    for seed, (split, names) in enumerate(FILES.items()):
+        entries = []
+        for file_name, array in zip(names, arrays(256, seed), strict=True):
+            content = idx(array)
+            (folder / name / f"{file_name}.gz").write_bytes(gzip.compress(content))
+            entries.append(DataFile(file_name, hashlib.sha256(content).hexdigest()))
+        splits[split] = SplitFiles(*entries)
+    return DatasetSpec(CLASS_NAMES, (), cast("dict[data.Split, SplitFiles]", splits))
+
+
+def install(patch: pytest.MonkeyPatch, folder: Path, *, images: int = CONFIG.images) -> None:
+    """Let the command line's `mnist`, its presets and its networks be the tiny ones.
+
+    The command line knows its data sets by name, so the tiny one takes the name of a real one.
+    """
+    patch.setitem(cast("dict[str, DatasetSpec]", data.DATASETS), "mnist", write_data_dir(folder))
+    patch.setitem(config.PRESETS, "mlp", replace(CONFIG, images=images))
+    patch.setitem(config.PRESETS, "paper", replace(PAPER, images=images))
+    patch.setattr(run, "LOG_EVERY_IMAGES", 160)
+    patch.setattr(run, "SAMPLE_GRIDS", 2)
+    small: Callable[[Dataset], GeneratorConfig] = lambda _dataset: NETWORK  # noqa: E731
+    patch.setattr(command_line, "generator_config", small)
+    patch.setenv(data.DATA_DIR_VARIABLE, str(folder))
