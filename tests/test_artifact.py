@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import tiny
+from tests.hostile import Payload, torch_saved
 from training import artifact as artifact_module
 from training.artifact import ArtifactError, ArtifactInfo, load_artifact, save_artifact
 from training.networks import GeneratorConfig, build_generator
@@ -213,22 +213,6 @@ def test_a_header_that_is_none_is_refused(path: Path, header: bytes, cause: str)
 def test_a_safetensors_file_without_a_description_is_refused(path: Path) -> None:
     path.write_bytes(safetensors.torch.save(build_generator(tiny.NETWORK).state_dict()))
     assert refusal(path) == "is a safetensors file but no artifact: it has no description"
-
-
-class Payload:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return os.mkdir, (str(self.trace),)
-
-
-def torch_saved(contents: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("protocol", range(6))

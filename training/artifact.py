@@ -118,7 +118,8 @@ class _Uninitialised(TorchFunctionMode):
     """Builds modules without drawing their initial weights.
 
     On the meta device drawing them does nothing, but PyTorch loads its whole compiler to find that
-    out: over a second, and a writable temporary folder, which a locked-down container has not.
+    out. That delays every start, and needs a writable temporary folder, which a locked-down
+    container has not.
     """
 
     def __torch_function__(
