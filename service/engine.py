@@ -1,12 +1,13 @@
 """The engine: an artifact on a device, as one function from seeds, indices and labels to pixels.
 
-The generator is rewritten for inference: batch norm is folded into the linear layer before it, and
-the label's embedding into a table of biases of the first layer, one row a class. Warm-up compares
-the rewritten network with the artifact's own and proves that an image does not depend on its batch;
-an engine that fails either does not serve.
+The generator is rewritten for inference: the label's embedding is folded into a table of biases of
+the first layer, one row a class, and batch norm, where there is any, into the layer before it.
+Warm-up compares the rewritten network with the artifact's own and proves that an image does not
+depend on its batch; an engine that fails either does not serve.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from service.latents import draw_latents
 from training.artifact import Artifact
 from training.devices import has_native_bfloat16
-from training.networks import MLPGenerator
+from training.networks import ConvGenerator, Generator, MLPGenerator
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 
@@ -83,6 +84,43 @@ class FusedMLP:
         return x.tanh_()
 
 
+class FusedConv:
+    """A `ConvGenerator` in evaluation mode, in channels-last order.
+
+    The first layer's product with a label's embedding is a row of a table, as in `FusedMLP`; there
+    is no batch norm to fold.
+    """
+
+    def __init__(
+        self, generator: ConvGenerator, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        copy = deepcopy(generator)
+        first = copy.trunk[0]
+        if not isinstance(first, nn.Linear):
+            raise EngineError("the trunk does not begin with a linear layer")
+        latent_dim = generator.config.latent_dim
+        weight, bias = first.weight.double(), first.bias.double()
+        table = copy.label_embedding.weight.double() @ weight[:, latent_dim:].T + bias
+        self.label_bias = table.to(device, dtype).contiguous()
+        self.weight = weight[:, :latent_dim].to(device, dtype).contiguous()
+        self.rest = copy.trunk[1:].to(device, dtype)
+        self.synthesis = copy.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """(N, latent_dim) float32 and (N,) int64 to (N, C * H * W) in [-1, 1]."""
+        x = F.linear(latents.to(self.label_bias.dtype), self.weight)
+        x = self.rest(x.add_(self.label_bias[labels]))  # (N, style_dim)
+        images: Tensor = self.synthesis.synthesise(x)
+        return images.flatten(1)
+
+
+def fuse(generator: Generator, *, device: torch.device, dtype: torch.dtype) -> FusedMLP | FusedConv:
+    """A generator rewritten for inference on a device."""
+    if isinstance(generator, ConvGenerator):
+        return FusedConv(generator, device=device, dtype=dtype)
+    return FusedMLP(generator, device=device, dtype=dtype)
+
+
 class Engine:
     """A generator on a device; calling it makes pixels. One thread at a time.
 
@@ -110,7 +148,7 @@ class Engine:
         self.max_batch = max_batch
         self.image_shape = (network.image_size, network.image_size, network.channels)
         self._latent_dim = network.latent_dim
-        self._network = FusedMLP(artifact.generator, device=device, dtype=dtype)
+        self._network = fuse(artifact.generator, device=device, dtype=dtype)
         self._forward: Callable[[Tensor, Tensor], Tensor] = self._eager
         if device.type == "cuda":
             self._forward = _Captured(self._pixels, max_batch, network.latent_dim, device)

@@ -12,6 +12,7 @@ from training.devices import resolve_device
 
 # A model's name stands in URLs, headers and metrics as it is.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_BUNDLED_DEFAULT = "mnist"
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,15 @@ class Model:
 
 
 class Registry:
-    """The models of one service; the first by name is the default."""
+    """The models of one service.
 
-    def __init__(self, models: list[Model]) -> None:
+    Attributes:
+        default: answers requests that name no model.
+    """
+
+    def __init__(self, models: list[Model], default: str) -> None:
         self._models = {model.name: model for model in models}
-        self.default = models[0]
+        self.default = self._models[default]
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
@@ -67,7 +72,9 @@ def load_registry(settings: Settings) -> Registry:
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     models = []
-    for path in _artifact_paths(settings.weights):
+    paths = _artifact_paths(settings.weights)
+    default = _default_name([path.stem for path in paths], settings)
+    for path in paths:
         if not _NAME.fullmatch(path.stem):
             raise ArtifactError(
                 path,
@@ -80,7 +87,19 @@ def load_registry(settings: Settings) -> Registry:
         except EngineError as error:
             raise ArtifactError(path, f"is not served: {error}") from error
         models.append(Model(path.stem, engine))
-    return Registry(models)
+    return Registry(models, default)
+
+
+def _default_name(names: list[str], settings: Settings) -> str:
+    wanted = settings.default_model
+    if wanted is None:
+        return _BUNDLED_DEFAULT if _BUNDLED_DEFAULT in names else names[0]
+    if wanted not in names:
+        raise ArtifactError(
+            settings.weights,
+            f"holds no model {wanted!r} to be the default; allowed are {', '.join(names)}",
+        )
+    return wanted
 
 
 def _artifact_paths(weights: Path) -> list[Path]:

@@ -32,7 +32,12 @@ class Settings(BaseSettings):
     weights: Path = Field(
         _BUNDLED,
         description="an artifact, or a folder of them (*.safetensors); a model is named after its "
-        "file, and the first by name answers requests that name none",
+        "file",
+    )
+    default_model: str | None = Field(
+        None,
+        description="name of the model that answers requests which name none; if not given, mnist, "
+        "or the first by name where there is no mnist",
     )
     device: str = Field("auto", description="auto (CUDA, else the CPU), cpu, cuda, or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -54,7 +54,7 @@ def engine(small_artifact: Artifact) -> GatedEngine:
 
 def build(engine: GatedEngine, *, max_queue: int = 1024, timeout_ms: int = 60_000) -> FastAPI:
     settings = Settings(max_queue=max_queue, timeout_ms=timeout_ms)
-    return create_app(settings, Registry([Model("small", engine)]))
+    return create_app(settings, Registry([Model("small", engine)], "small"))
 
 
 @pytest.fixture

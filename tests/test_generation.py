@@ -18,7 +18,7 @@ from training.artifact import Artifact
 def generation(small_artifact: Artifact) -> Generation:
     engine = Engine(small_artifact, device=torch.device("cpu"), dtype=torch.float32, max_batch=16)
     metrics = Metrics()
-    registry = Registry([Model("small", engine), Model("twin", engine)])
+    registry = Registry([Model("small", engine), Model("twin", engine)], "small")
     return Generation(registry, Batcher(4096, 10.0, metrics), metrics, ThreadPoolExecutor(1))
 
 

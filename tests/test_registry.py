@@ -9,8 +9,8 @@ from training.artifact import ArtifactError
 from training.devices import DeviceError
 
 
-def settings(weights: Path, device: str = "cpu") -> Settings:
-    return Settings(weights=weights, device=device, max_batch=8)
+def settings(weights: Path, device: str = "cpu", default_model: str | None = None) -> Settings:
+    return Settings(weights=weights, device=device, max_batch=8, default_model=default_model)
 
 
 def test_models_of_a_folder_are_named_after_their_files_and_sorted(tmp_path: Path) -> None:
@@ -22,6 +22,20 @@ def test_models_of_a_folder_are_named_after_their_files_and_sorted(tmp_path: Pat
     assert registry.default.name == "digits-2"
     assert registry.find("fashion") in list(registry)
     assert registry.find("none") is None
+
+
+def test_mnist_is_the_default_where_it_is_not_the_first(tmp_path: Path) -> None:
+    for name in ("fashion-mnist", "mnist", "mnist-mlp"):
+        make_artifact(tmp_path / f"{name}.safetensors")
+    assert load_registry(settings(tmp_path)).default.name == "mnist"
+    assert load_registry(settings(tmp_path, default_model="mnist-mlp")).default.name == "mnist-mlp"
+
+
+def test_a_default_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_artifact(tmp_path / f"{name}.safetensors")
+    with pytest.raises(ArtifactError, match="no model 'c' to be the default; allowed are a, b"):
+        load_registry(settings(tmp_path, default_model="c"))
 
 
 def test_a_single_file_may_be_named(tmp_path: Path) -> None:

@@ -23,7 +23,12 @@ from training.artifact import ArtifactInfo, save_artifact
 from training.config import TrainingConfig
 from training.data import DataFile, Dataset, DatasetSpec, SplitFiles
 from training.loop import TrainState, create_state, recompute_batch_norm, train_step
-from training.networks import GeneratorConfig, build_generator
+from training.networks import (
+    ConvGeneratorConfig,
+    GeneratorConfig,
+    MLPGeneratorConfig,
+    build_generator,
+)
 
 CPU = torch.device("cpu")
 CLASS_NAMES = ("left", "right")
@@ -32,10 +37,21 @@ FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 
-NETWORK = GeneratorConfig(
+NETWORK = MLPGeneratorConfig(
     num_classes=2, channels=1, image_size=8, latent_dim=9, embedding_dim=3, hidden=(16, 32, 24)
 )
+CONV_NETWORK = ConvGeneratorConfig(
+    num_classes=2,
+    channels=1,
+    image_size=8,
+    latent_dim=9,
+    embedding_dim=3,
+    style_dim=16,
+    widths=(8,),
+)
 CONFIG = TrainingConfig(
+    generator="mlp",
+    generator_width=0,
     discriminator="mlp",
     discriminator_hidden=(32, 16),
     objective="relativistic",
@@ -49,6 +65,13 @@ CONFIG = TrainingConfig(
     beta2=0.99,
     precision="float32",
     ema_half_life=100.0,
+)
+CONV = replace(
+    CONFIG,
+    generator="conv",
+    generator_width=8,
+    discriminator="residual",
+    discriminator_hidden=(8, 16),
 )
 PAPER = replace(
     CONFIG,
@@ -82,7 +105,8 @@ def dataset(count: int = 256, seed: int = 0) -> Dataset:
 
 
 def state(training: TrainingConfig = CONFIG, seed: int = 0) -> TrainState:
-    return create_state(training, NETWORK, CPU, seed)
+    network = CONV_NETWORK if training.generator == "conv" else NETWORK
+    return create_state(training, network, CPU, seed)
 
 
 def steps(
@@ -139,9 +163,14 @@ def install(patch: pytest.MonkeyPatch, folder: Path, *, images: int = CONFIG.ima
     """
     patch.setitem(cast("dict[str, DatasetSpec]", data.DATASETS), "mnist", write_data_dir(folder))
     patch.setitem(config.PRESETS, "mlp", replace(CONFIG, images=images))
+    patch.setitem(config.PRESETS, "conv", replace(CONV, images=images))
     patch.setitem(config.PRESETS, "paper", replace(PAPER, images=images))
     patch.setattr(run, "LOG_EVERY_IMAGES", 160)
     patch.setattr(run, "SAMPLE_GRIDS", 2)
-    small: Callable[[Dataset], GeneratorConfig] = lambda _dataset: NETWORK  # noqa: E731
-    patch.setattr(command_line, "generator_config", small)
+
+    def small(training: TrainingConfig, _dataset: Dataset) -> GeneratorConfig:
+        return CONV_NETWORK if training.generator == "conv" else NETWORK
+
+    for module in (command_line, run):
+        patch.setattr(module, "generator_config", small)
     patch.setenv(data.DATA_DIR_VARIABLE, str(folder))

@@ -1,26 +1,47 @@
-"""The command line: `python -m training {train,evaluate,sample,judge}`."""
+"""The command line: `python -m training {train,evaluate,sample,judge,import,inspect}`."""
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
-from training.artifact import ArtifactError, load_artifact, save_artifact
-from training.checkpoint import CheckpointError, Identity, read_checkpoint, restore
-from training.config import PRESETS
-from training.data import DATASETS, DataError, Dataset, default_data_dir, load_dataset
+from training.artifact import ArtifactError, ArtifactInfo, load_artifact, save_artifact
+from training.capture import make_stepper
+from training.checkpoint import Checkpoint, CheckpointError, Identity, read_checkpoint
+from training.config import PRESETS, TrainingConfig
+from training.data import (
+    DATASETS,
+    DataError,
+    Dataset,
+    Split,
+    default_data_dir,
+    load_dataset,
+)
 from training.devices import DeviceError, describe, has_native_bfloat16, resolve_device
-from training.evaluation import certify, generate, table, with_certificate
+from training.distributed import World, join, local_device
+from training.evaluation import Certificate, certify, generate, table, with_certificate
+from training.glance import Glance, glance, make_reference
+from training.importing import ForeignCheckpointError, read_published
+from training.importing import describe as describe_published
+from training.inspection import description, facts, terminal_picture
 from training.judge import DIGESTS, Judge, JudgeError, load_judge, save_judge, train_classifier
-from training.loop import DivergedError, TrainState, create_state, generator_config, train
-from training.networks import GeneratorConfig, count_parameters
-from training.pictures import grid, save_png
+from training.loop import DivergedError, create_state, generator_config, train
+from training.networks import Generator, GeneratorConfig, count_parameters
+from training.pictures import class_grid, grid, save_png
+from training.probe import DEFAULT_PENALTY
 from training.report import write_report
-from training.run import RunFolder, run, stop_on_signals
+from training.run import Run, RunFolder, StopFlag, resume_run, start_run, stop_on_signals
+
+# Fewer images than this are learnt by heart unless they are distorted.
+SMALL_DATASET = 20_000
+SPLITS: tuple[Split, Split] = ("train", "test")
 
 # What a person can mend; anything else is a defect of this code and shows its traceback.
 EXPECTED = (
@@ -29,6 +50,7 @@ EXPECTED = (
     DataError,
     DeviceError,
     DivergedError,
+    ForeignCheckpointError,
     JudgeError,
     OSError,
 )
@@ -64,20 +86,20 @@ data_dir_option = click.option(
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Decides every random draw."
 )
-dataset_argument = click.argument("dataset", type=click.Choice(sorted(DATASETS)))
+dataset_argument = click.argument("dataset", metavar="DATASET")
 
 
 @main.command("train")
 @dataset_argument
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="mlp")
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="conv")
 @device_option
 @data_dir_option
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=None,
-    help="Folder of the run: checkpoint.pt, log.jsonl, samples, tensorboard, and at the end "
-    "generator.safetensors. [default: runs/DATASET-PRESET]",
+    help="Folder of the run: checkpoint.pt, log.jsonl, samples, tensorboard, and the best "
+    "generator so far, generator.safetensors. [default: runs/DATASET-PRESET]",
 )
 @seed_option
 @click.option(
@@ -86,7 +108,19 @@ dataset_argument = click.argument("dataset", type=click.Choice(sorted(DATASETS))
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
-    help="Length of the run in minutes of training, in place of images.",
+    help="Length of the run in minutes, all told, in place of images.",
+)
+@click.option(
+    "--gamma",
+    type=click.FloatRange(0),
+    help="Weight of the gradient penalty. [default: the preset's, or chosen by a short probe]",
+)
+@click.option("--flip", is_flag=True, help="Show real images mirrored half of the time.")
+@click.option(
+    "--augment/--no-augment",
+    default=None,
+    help="Distort real and fake images alike. [default: for fewer than "
+    f"{SMALL_DATASET:,} training images]",
 )
 @click.option("--resume", is_flag=True, help="Go on exactly where the run in --out stopped.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration and the estimated time.")
@@ -100,79 +134,147 @@ def train_command(
     seed: int,
     images: int | None,
     minutes: float | None,
+    gamma: float | None,
+    flip: bool,
+    augment: bool | None,
     resume: bool,
     dry_run: bool,
 ) -> None:
-    """Train a generator on DATASET and export it."""
+    """Train a generator on DATASET and export it.
+
+    DATASET is mnist, fashion-mnist, or a folder with a sub-folder of images per class.
+    With several GPUs: torchrun --nproc-per-node N -m training train …
+    """
+    began = time.perf_counter()
     if images is not None and minutes is not None:
         raise click.UsageError("--images and --minutes both end the run; give one of them.")
-    torch_device = _device(device)
-    folder = RunFolder(out or Path("runs") / f"{dataset}-{preset}")
-    data = load_dataset(dataset, "train", data_dir or default_data_dir())
-    config = PRESETS[preset]
-    if not has_native_bfloat16(torch_device):
-        config = dataclasses.replace(config, precision="float32")
-    if images is not None:
-        config = dataclasses.replace(config, images=images)
-    identity = Identity(
-        dataset=dataset,
-        dataset_digest=data.digest,
-        preset=preset,
-        seed=seed,
-        config=config,
-        minutes=minutes,
-    )
-    state, identity = _start(folder, data, identity, torch_device, resume=resume)
-    if dry_run:
-        _print_plan(folder, state, data.to(torch_device), identity)
-        return
-    with stop_on_signals() as stop:
-        finished = run(folder, state, data.to(torch_device), identity, stop)
-    if finished:
-        click.echo(f"{folder.artifact}: exported after {state.images_seen:,} images")
-        click.echo(f"Measure it: python -m training evaluate {folder.artifact}")
-        return
-    click.echo(f"Stopped after {state.images_seen:,} images; go on with --resume.", err=True)
-    sys.exit(128 + (stop.signal or 0))
-
-
-def _start(
-    folder: RunFolder, data: Dataset, wanted: Identity, device: torch.device, *, resume: bool
-) -> tuple[TrainState, Identity]:
-    """A fresh state, or the checkpoint's with the budget that it was given."""
-    shape = generator_config(data)
-    if not resume:
-        if folder.checkpoint.exists():
+    with join() as world:
+        report = click.echo if world.writes else _say_nothing
+        torch_device = local_device(_device(device, report))
+        train_set, test_set = _splits(dataset, data_dir, torch_device)
+        given = {"images": images, "penalty": gamma, "flip": flip or None, "augment": augment}
+        config = _configure(PRESETS[preset], train_set, world, given)
+        folder = RunFolder(out or Path("runs") / f"{train_set.name}-{preset}")
+        identity = Identity(
+            dataset=train_set.name,
+            dataset_digest=train_set.digest,
+            preset=preset,
+            seed=seed,
+            config=config,
+            minutes=minutes,
+        )
+        checkpoint = _checkpoint(folder, identity, given) if resume else None
+        identity = checkpoint.identity if checkpoint else identity
+        if dry_run:
+            _print_plan(folder, train_set, identity, checkpoint)
+            return
+        if not resume and folder.checkpoint.exists():
             raise click.UsageError(
                 f"{folder.path} holds a run already: go on with --resume, or name another --out."
             )
-        return create_state(wanted.config, shape, device, wanted.seed), wanted
-    stored, contents = read_checkpoint(folder.checkpoint)
-    _refuse_other_run(folder.checkpoint, stored, wanted)
-    state = create_state(stored.config, shape, device, stored.seed)
-    restore(folder.checkpoint, contents, state)
-    return state, stored
+        folder.prepare()
+        judge = load_judge(test_set)
+        reference = make_reference(judge, train_set)
+        seconds = None if identity.minutes is None else 58.0 * identity.minutes
+        with stop_on_signals() as stop:
+
+            def look(generator: Generator) -> Glance:
+                return glance(generator, judge, reference)
+
+            if checkpoint is None:
+                run = start_run(
+                    folder, train_set, identity, look=look, world=world, seconds=seconds, stop=stop
+                )
+                run.state.began = began
+            else:
+                run = resume_run(
+                    folder, train_set, checkpoint, look=look, world=world, seconds=seconds
+                )
+            finished = not stop() and run.finish(stop)
+        if world.writes:
+            _conclude(run, stop, finished=finished)
 
 
-def _refuse_other_run(path: Path, stored: Identity, wanted: Identity) -> None:
-    context = click.get_current_context()
-    for field in ("dataset", "dataset_digest", "preset", "seed", "minutes"):
-        have, want = getattr(stored, field), getattr(wanted, field)
-        given = context.get_parameter_source(field)
-        if have != want and given is not click.core.ParameterSource.DEFAULT:
-            raise CheckpointError(f"{path}: {field} is {have!r} there, but {want!r} was given")
-    images = context.params["images"]
-    if images is not None and images != stored.config.images:
-        raise CheckpointError(
-            f"{path}: images is {stored.config.images} there, but {images} was given"
+def _splits(name: str, data_dir: Path | None, device: torch.device) -> tuple[Dataset, Dataset]:
+    """Training and test images on the device."""
+    folder = data_dir or default_data_dir()
+    train_set, test_set = (load_dataset(name, split, folder) for split in SPLITS)
+    return train_set.to(device), test_set.to(device)
+
+
+def _configure(
+    preset: TrainingConfig, dataset: Dataset, world: World, given: Mapping[str, Any]
+) -> TrainingConfig:
+    """A preset with what was given, as this data set and this device need it."""
+    config = dataclasses.replace(
+        preset,
+        augment=len(dataset.labels) < SMALL_DATASET and preset.penalty != 0.0,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if config.batch_size % world.size:
+        raise click.UsageError(
+            f"{world.size} processes cannot share a batch of {config.batch_size} images evenly."
         )
+    if not has_native_bfloat16(dataset.labels.device):
+        config = dataclasses.replace(config, precision="float32")
+    return config
 
 
-def _print_plan(folder: RunFolder, state: TrainState, data: Dataset, identity: Identity) -> None:
+def _checkpoint(folder: RunFolder, wanted: Identity, given: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint to go on from.
+
+    Raises:
+        CheckpointError: there is none, or it is of another run than the one that was asked for.
+    """
+    checkpoint = read_checkpoint(folder.checkpoint)
+    stored = checkpoint.identity
+    differences = {
+        name: (getattr(stored, name), getattr(wanted, name))
+        for name in ("dataset", "dataset_digest", "preset", "seed", "minutes")
+        if _was_given(name)
+    } | {
+        name: (getattr(stored.config, name), value)
+        for name, value in given.items()
+        if value is not None
+    }
+    for name, (have, want) in differences.items():
+        if have != want:
+            raise CheckpointError(
+                f"{folder.checkpoint}: {name} is {have!r} there, but {want!r} was given"
+            )
+    return checkpoint
+
+
+def _was_given(name: str) -> bool:
+    """Whether an option stands on the command line; what is no option counts as given."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not click.core.ParameterSource.DEFAULT
+
+
+def _conclude(run: Run, stop: StopFlag, *, finished: bool) -> None:
+    """Say how a run has ended, and what to do next."""
+    artifact, images = run.folder.artifact, run.state.images_seen
+    if not finished:
+        click.echo(f"Stopped after {images:,} images; go on with --resume.", err=True)
+        sys.exit(128 + (stop.signal or 0))
+    click.echo(f"{artifact}: the best of {images:,} images")
+    click.echo(f"Measure it: python -m training evaluate {artifact}")
+
+
+def _print_plan(
+    folder: RunFolder, dataset: Dataset, identity: Identity, checkpoint: Checkpoint | None
+) -> None:
+    config = identity.config
+    shape = generator_config(config, dataset)
+    if config.penalty is None:  # what the probe will choose takes as long
+        config = dataclasses.replace(config, penalty=DEFAULT_PENALTY)
+    state = create_state(config, shape, dataset.labels.device, identity.seed)
+    if checkpoint is not None:
+        checkpoint.restore(state)
     plan = {
         **dataclasses.asdict(identity),
         "out": str(folder.path),
-        "network": dataclasses.asdict(state.generator.config),
+        "network": dataclasses.asdict(shape),
         "generator_parameters": count_parameters(state.generator),
         "discriminator_parameters": count_parameters(state.discriminator),
     }
@@ -180,22 +282,25 @@ def _print_plan(folder: RunFolder, state: TrainState, data: Dataset, identity: I
     if identity.minutes is not None:
         click.echo(f"Estimated time: {identity.minutes:g} minutes, as asked for.")
         return
-    left = identity.config.images - state.images_seen
+    left = config.images - state.images_seen
     if left <= 0:
         click.echo("Estimated time: none; the run is complete.")
         return
     until = time.monotonic() + 5.0
-    points = train(
-        state, data, identity.config, log_every=2**62, stop=lambda: time.monotonic() > until
-    )
+    stepper = make_stepper(state, dataset, config, click.echo)
+    points = train(state, config, stepper, log_every=2**62, stop=lambda: time.monotonic() > until)
     speed = next(points).images_per_s
     click.echo(f"Estimated time: {left / speed / 60:.1f} minutes at {speed:,.0f} images/s.")
 
 
-def _device(name: str) -> torch.device:
+def _say_nothing(_text: str) -> None:
+    """What a process that does not write reports."""
+
+
+def _device(name: str, report: Callable[[str], None] = click.echo) -> torch.device:
     """Resolve --device, and say in the first line what it is."""
     device = resolve_device(name)
-    click.echo(f"Device: {describe(device)}")
+    report(f"Device: {describe(device)}")
     return device
 
 
@@ -207,29 +312,50 @@ def _device(name: str) -> torch.device:
 def evaluate_command(*, artifact: Path, device: str, data_dir: Path | None, report: bool) -> None:
     """Measure ARTIFACT and write the certificate into it."""
     loaded = load_artifact(artifact)
-    torch_device = _device(device)
-    name = loaded.info.training.get("dataset")
-    if not isinstance(name, str) or name not in DIGESTS:
-        raise ArtifactError(artifact, f"was trained on {name!r}, for which there is no judge")
-    train_set, test_set = (
-        load_dataset(name, split, data_dir or default_data_dir()).to(torch_device)
-        for split in ("train", "test")
+    certificate = certify_artifact(
+        artifact, loaded.generator, loaded.info, device=_device(device), data_dir=data_dir
     )
-    made, real = _shape(loaded.info.network), _shape(generator_config(test_set))
-    if made != real:
-        raise ArtifactError(artifact, f"makes images of {made}, but those of {name} are of {real}")
-    judge = load_judge(test_set)
-    generator = loaded.generator.to(torch_device)
-    certificate = certify(generator, judge, train=train_set, test=test_set)
-    save_artifact(artifact, generator, with_certificate(loaded.info, certificate))
+    save_artifact(artifact, loaded.generator, with_certificate(loaded.info, certificate))
     click.echo(table(certificate, loaded.info.class_names))
     if report:
         write_report(artifact.parent)
 
 
-def _shape(network: GeneratorConfig) -> str:
-    size = f"{network.image_size}x{network.image_size}x{network.channels}"
-    return f"{size} in {network.num_classes} classes"
+def certify_artifact(
+    path: Path,
+    generator: Generator,
+    info: ArtifactInfo,
+    *,
+    device: torch.device,
+    data_dir: Path | None,
+) -> Certificate:
+    """Measure a generator against the data set that its description names.
+
+    What could be missing is looked for before anything is measured. The generator stays on the
+    device.
+
+    Raises:
+        ArtifactError: there is no judge of its data set, or its images are of another shape.
+        DataError: the data set cannot be had.
+        JudgeError: the judge is not the committed one.
+    """
+    name = info.training.get("dataset")
+    if not isinstance(name, str) or name not in DIGESTS:
+        raise ArtifactError(path, f"was trained on {name!r}, for which there is no judge")
+    train_set, test_set = (
+        load_dataset(name, split, data_dir or default_data_dir()).to(device)
+        for split in ("train", "test")
+    )
+    made, real = _shape(info.network), _shape(test_set)
+    if made != real:
+        raise ArtifactError(path, f"makes images of {made}, but those of {name} are of {real}")
+    judge = load_judge(test_set)
+    return certify(generator.to(device), judge, train=train_set, test=test_set)
+
+
+def _shape(images: GeneratorConfig | Dataset) -> str:
+    size = f"{images.image_size}x{images.image_size}x{images.channels}"
+    return f"{size} in {images.num_classes} classes"
 
 
 @main.command("sample")
@@ -290,6 +416,80 @@ def judge_command(
     accuracy = Judge(classifier, digest="").accuracy(test_set)
     digest = save_judge(out, classifier, dataset=dataset, epochs=epochs, seed=seed)
     click.echo(f"{out}: {accuracy:.2%} of the real test images, SHA-256 {digest}")
+
+
+_UNMEASURED = "To import it unmeasured, give --no-certify."
+
+
+@main.command("import")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The artifact, NAME.safetensors; must not exist.",
+)
+@click.option(
+    "--dataset",
+    type=click.Choice(sorted(DATASETS)),
+    default="mnist",
+    help="Names the classes, and what to measure against, if the images are of its shape.",
+)
+@click.option(
+    "--certify/--no-certify", "certified", default=True, help="Measure it as evaluate does."
+)
+@device_option
+@data_dir_option
+def import_command(
+    *,
+    checkpoint: Path,
+    out: Path,
+    dataset: str,
+    certified: bool,
+    device: str,
+    data_dir: Path | None,
+) -> None:
+    """Make an artifact of CHECKPOINT, a generator's state dict as CGAN-PyTorch publishes it."""
+    if out.suffix != ".safetensors":
+        raise click.BadParameter(f"{out} must end in .safetensors", param_hint="--out")
+    if out.exists():
+        raise click.BadParameter(f"{out} is there already", param_hint="--out")
+    published = read_published(checkpoint)
+    generator, info = published.generator, describe_published(published, dataset)
+    if certified:
+        if "dataset" not in info.training:
+            made = f"makes images of {_shape(info.network)}, which are not those of {dataset}"
+            raise ForeignCheckpointError(checkpoint, f"{made}\n{_UNMEASURED}")
+        try:
+            certificate = certify_artifact(
+                checkpoint, generator, info, device=_device(device), data_dir=data_dir
+            )
+        except (ArtifactError, DataError, JudgeError) as error:
+            raise click.ClickException(f"{error}\n{_UNMEASURED}") from error
+        info = with_certificate(info, certificate)
+        click.echo(table(certificate, info.class_names))
+    save_artifact(out, generator, info)
+    click.echo(f"{out}: imported from {checkpoint}, SHA-256 {load_artifact(out).sha256}")
+
+
+@main.command("inspect")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A PNG to write, a row per class. [default: a small picture, where a terminal shows it]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect_command(*, artifact: Path, picture: Path | None, as_json: bool) -> None:
+    """Show what ARTIFACT is: its network, how it was trained, its certificate, and a picture."""
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise click.BadParameter(f"{picture} must end in .png", param_hint="--picture")
+    loaded = load_artifact(artifact)
+    click.echo(json.dumps(facts(loaded), indent=2) if as_json else description(loaded))
+    if picture is not None:
+        save_png(picture, class_grid(loaded.generator, columns=16), scale=2)
+    elif sys.stdout.isatty() and not as_json:
+        click.echo(terminal_picture(loaded, shutil.get_terminal_size().columns))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from training.files import write_atomically
-from training.networks import GeneratorConfig, MLPGenerator, build_generator
+from training.networks import Generator, GeneratorConfig, build_generator
 
 MAX_BYTES = 1 << 30  # far above any generator here; bounds what a wrong path can read
 _METADATA_KEY = "artifact"  # one key of sorted JSON: the same contents always give the same bytes
@@ -108,7 +108,7 @@ class Artifact:
     path: Path
     sha256: str
     info: ArtifactInfo
-    generator: MLPGenerator
+    generator: Generator
 
 
 _INFO = TypeAdapter(ArtifactInfo)

@@ -20,7 +20,7 @@ from training.config import TrainingConfig
 from training.files import write_atomically
 from training.loop import TrainState
 
-_MAGIC = b"cgan checkpoint, version 2\n"
+_MAGIC = b"cgan checkpoint, version 3\n"
 _DIGEST_BYTES = 32
 _CONFIG = TypeAdapter(TrainingConfig)
 
@@ -40,6 +40,7 @@ class Identity:
         seed: of the run.
         config: the training configuration.
         minutes: the time budget, where the run has one.
+        probe: gamma -> score, where a probe chose the configuration's penalty.
     """
 
     dataset: str
@@ -48,24 +49,27 @@ class Identity:
     seed: int
     config: TrainingConfig
     minutes: float | None
+    probe: dict[str, float] | None = None
 
 
-def save_checkpoint(path: Path, state: TrainState, identity: Identity) -> None:
+def save_checkpoint(
+    path: Path, state: TrainState, identity: Identity, best: dict[str, Any] | None
+) -> None:
     """Write a checkpoint atomically: where that fails, the one before it survives.
+
+    Args:
+        path: where to.
+        state: to go on from.
+        identity: of the run.
+        best: the best snapshot so far, as plain values and tensors.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     contents = {
         "identity": dataclasses.asdict(identity),
-        "generator": state.generator.state_dict(),
-        "discriminator": state.discriminator.state_dict(),
-        "ema": state.ema.state_dict(),
-        "generator_optimizer": state.generator_optimizer.state_dict(),
-        "discriminator_optimizer": state.discriminator_optimizer.state_dict(),
-        "rng": state.rng.get_state(),
-        "images_seen": state.images_seen,
-        "elapsed_s": state.elapsed_s,
+        "state": state.state_dict(),
+        "best": best,
     }
     buffer = io.BytesIO()
     torch.save(contents, buffer)
@@ -77,8 +81,39 @@ def save_checkpoint(path: Path, state: TrainState, identity: Identity) -> None:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}{kept}") from error
 
 
-def read_checkpoint(path: Path) -> tuple[Identity, dict[str, Any]]:
-    """Read a checkpoint: whose it is, and the contents for `restore`.
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that has been read.
+
+    Attributes:
+        path: of the file.
+        identity: of the run.
+        state: for `restore`.
+        best: the best snapshot so far, as it was given to `save_checkpoint`.
+    """
+
+    path: Path
+    identity: Identity
+    state: dict[str, Any]
+    best: dict[str, Any] | None
+
+    def restore(self, state: TrainState) -> None:
+        """Go on from here, in a state that was built from the same configuration.
+
+        Raises:
+            CheckpointError: the contents do not fit the state.
+        """
+        try:
+            state.load_state_dict(self.state)
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            cause = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{self.path}: does not fit this configuration: {cause}"
+            ) from error
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint: whose it is, and what to go on from.
 
     Raises:
         CheckpointError: there is none, or it is damaged or of another version.
@@ -91,7 +126,10 @@ def read_checkpoint(path: Path) -> tuple[Identity, dict[str, Any]]:
     try:
         stored = dict(contents["identity"])
         config = _CONFIG.validate_python(stored.pop("config"))
-        return Identity(config=config, **stored), contents
+        identity = Identity(config=config, **stored)
+        return Checkpoint(
+            path=path, identity=identity, state=contents["state"], best=contents["best"]
+        )
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{path}: was written by another version of this code") from error
 
@@ -110,26 +148,3 @@ def _read_payload(path: Path) -> bytes:
     if hashlib.sha256(payload).digest() != data[len(_MAGIC) : start]:
         raise CheckpointError(f"{path}: is damaged: its contents do not have their SHA-256")
     return payload
-
-
-def restore(path: Path, contents: dict[str, Any], state: TrainState) -> None:
-    """Put a checkpoint's contents into a state that was built from the same configuration.
-
-    Raises:
-        CheckpointError: the contents do not fit the state.
-    """
-    try:
-        for part in (
-            "generator",
-            "discriminator",
-            "ema",
-            "generator_optimizer",
-            "discriminator_optimizer",
-        ):
-            getattr(state, part).load_state_dict(contents[part])
-        state.rng.set_state(contents["rng"])
-        state.images_seen = contents["images_seen"]
-        state.elapsed_s = contents["elapsed_s"]
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: does not fit this configuration: {first_line}") from error

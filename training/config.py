@@ -11,11 +11,16 @@ class TrainingConfig:
     """Everything that decides a run besides the data, the seed and the device.
 
     Attributes:
-        discriminator: `mlp`, or `conv` (strided convolutions; only the generator is shipped).
-        discriminator_hidden: the discriminator's widths.
+        generator: `mlp`, the document's, or `conv`; see `training.networks`.
+        generator_width: of the `conv` generator's finest feature map; no part of `mlp`.
+        discriminator: `mlp`, `conv` (strided convolutions) or `residual` (only the generator is
+            shipped).
+        discriminator_hidden: the discriminator's widths; for `residual`, that of its finest feature
+            map and that of its features.
         objective: see `training.losses`.
         penalty: gamma of the R1 + R2 penalty, which is gamma / 2 times the squared gradient norm,
-            on real and on fake images; 0 for none.
+            on real and on fake images; 0 for none; None to let a short probe choose it, because the
+            best one differs from data set to data set.
         penalty_interval: the penalty is computed every so many steps, with gamma multiplied to
             match.
         batch_size: images a step.
@@ -29,12 +34,17 @@ class TrainingConfig:
         ema_half_life: half-life of the generator's moving average, in images; 0 for no average.
         ema_ramp: the half-life is at most this fraction of the images seen, so that an early
             average forgets its random start (Karras et al., StyleGAN2).
+        flip: whether a real image is shown mirrored half of the time.
+        augment: whether real and fake images alike are distorted before the discriminator sees
+            them, which keeps a small data set from being learnt by heart.
     """
 
-    discriminator: Literal["mlp", "conv"]
+    generator: Literal["mlp", "conv"]
+    generator_width: int
+    discriminator: Literal["mlp", "conv", "residual"]
     discriminator_hidden: tuple[int, ...]
     objective: Objective
-    penalty: float
+    penalty: float | None
     penalty_interval: int
     batch_size: int
     images: int
@@ -45,11 +55,15 @@ class TrainingConfig:
     precision: Literal["float32", "bfloat16"]
     ema_half_life: float
     ema_ramp: float = 0.05
+    flip: bool = False
+    augment: bool = False
 
 
 PRESETS: dict[str, TrainingConfig] = {
     # The recipe of the document: plain cross-entropy, no penalty, no average.
     "paper": TrainingConfig(
+        generator="mlp",
+        generator_width=0,
         discriminator="mlp",
         discriminator_hidden=(512, 256),
         objective="cross-entropy",
@@ -67,13 +81,33 @@ PRESETS: dict[str, TrainingConfig] = {
     # The same generator against a discriminator that sees neighbouring pixels, with the objective
     # of R3GAN (arXiv 2501.05441): relativistic pairs, R1 and R2.
     "mlp": TrainingConfig(
+        generator="mlp",
+        generator_width=0,
         discriminator="conv",
         discriminator_hidden=(32, 64, 256),
         objective="relativistic",
-        penalty=2.0,
+        penalty=None,
         penalty_interval=4,
         batch_size=128,
         images=6_000_000,
+        lr=4e-4,
+        lr_schedule="cosine",
+        beta1=0.0,
+        beta2=0.99,
+        precision="bfloat16",
+        ema_half_life=200_000,
+    ),
+    # Convolutions on both sides, and nothing that is normalised over a batch.
+    "conv": TrainingConfig(
+        generator="conv",
+        generator_width=16,
+        discriminator="residual",
+        discriminator_hidden=(24, 256),
+        objective="relativistic",
+        penalty=None,
+        penalty_interval=4,
+        batch_size=128,
+        images=4_000_000,
         lr=4e-4,
         lr_schedule="cosine",
         beta1=0.0,

@@ -17,7 +17,7 @@ from torch import Tensor
 from training.artifact import ArtifactInfo
 from training.data import Dataset
 from training.judge import Judge
-from training.networks import MLPGenerator
+from training.networks import Generator
 
 IMAGES = 10_000
 NEIGHBOURS = 5
@@ -75,7 +75,7 @@ _CERTIFICATE = TypeAdapter(Certificate)
 
 
 def certify(
-    generator: MLPGenerator,
+    generator: Generator,
     judge: Judge,
     *,
     train: Dataset,
@@ -111,9 +111,7 @@ def certify(
 
 
 @torch.inference_mode()
-def generate(
-    generator: MLPGenerator, labels: Tensor, *, seed: int, batch_size: int = 1000
-) -> Tensor:
+def generate(generator: Generator, labels: Tensor, *, seed: int, batch_size: int = 1000) -> Tensor:
     """Generate one image a label.
 
     Args:

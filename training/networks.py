@@ -6,11 +6,13 @@ evaluation and the service can never disagree about its shape.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil, log2
 from typing import Annotated, Literal
 
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # The bounds keep a hostile or damaged file from asking for terabytes before its tensors are seen.
 Width = Annotated[int, Field(ge=1, le=8192)]
@@ -43,7 +45,34 @@ class MLPGeneratorConfig:
     hidden: Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)] = (128, 256, 512, 1024)
 
 
-GeneratorConfig = MLPGeneratorConfig
+@dataclass(frozen=True, kw_only=True)
+class ConvGeneratorConfig:
+    """A small residual convolutional generator without normalisation.
+
+    Attributes:
+        num_classes: how many classes there are.
+        channels: 1 (grey) or 3 (RGB).
+        image_size: height and width of an image, in pixels.
+        latent_dim: length of a latent vector.
+        embedding_dim: length of a label's embedding.
+        style_dim: width of the trunk that latent and label go through.
+        widths: channels of the feature maps, from the coarsest to the finest, which has half the
+            image's size; each level doubles the size of the one before.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    kind: Literal["conv"] = "conv"
+    num_classes: Classes
+    channels: Channels
+    image_size: ImageSize
+    latent_dim: Width = 64
+    embedding_dim: Width = 64
+    style_dim: Width = 256
+    widths: Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)]
+
+
+GeneratorConfig = Annotated[MLPGeneratorConfig | ConvGeneratorConfig, Field(discriminator="kind")]
 
 
 class MLPGenerator(nn.Module):
@@ -145,14 +174,164 @@ class ConvDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Score images against labels; the same contract as `MLPDiscriminator.forward`."""
-        x = self.main(images)  # (N, features)
-        unconditional: Tensor = self.out(x).squeeze(1).float()
-        projected: Tensor = (x.float() * self.label_embedding(labels)).sum(1) / x.shape[1] ** 0.5
-        return unconditional + projected
+        return _project(self, self.main(images), labels)
 
 
-def build_generator(config: GeneratorConfig) -> MLPGenerator:
+def _project(
+    network: "ConvDiscriminator | ResidualDiscriminator", features: Tensor, labels: Tensor
+) -> Tensor:
+    """Logits (N,) of features (N, F): how real they are, plus how well they fit the label."""
+    unconditional: Tensor = network.out(features).squeeze(1).float()
+    embedded = network.label_embedding(labels)  # (N, F)
+    projected: Tensor = (features.float() * embedded).sum(1) / features.shape[1] ** 0.5
+    return unconditional + projected
+
+
+class ResidualBlock(nn.Module):
+    """Adds two 3x3 convolutions of a feature map to it.
+
+    There is no normalisation, so the second convolution starts at zero: every block is the identity
+    at first, and a deep stack of them starts as a shallow network (Fixup, arXiv 1901.09321).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        _keep_variance(self)
+
+    def forward(self, x: Tensor, style: Tensor | None = None) -> Tensor:
+        """(N, width, H, W) to the same shape; `style` (N, width) scales what enters."""
+        inner = F.leaky_relu(x, 0.2)
+        if style is not None:
+            inner = inner * (1.0 + style[:, :, None, None])
+        inner = F.leaky_relu(self.first(inner), 0.2)
+        refined: Tensor = x + self.second(inner)
+        return refined
+
+
+class ConvGenerator(nn.Module):
+    """Latents and labels to images, by residual convolutions; see `ConvGeneratorConfig`.
+
+    An image depends on its own latent and label alone: nothing is normalised over the batch. Two
+    dense layers decide the image as a whole and its coarsest feature map; at each level a residual
+    block refines it, scaled channel by channel from the same dense layers (the modulation of
+    StyleGAN2, arXiv 1912.04958, without its demodulation). Every position of the finest map gives
+    2x2 pixels (arXiv 1609.05158), so that no convolution runs at full size.
+    """
+
+    def __init__(self, config: ConvGeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sizes = _halvings(config.image_size, len(config.widths))
+        coarse, fine = config.widths[0], config.widths[-1]
+        self.label_embedding = nn.Embedding(config.num_classes, config.embedding_dim)
+        self.trunk = nn.Sequential(
+            nn.Linear(config.latent_dim + config.embedding_dim, config.style_dim),
+            nn.LeakyReLU(0.2),
+            nn.Linear(config.style_dim, config.style_dim),
+            nn.LeakyReLU(0.2),
+        )
+        self.start = nn.Linear(config.style_dim, coarse * self.sizes[0] ** 2)
+        self.styles = nn.ModuleList(nn.Linear(config.style_dim, w) for w in config.widths)
+        self.blocks = nn.ModuleList(ResidualBlock(w) for w in config.widths)
+        self.widen = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairwise(config.widths))
+        self.out = nn.Conv2d(fine, 4 * config.channels, 3, padding=1)
+        _keep_variance(self)
+        for style in self.styles.parameters():
+            nn.init.zeros_(style)
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """Generate images; the same contract as `MLPGenerator.forward`."""
+        return self.synthesise(self.trunk(torch.cat([latents, self.label_embedding(labels)], 1)))
+
+    def synthesise(self, style: Tensor) -> Tensor:
+        """The trunk's output (N, style_dim) to images (N, C, H, W)."""
+        size = self.sizes[0]
+        x = self.start(style).view(-1, size, size, self.config.widths[0])
+        x = x.permute(0, 3, 1, 2)  # (N, widths[0], size, size), channels last in memory
+        for level, (block, modulation) in enumerate(zip(self.blocks, self.styles, strict=True)):
+            if level > 0:
+                size = self.sizes[level]
+                x = F.interpolate(self.widen[level - 1](x), size=(size, size), mode="nearest")
+            x = block(x, modulation(style))  # (N, widths[level], size, size)
+        x = F.pixel_shuffle(self.out(F.leaky_relu(x, 0.2)), 2)  # (N, C, 2 * size, 2 * size)
+        images: Tensor = torch.tanh(x[:, :, : self.config.image_size, : self.config.image_size])
+        return images
+
+
+class ResidualDiscriminator(nn.Module):
+    """Images and labels to logits: residual convolutions and a projection of the class embedding.
+
+    Without normalisation, as `ResidualBlock` says; the class enters as in `ConvDiscriminator`.
+    """
+
+    def __init__(
+        self, *, num_classes: int, channels: int, image_size: int, widths: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        *conv_widths, features = widths
+        layers: list[nn.Module] = []
+        fan_in, size = channels, image_size
+        for fan_out in conv_widths:
+            layers += [
+                nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1),
+                ResidualBlock(fan_out),
+                nn.LeakyReLU(0.2),
+            ]
+            fan_in, size = fan_out, size // 2
+        layers += [nn.Flatten(), nn.Linear(fan_in * size**2, features), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers)
+        self.label_embedding = nn.Embedding(num_classes, features)
+        self.out = nn.Linear(features, 1)
+        _keep_variance(self)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Score images against labels; the same contract as `MLPDiscriminator.forward`."""
+        return _project(self, self.main(images), labels)
+
+
+def _keep_variance(network: nn.Module) -> None:
+    """Initialise layers so that a signal keeps its strength (He et al., arXiv 1502.01852).
+
+    PyTorch's own initialisation weakens it at every layer. Where no batch norm restores it, all
+    latents give nearly the same image at first, and that is hard to leave.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, a=0.2, nonlinearity="leaky_relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.second.weight)
+
+
+def doubling_widths(image_size: int, finest: int) -> tuple[int, ...]:
+    """Channels from half the image's size, where there are `finest`, down to maps of at most 8x8.
+
+    Twice as many at each halving of the size, so that every level costs about the same.
+    """
+    levels = max(1, ceil(log2(image_size / 8)))
+    return tuple(finest * 2**level for level in range(levels))
+
+
+def _halvings(image_size: int, levels: int) -> tuple[int, ...]:
+    """The sizes of the feature maps, coarsest first; the finest is half the image's, rounded up."""
+    sizes = []
+    for _ in range(levels):
+        image_size = -(-image_size // 2)
+        sizes.append(image_size)
+    return tuple(reversed(sizes))
+
+
+Generator = MLPGenerator | ConvGenerator
+
+
+def build_generator(config: GeneratorConfig) -> Generator:
     """Build the generator that a configuration describes, freshly initialised."""
+    if isinstance(config, ConvGeneratorConfig):
+        return ConvGenerator(config)
     return MLPGenerator(config)
 
 

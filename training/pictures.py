@@ -9,7 +9,7 @@ from torch import Tensor
 
 from training.evaluation import to_pixels
 from training.files import write_atomically
-from training.networks import MLPGenerator
+from training.networks import Generator
 
 MAX_ROWS = 20
 
@@ -25,7 +25,7 @@ def grid(pixels: Tensor, columns: int) -> Tensor:
 
 
 @torch.inference_mode()
-def class_grid(generator: MLPGenerator, *, columns: int, seed: int = 0) -> Tensor:
+def class_grid(generator: Generator, *, columns: int, seed: int = 0) -> Tensor:
     """A row per class and the same latents down each column: (rows * H, columns * W, C) uint8.
 
     What changes along a row is the latent, what changes down a column is the class. Of more than

@@ -4,26 +4,48 @@ import dataclasses
 import json
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Never, TextIO
+from typing import Any, Never, TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.artifact import ArtifactInfo, save_artifact
-from training.checkpoint import Identity, save_checkpoint
+from training.capture import make_stepper
+from training.checkpoint import Checkpoint, Identity, save_checkpoint
+from training.config import TrainingConfig
 from training.data import Dataset
-from training.loop import LogPoint, TrainState, recompute_batch_norm, train, used_fraction
+from training.distributed import World
+from training.files import write_atomically
+from training.glance import Glance
+from training.loop import (
+    DivergedError,
+    LogPoint,
+    Stepper,
+    TrainState,
+    create_state,
+    generator_config,
+    recompute_batch_norm,
+    train,
+    used_fraction,
+)
 from training.pictures import class_grid, save_png
+from training.probe import DEFAULT_PENALTY, Look, agreed, choose_penalty, is_worthwhile
 
 LOG_EVERY_IMAGES = 12_800
 SAMPLE_GRIDS = 40  # over the whole run
+LOOKS = 20  # over the whole run
+LOOK_SHARE = 0.05  # of the time of a run that is given minutes
+COLLAPSE = 0.5  # of the best coverage so far
+MAX_ROLLBACKS = 3
 CHECKPOINT_EVERY_S = 120.0
 
 
@@ -57,6 +79,15 @@ class RunFolder:
         """A grid of samples, named by progress so that they sort."""
         return self.path / "samples" / f"{images_seen:010d}.png"
 
+    def prepare(self) -> None:
+        """Make sure that the folder is there and takes files, before time is spent.
+
+        Raises:
+            OSError: it cannot be made, or not be written.
+        """
+        write_atomically(self.path / "samples" / ".writable", b"")
+        (self.path / "samples" / ".writable").unlink()
+
 
 class StopFlag:
     """Set by Ctrl-C or SIGTERM; the run then ends at the next step with a checkpoint."""
@@ -89,76 +120,268 @@ def stop_on_signals() -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
-def run(
-    folder: RunFolder, state: TrainState, dataset: Dataset, identity: Identity, stop: StopFlag
-) -> bool:
-    """Train to the end of the budget, or until stopped; then export, or leave a checkpoint.
+class Run:
+    """One run: what it is made of, and the best that it has made so far.
 
-    Returns:
-        whether the run is complete and its artifact written.
+    Every so often the averaged generator is looked at. The best one is exported at once, so that
+    there is always a file to serve; and where diversity has fallen to half of the best, or a loss
+    is no number any more, the run goes back to the best and on from there at half the learning
+    rate.
 
-    Raises:
-        CheckpointError: a checkpoint cannot be written (a full disk, say); the last one survives.
-        OSError: another file of the run cannot be written.
+    Attributes:
+        folder: where the files go; only the first process writes.
+        state: of the networks.
+        dataset: resident on the state's device.
+        identity: what the run is.
+        look: measures a generator.
+        seconds: the time for steps and looks, where time ends the run.
+        best: the best look so far, with the state that it saw.
     """
-    (folder.path / "samples").mkdir(parents=True, exist_ok=True)
-    _truncate_log(folder.log, state.images_seen)
-    last_checkpoint, last_grid = time.monotonic(), _grid_number(state, identity)
-    # Purging begins at its step, and the last point before the checkpoint is to stay.
-    writer = SummaryWriter(str(folder.tensorboard), purge_step=state.images_seen + 1)
-    bar = tqdm(
-        total=identity.config.images,
-        initial=state.images_seen,
-        unit="img",
-        unit_scale=True,
-        dynamic_ncols=True,
-        smoothing=0.1,
-    )
-    with folder.log.open("a", encoding="utf-8") as log, writer, bar:
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        state: TrainState,
+        dataset: Dataset,
+        identity: Identity,
+        *,
+        look: Look,
+        seconds: float | None = None,
+        best: "Best | None" = None,
+    ) -> None:
+        self.folder, self.state, self.dataset, self.identity = folder, state, dataset, identity
+        self.look, self.seconds, self.best = look, seconds, best
+        self._writes = state.world.writes
+        self._last_look = self._part(LOOKS) if best else -1
+        self._last_grid = self._part(SAMPLE_GRIDS)
+        self._look_s, self._looked_at = 0.0, state.elapsed_s
+        self._journal: _Journal | None = None
+
+    def finish(self, stop: Callable[[], bool]) -> bool:
+        """Train to the end of the budget, or until stopped; then export, or leave a checkpoint.
+
+        Returns:
+            whether the run is complete and its artifact written.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be written (a full disk, say); the last one
+                survives.
+            DivergedError: the run broke down again and again, or before there was anything to go
+                back to. The best artifact so far is there.
+            OSError: another file of the run cannot be written.
+        """
+        stepper = make_stepper(self.state, self.dataset, self.identity.config, tqdm.write)
+        with _journal(self.folder, self.state, self.identity.config) as self._journal:
+            while True:
+                try:
+                    finished = self._follow(stepper, stop)
+                    break
+                except DivergedError as error:
+                    self._roll_back(str(error))
+        if finished:
+            self._export_best(batches=50)
+        return finished
+
+    def _follow(self, stepper: Stepper, stop: Callable[[], bool]) -> bool:
+        last_checkpoint = time.monotonic()
         for point in train(
-            state,
-            dataset,
-            identity.config,
-            minutes=identity.minutes,
+            self.state,
+            self.identity.config,
+            stepper,
+            seconds=self.seconds,
             log_every=LOG_EVERY_IMAGES,
             stop=stop,
         ):
-            _report(point, state, bar, log, writer)
-            if (number := _grid_number(state, identity)) != last_grid or point.finished:
-                last_grid = number
-                _sample(folder, state, writer)
+            self._note(point)
+            if point.losses is not None and self._look_is_due(point):
+                self._look()
             due = time.monotonic() - last_checkpoint >= CHECKPOINT_EVERY_S
-            if due or point.finished or stop():
-                save_checkpoint(folder.checkpoint, state, identity)
+            if self._writes and (due or point.finished or stop()):
+                self.save()
                 last_checkpoint = time.monotonic()
-    if not point.finished:
-        return False
-    export(folder.artifact, state, dataset, identity)
-    return True
+        return point.finished
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        best = None if self.best is None else self.best.as_dict()
+        save_checkpoint(self.folder.checkpoint, self.state, self.identity, best)
+
+    def _part(self, parts: int) -> int:
+        return int(used_fraction(self.state, self.identity.config, self.seconds) * parts)
+
+    def _note(self, point: LogPoint) -> None:
+        if self._journal is None or point.losses is None:
+            return
+        self._journal.losses(self.state, point)
+        part = self._part(SAMPLE_GRIDS)
+        if part != self._last_grid or point.finished:
+            self._last_grid = part
+            self._journal.samples(self.folder, self.state)
+
+    def _look_is_due(self, point: LogPoint) -> bool:
+        if point.finished or self.best is None:
+            return True
+        part = int(point.used * LOOKS)
+        if part == self._last_look:
+            return False
+        # In a run that is given minutes, looking takes a small share of them.
+        since = self.state.elapsed_s - self._looked_at
+        (affordable,) = self.state.world.agree(
+            self.seconds is None or self._look_s <= LOOK_SHARE * since
+        )
+        return bool(affordable)
+
+    def _look(self) -> None:
+        """Measure the averaged generator; keep it where it is the best, or go back to the best.
+
+        Raises:
+            DivergedError: its diversity has collapsed.
+        """
+        began = self.state.elapsed_s
+        recompute_batch_norm(self.state.ema, batches=20)
+        glance = agreed(self.state.world, self.look, self.state.ema)
+        self._last_look = self._part(LOOKS)
+        if self._journal is not None:
+            self._journal.glance(self.state, glance)
+        if self.best is not None and glance.coverage < COLLAPSE * self.best.glance.coverage:
+            raise DivergedError(
+                f"collapsed: coverage is {glance.coverage:.3f} after {self.state.images_seen:,} "
+                f"images, and was {self.best.glance.coverage:.3f}"
+            )
+        if self.best is None or glance.score >= self.best.glance.score:
+            self.best = Best(glance, deepcopy(self.state.state_dict()))
+            self._export_best(batches=20)
+        self._look_s, self._looked_at = self.state.elapsed_s - began, self.state.elapsed_s
+
+    def _roll_back(self, reason: str) -> None:
+        """Go back to the best networks, with less of a learning rate, and other random draws.
+
+        Raises:
+            DivergedError: there is nothing to go back to, or it has been done too often.
+        """
+        state = self.state
+        if self.best is None:
+            raise DivergedError(f"{reason}; nothing had been learnt before")
+        if state.lr_scale <= 0.5**MAX_ROLLBACKS:
+            raise DivergedError(
+                f"{reason}, after {MAX_ROLLBACKS} returns to the best so far, which is in "
+                f"{self.folder.artifact}"
+            )
+        now = state.state_dict()
+        # Progress and random draws go on: the same steps again would end the same way.
+        onward = {name: now[name] for name in ("images_seen", "elapsed_s", "rng")}
+        scale = state.lr_scale / 2
+        state.load_state_dict({**self.best.contents, **onward, "lr_scale": scale})
+        if self._journal is not None:
+            self._journal.event(state, f"{reason}; back to the best, at {scale:g} of the rate")
+
+    def _export_best(self, *, batches: int) -> None:
+        """Write the best averaged generator so far, with batch-norm statistics of its own."""
+        if self.best is None or not self._writes:
+            return
+        generator = deepcopy(self.state.ema)
+        generator.load_state_dict(self.best.contents["ema"])
+        recompute_batch_norm(generator, batches=batches)
+        save_artifact(self.folder.artifact, generator, self._describe(self.best))
+
+    def _describe(self, best: "Best") -> ArtifactInfo:
+        identity, state = self.identity, self.state
+        return ArtifactInfo(
+            network=state.ema.config,
+            class_names=self.dataset.class_names,
+            training={
+                "dataset": identity.dataset,
+                "dataset_sha256": identity.dataset_digest,
+                "preset": identity.preset,
+                "seed": identity.seed,
+                "minutes": identity.minutes,
+                "probe": identity.probe,
+                "processes": state.world.size,
+                "elapsed_s": round(state.elapsed_s, 1),
+                "device": state.rng.device.type,
+                "torch": torch.__version__,
+                "config": dataclasses.asdict(identity.config),
+            },
+            images_seen=best.contents["images_seen"],
+            source_commit=source_commit(),
+        )
 
 
-def export(path: Path, state: TrainState, dataset: Dataset, identity: Identity) -> None:
-    """Write the averaged generator, with batch-norm statistics of its own, as an artifact."""
-    recompute_batch_norm(state.ema, batches=200)
-    config = dataclasses.asdict(identity.config)
-    circumstances = {
-        "dataset": identity.dataset,
-        "dataset_sha256": identity.dataset_digest,
-        "preset": identity.preset,
-        "seed": identity.seed,
-        "minutes": identity.minutes,
-        "elapsed_s": round(state.elapsed_s, 1),
-        "device": state.rng.device.type,
-        "torch": torch.__version__,
-    }
-    info = ArtifactInfo(
-        network=state.ema.config,
-        class_names=dataset.class_names,
-        training={**circumstances, "config": config},
-        images_seen=state.images_seen,
-        source_commit=source_commit(),
-    )
-    save_artifact(path, state.ema, info)
+@dataclass(frozen=True)
+class Best:
+    """The best look of a run, and the state that it saw."""
+
+    glance: Glance
+    contents: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, for a checkpoint."""
+        return {"glance": dataclasses.asdict(self.glance), "contents": self.contents}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "Best":
+        """What `as_dict` gave."""
+        return cls(Glance(**stored["glance"]), stored["contents"])
+
+
+def start_run(
+    folder: RunFolder,
+    dataset: Dataset,
+    identity: Identity,
+    *,
+    look: Look,
+    world: World,
+    seconds: float | None,
+    stop: Callable[[], bool],
+) -> Run:
+    """A fresh run; where its penalty is open, a probe chooses it.
+
+    A run that is stopped meanwhile has nothing to go on from.
+    """
+    shape = generator_config(identity.config, dataset)
+    device = dataset.labels.device
+
+    def fresh(config: TrainingConfig) -> TrainState:
+        return create_state(config, shape, device, identity.seed, world)
+
+    config, probe = identity.config, None
+    if config.penalty is None and is_worthwhile(config, seconds):
+        report = tqdm.write if world.writes else _say_nothing
+        state, config, probe = choose_penalty(
+            config, fresh, dataset, look, seconds=seconds, stop=stop, report=report
+        )
+    else:
+        if config.penalty is None:
+            config = dataclasses.replace(config, penalty=DEFAULT_PENALTY)
+        state = fresh(config)
+    identity = dataclasses.replace(identity, config=config, probe=probe)
+    return Run(folder, state, dataset, identity, look=look, seconds=seconds)
+
+
+def resume_run(
+    folder: RunFolder,
+    dataset: Dataset,
+    checkpoint: Checkpoint,
+    *,
+    look: Look,
+    world: World,
+    seconds: float | None,
+) -> Run:
+    """The run of a checkpoint, where it stopped.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit its own configuration.
+    """
+    identity = checkpoint.identity
+    shape = generator_config(identity.config, dataset)
+    state = create_state(identity.config, shape, dataset.labels.device, identity.seed, world)
+    checkpoint.restore(state)
+    best = None if checkpoint.best is None else Best.from_dict(checkpoint.best)
+    return Run(folder, state, dataset, identity, look=look, seconds=seconds, best=best)
+
+
+def _say_nothing(_text: str) -> None:
+    """What a process that does not write reports."""
 
 
 def source_commit() -> str | None:
@@ -177,44 +400,74 @@ def source_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _grid_number(state: TrainState, identity: Identity) -> int:
-    return int(used_fraction(state, identity.config, identity.minutes) * SAMPLE_GRIDS)
+class _Journal:
+    """What a run tells while it is under way: the bar, the log, TensorBoard, and the samples."""
+
+    def __init__(self, bar: "tqdm[Never]", log: TextIO, writer: SummaryWriter) -> None:
+        self._bar, self._log, self._writer = bar, log, writer
+
+    def losses(self, state: TrainState, point: LogPoint) -> None:
+        """Note the losses of a log point that has some."""
+        assert point.losses is not None
+        losses = dataclasses.asdict(point.losses)
+        self._line(state, images_per_s=round(point.images_per_s, 1), **losses)
+        for name, value in losses.items():
+            self._writer.add_scalar(f"losses/{name}", value, state.images_seen)
+        self._writer.add_scalar("images_per_s", point.images_per_s, state.images_seen)
+        if point.used > 0:  # a budget in minutes shows as the images it will come to
+            self._bar.total = round(state.images_seen / point.used)
+        self._bar.update(state.images_seen - self._bar.n)
+
+    def glance(self, state: TrainState, glance: Glance) -> None:
+        """Note a look at the averaged generator."""
+        seen = dataclasses.asdict(glance)
+        self._line(state, **seen)
+        for name, value in seen.items():
+            self._writer.add_scalar(f"quality/{name}", value, state.images_seen)
+        self._bar.set_postfix_str(
+            f"GAN-test {glance.gan_test:.1%}, coverage {glance.coverage:.2f}", refresh=False
+        )
+
+    def event(self, state: TrainState, text: str) -> None:
+        """Note something that a person must see."""
+        self._line(state, event=text)
+        tqdm.write(text, file=sys.stderr)
+
+    def samples(self, folder: RunFolder, state: TrainState) -> None:
+        """Draw a grid of samples of the averaged generator."""
+        recompute_batch_norm(state.ema, batches=20)
+        picture = class_grid(state.ema, columns=10)
+        save_png(folder.sample(state.images_seen), picture, scale=2)
+        self._writer.add_image("samples", picture, state.images_seen, dataformats="HWC")
+
+    def _line(self, state: TrainState, **values: float | str) -> None:
+        line = {"images_seen": state.images_seen, "elapsed_s": round(state.elapsed_s, 3), **values}
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
 
 
-def _sample(folder: RunFolder, state: TrainState, writer: SummaryWriter) -> None:
-    recompute_batch_norm(state.ema, batches=20)
-    picture = class_grid(state.ema, columns=10)
-    save_png(folder.sample(state.images_seen), picture, scale=2)
-    writer.add_image("samples", picture, state.images_seen, dataformats="HWC")
-
-
-def _report(
-    point: LogPoint,
-    state: TrainState,
-    bar: "tqdm[Never]",
-    log: TextIO,
-    writer: SummaryWriter,
-) -> None:
-    if point.losses is None:
+@contextmanager
+def _journal(
+    folder: RunFolder, state: TrainState, config: TrainingConfig
+) -> Iterator[_Journal | None]:
+    """The journal of the process that writes; None in the others."""
+    if not state.world.writes:
+        yield None
         return
-    losses = dataclasses.asdict(point.losses)
-    line = {
-        "images_seen": state.images_seen,
-        "elapsed_s": round(state.elapsed_s, 3),
-        "images_per_s": round(point.images_per_s, 1),
-        **losses,
-    }
-    log.write(json.dumps(line) + "\n")
-    log.flush()
-    for name, value in losses.items():
-        writer.add_scalar(f"losses/{name}", value, state.images_seen)
-    writer.add_scalar("images_per_s", point.images_per_s, state.images_seen)
-    if point.used > 0:  # a budget in minutes shows as the images it will come to
-        bar.total = round(state.images_seen / point.used)
-    bar.set_postfix(
-        D=f"{losses['discriminator']:.3f}", G=f"{losses['generator']:.3f}", refresh=False
+    (folder.path / "samples").mkdir(parents=True, exist_ok=True)
+    _truncate_log(folder.log, state.images_seen)
+    bar = tqdm(
+        total=config.images,
+        initial=state.images_seen,
+        unit="img",
+        unit_scale=True,
+        dynamic_ncols=True,
+        smoothing=0.1,
     )
-    bar.update(state.images_seen - bar.n)
+    # Purging begins at its step, and the last point before the checkpoint is to stay.
+    writer = SummaryWriter(str(folder.tensorboard), purge_step=state.images_seen + 1)
+    with folder.log.open("a", encoding="utf-8") as log, writer, bar:
+        yield _Journal(bar, log, writer)
 
 
 def _truncate_log(path: Path, images_seen: int) -> None:

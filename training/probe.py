@@ -1,0 +1,110 @@
+"""The short probe that chooses gamma, the weight of the R1 + R2 penalty.
+
+Too little of it and the generator covers few of the images, too much and it learns slowly; where
+the two meet differs from data set to data set (R3GAN, arXiv 2501.05441, appendix). So a run begins
+several times with different values, each for a small share of the budget, and goes on from the one
+whose generator looks best.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from training.capture import make_stepper
+from training.config import TrainingConfig
+from training.data import Dataset
+from training.distributed import World
+from training.glance import Glance
+from training.loop import DivergedError, TrainState, recompute_batch_norm, train
+from training.networks import Generator
+
+# Measures a generator, lightly; only the process that writes is ever asked to.
+Look = Callable[[Generator], Glance]
+
+PENALTIES = (0.2, 1.0, 5.0)
+DEFAULT_PENALTY = 1.0
+SHARE = 0.03  # of the run, for each of them
+# A look at a generator that has seen less than this says nothing about what it will become.
+MIN_IMAGES = 50_000
+MIN_SECONDS = 60.0
+
+
+def is_worthwhile(config: TrainingConfig, seconds: float | None) -> bool:
+    """Whether a run is long enough for a share of it to tell one penalty from another."""
+    if seconds is None:
+        return config.images * SHARE >= MIN_IMAGES
+    return seconds * SHARE >= MIN_SECONDS
+
+
+def choose_penalty(
+    config: TrainingConfig,
+    start: Callable[[TrainingConfig], TrainState],
+    dataset: Dataset,
+    look: Look,
+    *,
+    seconds: float | None,
+    stop: Callable[[], bool],
+    report: Callable[[str], None],
+) -> tuple[TrainState, TrainingConfig, dict[str, float]]:
+    """Begin a run with each penalty, and keep the beginning that looks best.
+
+    Args:
+        config: of the run, whose penalty is to be chosen.
+        start: makes a fresh state, the same one for every penalty.
+        dataset: resident on the state's device.
+        look: measures a generator.
+        seconds: of the run, where time ends it.
+        stop: whether to break off, asked before every step.
+        report: told each score.
+
+    Returns:
+        the state to go on from, its configuration, and gamma -> score.
+    """
+    states: dict[float, TrainState] = {}
+    scores: dict[float, float] = {}
+    for penalty in PENALTIES:
+        attempt = dataclasses.replace(config, penalty=penalty)
+        state = start(attempt)
+        scores[penalty] = _try(state, attempt, dataset, look, seconds, stop)
+        states[penalty] = state
+        report(f"gamma {penalty:g}: score {scores[penalty]:.3f}")
+        if state.world.any(stop()):
+            break
+    best = max(scores, key=scores.__getitem__)
+    chosen = dataclasses.replace(config, penalty=best)
+    return states[best], chosen, {f"{p:g}": round(score, 4) for p, score in scores.items()}
+
+
+def _try(
+    state: TrainState,
+    config: TrainingConfig,
+    dataset: Dataset,
+    look: Look,
+    seconds: float | None,
+    stop: Callable[[], bool],
+) -> float:
+    """Train for a share of the run; the score of what comes of it, 0 where nothing does."""
+    began = time.perf_counter()
+
+    def enough() -> bool:
+        if seconds is None:
+            over = state.images_seen >= SHARE * config.images
+        else:
+            over = time.perf_counter() - began >= SHARE * seconds
+        return over or stop()
+
+    stepper = make_stepper(state, dataset, config, lambda _reason: None)
+    try:
+        for _ in train(state, config, stepper, seconds=seconds, log_every=2**62, stop=enough):
+            pass
+    except DivergedError:
+        return 0.0
+    recompute_batch_norm(state.ema, batches=20)
+    return agreed(state.world, look, state.ema).score
+
+
+def agreed(world: World, look: Look, generator: Generator) -> Glance:
+    """What the process that writes sees, in all of them."""
+    names = [field.name for field in dataclasses.fields(Glance)]
+    seen = dataclasses.astuple(look(generator)) if world.writes else (0.0,) * len(names)
+    return Glance(**dict(zip(names, world.agree(*seen), strict=True)))
