@@ -22,7 +22,10 @@ from training.files import write_atomically
 FOLDER = Path(__file__).parent / "judges"
 
 # The judges that travel with the code: data set name -> SHA-256 of the file.
-DIGESTS = {"mnist": "112d65ddbd5da0a41e500ff6f27f6bc2b12cbdb225ef81b5428646f2b774fb9a"}
+DIGESTS = {
+    "mnist": "112d65ddbd5da0a41e500ff6f27f6bc2b12cbdb225ef81b5428646f2b774fb9a",
+    "fashion-mnist": "366f460b3a026240a4590a4548bb90d6744629774942256d6c71b980216582c9",
+}
 
 
 class JudgeError(Exception):
