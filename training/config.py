@@ -23,6 +23,8 @@ class TrainingConfig:
             best one differs from data set to data set.
         penalty_interval: the penalty is computed every so many steps, with gamma multiplied to
             match.
+        mismatch: weight of real images with wrong labels in the discriminator's loss; 0 for none.
+            More makes the classes purer, and less varied.
         batch_size: images a step.
         images: real images shown in all; the length of the run.
         lr: Adam's learning rate at the start.
@@ -55,6 +57,7 @@ class TrainingConfig:
     precision: Literal["float32", "bfloat16"]
     ema_half_life: float
     ema_ramp: float = 0.05
+    mismatch: float = 0.0
     flip: bool = False
     augment: bool = False
 
@@ -104,6 +107,7 @@ PRESETS: dict[str, TrainingConfig] = {
         discriminator="residual",
         discriminator_hidden=(24, 256),
         objective="relativistic",
+        mismatch=0.1,
         penalty=None,
         penalty_interval=4,
         batch_size=128,

@@ -18,7 +18,7 @@ from training.augmentation import augment, flip
 from training.config import TrainingConfig
 from training.data import Dataset
 from training.distributed import ALONE, World
-from training.losses import discriminator_loss, generator_loss, gradient_penalty
+from training.losses import discriminator_loss, generator_loss, gradient_penalty, mismatch_loss
 from training.networks import (
     Channels,
     ConvDiscriminator,
@@ -89,7 +89,12 @@ class TrainState:
             KeyError, RuntimeError, ValueError, TypeError: it does not fit.
         """
         for part in _PARTS:
-            getattr(self, part).load_state_dict(contents[part])
+            # An optimiser would keep the tensors themselves, and change them from then on.
+            getattr(self, part).load_state_dict(deepcopy(contents[part]))
+        for optimizer in (self.generator_optimizer, self.discriminator_optimizer):
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):  # the one tensor that comes as it was stored
+                    group["lr"] = group["lr"].to(self.rng.device)
         self.rng.set_state(contents["rng"])
         self.images_seen = contents["images_seen"]
         self.began = time.perf_counter() - contents["elapsed_s"]
@@ -124,12 +129,14 @@ class LogPoint:
         used: fraction of the run that is over, in [0, 1].
         images_per_s: speed since the last log point.
         finished: whether the run is complete (else: interrupted, or simply under way).
+        regular: whether an uninterrupted run has this point too.
     """
 
     losses: Losses | None
     used: float
     images_per_s: float
     finished: bool
+    regular: bool
 
 
 def generator_config(config: TrainingConfig, dataset: Dataset) -> GeneratorConfig:
@@ -315,19 +322,34 @@ def _update_discriminator(
     if config.augment:
         images = augment(images, state.rng)
     images.requires_grad_(penalise)
-    logits = state.parallel_discriminator(images, labels)  # (2N,)
+    if config.mismatch:
+        others = torch.stack([labels, _other_labels(state, config, labels)], dim=1)
+        logits, mismatched = state.parallel_discriminator(images, others).unbind(1)
+    else:
+        logits = state.parallel_discriminator(images, labels)  # (2N,)
     adversarial = discriminator_loss(config.objective, *logits.chunk(2)).mean()
     penalty = logits.new_zeros(())
     loss = adversarial
+    if config.mismatch:
+        real, mismatched = logits.chunk(2)[0], mismatched.chunk(2)[0]
+        loss = loss + config.mismatch * mismatch_loss(real, mismatched).mean()
     if penalise:
         assert config.penalty is not None
         penalty = gradient_penalty(images, logits).mean()
         # The mean is over 2N images; R1 and R2 are means over N each.
-        loss = adversarial + config.penalty * config.penalty_interval * penalty
+        loss = loss + config.penalty * config.penalty_interval * penalty
     state.discriminator_optimizer.zero_grad(set_to_none=True)
     loss.backward()
     state.discriminator_optimizer.step()
     return adversarial, logits, penalty
+
+
+def _other_labels(state: TrainState, config: TrainingConfig, labels: Tensor) -> Tensor:
+    """A label for each image that is not its own: (2N,)."""
+    classes = state.generator.config.num_classes
+    shape = (2 * config.batch_size,)
+    offsets = torch.randint(1, classes, shape, generator=state.rng, device=labels.device)
+    return (labels + state.world.share(offsets)) % classes
 
 
 def _update_generator(
@@ -461,9 +483,11 @@ def _train_to_log_point(
 ) -> LogPoint:
     first, began = state.images_seen, time.perf_counter()
     totals = torch.zeros(5, device=state.rng.device)
+    due = False
     while (used := used_fraction(state, config, seconds)) < 1.0 and not state.world.any(stop()):
         totals += stepper(used)
-        if state.images_seen // log_every > first // log_every:
+        due = state.images_seen // log_every > first // log_every
+        if due:
             break
     means, steps = _means(state, config, totals, first)
     spent = time.perf_counter() - began  # the means have been waited for
@@ -472,6 +496,7 @@ def _train_to_log_point(
         used=(used := used_fraction(state, config, seconds)),
         images_per_s=(state.images_seen - first) / spent,
         finished=used >= 1.0,
+        regular=due or used >= 1.0,
     )
 
 

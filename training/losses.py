@@ -47,6 +47,22 @@ def generator_loss(objective: Objective, real_logits: Tensor, fake_logits: Tenso
     )
 
 
+def mismatch_loss(logits: Tensor, mismatched_logits: Tensor) -> Tensor:
+    """What the discriminator minimises besides, so that it heeds the label and not the image alone.
+
+    A real image aims higher with its own label than with another: the third kind of pair of Reed et
+    al. (arXiv 1605.05396, algorithm 1), as a relativistic pair.
+
+    Args:
+        logits: (N,), of real images with their own labels.
+        mismatched_logits: (N,), of the same images with other labels.
+
+    Returns:
+        (N,), non-negative.
+    """
+    return softplus(mismatched_logits - logits)
+
+
 def gradient_penalty(images: Tensor, logits: Tensor) -> Tensor:
     """The squared norm of the discriminator's gradient at each image, centred at zero.
 

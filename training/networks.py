@@ -173,18 +173,24 @@ class ConvDiscriminator(nn.Module):
         self.out = nn.Linear(features, 1)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Score images against labels; the same contract as `MLPDiscriminator.forward`."""
+        """Score images against labels: `MLPDiscriminator.forward`, and `_project`."""
         return _project(self, self.main(images), labels)
 
 
 def _project(
     network: "ConvDiscriminator | ResidualDiscriminator", features: Tensor, labels: Tensor
 ) -> Tensor:
-    """Logits (N,) of features (N, F): how real they are, plus how well they fit the label."""
-    unconditional: Tensor = network.out(features).squeeze(1).float()
-    embedded = network.label_embedding(labels)  # (N, F)
-    projected: Tensor = (features.float() * embedded).sum(1) / features.shape[1] ** 0.5
-    return unconditional + projected
+    """Logits (N,) of features (N, F): how real they are, plus how well they fit the label.
+
+    Of labels (N, K) each is scored against the image that it belongs to: logits (N, K).
+    """
+    unconditional = network.out(features).squeeze(1).float()  # (N,)
+    embedded = network.label_embedding(labels)  # (N, F) or (N, K, F)
+    if labels.ndim == 2:
+        features, unconditional = features[:, None], unconditional[:, None]
+    projected = (features.float() * embedded).sum(-1) / features.shape[-1] ** 0.5
+    logits: Tensor = unconditional + projected
+    return logits
 
 
 class ResidualBlock(nn.Module):
@@ -287,7 +293,7 @@ class ResidualDiscriminator(nn.Module):
         _keep_variance(self)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Score images against labels; the same contract as `MLPDiscriminator.forward`."""
+        """Score images against labels: `MLPDiscriminator.forward`, and `_project`."""
         return _project(self, self.main(images), labels)
 
 
