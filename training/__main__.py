@@ -16,27 +16,22 @@ from training.artifact import ArtifactError, ArtifactInfo, load_artifact, save_a
 from training.capture import make_stepper
 from training.checkpoint import Checkpoint, CheckpointError, Identity, read_checkpoint
 from training.config import PRESETS, TrainingConfig
-from training.data import (
-    DATASETS,
-    DataError,
-    Dataset,
-    Split,
-    default_data_dir,
-    load_dataset,
-)
+from training.data import DATASETS, DataError, Dataset, Split, default_data_dir, load_dataset
 from training.devices import DeviceError, describe, has_native_bfloat16, resolve_device
 from training.distributed import World, join, local_device
-from training.evaluation import Certificate, certify, generate, table, with_certificate
-from training.glance import Glance, glance, make_reference
+from training.evaluation import Certificate, generate, with_certificate
+from training.examiner import Examiner
+from training.folder import MAX_SIZE, MIN_SIZE, is_folder, read_folder
+from training.glance import Glance
 from training.importing import ForeignCheckpointError, read_published
 from training.importing import describe as describe_published
 from training.inspection import description, facts, terminal_picture
-from training.judge import DIGESTS, Judge, JudgeError, load_judge, save_judge, train_classifier
+from training.judge import EPOCHS, Judge, JudgeError, save_judge, train_classifier
 from training.loop import DivergedError, create_state, generator_config, train
-from training.networks import Generator, GeneratorConfig, count_parameters
+from training.networks import Generator, GeneratorConfig, build_generator, count_parameters
 from training.pictures import class_grid, grid, save_png
 from training.probe import DEFAULT_PENALTY
-from training.report import write_report
+from training.report import table, write_report
 from training.run import Run, RunFolder, StopFlag, resume_run, start_run, stop_on_signals
 
 # Fewer images than this are learnt by heart unless they are distorted.
@@ -115,6 +110,17 @@ dataset_argument = click.argument("dataset", metavar="DATASET")
     type=click.FloatRange(0),
     help="Weight of the gradient penalty. [default: the preset's, or chosen by a short probe]",
 )
+@click.option(
+    "--mismatch",
+    type=click.FloatRange(0),
+    help="Weight of real images with wrong labels: more for purer classes, less for more variety. "
+    "[default: the preset's]",
+)
+@click.option(
+    "--size",
+    type=click.IntRange(MIN_SIZE, MAX_SIZE),
+    help="Crop the images of a folder to their middle square, and resize them to so many pixels.",
+)
 @click.option("--flip", is_flag=True, help="Show real images mirrored half of the time.")
 @click.option(
     "--augment/--no-augment",
@@ -122,6 +128,7 @@ dataset_argument = click.argument("dataset", metavar="DATASET")
     help="Distort real and fake images alike. [default: for fewer than "
     f"{SMALL_DATASET:,} training images]",
 )
+@click.option("--certify", "certified", is_flag=True, help="Measure the generator at the end.")
 @click.option("--resume", is_flag=True, help="Go on exactly where the run in --out stopped.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration and the estimated time.")
 def train_command(
@@ -135,8 +142,11 @@ def train_command(
     images: int | None,
     minutes: float | None,
     gamma: float | None,
+    mismatch: float | None,
+    size: int | None,
     flip: bool,
     augment: bool | None,
+    certified: bool,
     resume: bool,
     dry_run: bool,
 ) -> None:
@@ -148,11 +158,19 @@ def train_command(
     began = time.perf_counter()
     if images is not None and minutes is not None:
         raise click.UsageError("--images and --minutes both end the run; give one of them.")
+    if size is not None and not is_folder(dataset):
+        raise click.UsageError(f"--size is for folders of images; {dataset} has its own.")
     with join() as world:
         report = click.echo if world.writes else _say_nothing
         torch_device = local_device(_device(device, report))
-        train_set, test_set = _splits(dataset, data_dir, torch_device)
-        given = {"images": images, "penalty": gamma, "flip": flip or None, "augment": augment}
+        train_set, test_set = _splits(dataset, data_dir, torch_device, report, size=size)
+        given = {
+            "images": images,
+            "penalty": gamma,
+            "mismatch": mismatch,
+            "flip": flip or None,
+            "augment": augment,
+        }
         config = _configure(PRESETS[preset], train_set, world, given)
         folder = RunFolder(out or Path("runs") / f"{train_set.name}-{preset}")
         identity = Identity(
@@ -173,14 +191,10 @@ def train_command(
                 f"{folder.path} holds a run already: go on with --resume, or name another --out."
             )
         folder.prepare()
-        judge = load_judge(test_set)
-        reference = make_reference(judge, train_set)
-        seconds = None if identity.minutes is None else 58.0 * identity.minutes
+        examiner = Examiner.prepare(train_set, test_set, report) if world.writes else None
+        seconds = _seconds(identity, train_set, examiner, world, certified=certified)
         with stop_on_signals() as stop:
-
-            def look(generator: Generator) -> Glance:
-                return glance(generator, judge, reference)
-
+            look = examiner.look if examiner else _never_asked
             if checkpoint is None:
                 run = start_run(
                     folder, train_set, identity, look=look, world=world, seconds=seconds, stop=stop
@@ -191,26 +205,44 @@ def train_command(
                     folder, train_set, checkpoint, look=look, world=world, seconds=seconds
                 )
             finished = not stop() and run.finish(stop)
-        if world.writes:
-            _conclude(run, stop, finished=finished)
+        if examiner is not None:
+            _conclude(run, examiner, stop, finished=finished, certified=certified)
 
 
-def _splits(name: str, data_dir: Path | None, device: torch.device) -> tuple[Dataset, Dataset]:
-    """Training and test images on the device."""
-    folder = data_dir or default_data_dir()
-    train_set, test_set = (load_dataset(name, split, folder) for split in SPLITS)
-    return train_set.to(device), test_set.to(device)
+def _splits(
+    name: str,
+    data_dir: Path | None,
+    device: torch.device,
+    report: Callable[[str], None],
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+) -> tuple[Dataset, Dataset]:
+    """Training and test images on the device; of a folder, what was found in it is told first."""
+    if is_folder(name):
+        folder = read_folder(Path(name), size=size, channels=channels)
+        report(folder.report.render())
+        splits = [folder.train, folder.test]
+    else:
+        data_dir = data_dir or default_data_dir()
+        splits = [load_dataset(name, split, data_dir) for split in SPLITS]
+    train_set, test_set = (split.to(device) for split in splits)
+    return train_set, test_set
 
 
 def _configure(
     preset: TrainingConfig, dataset: Dataset, world: World, given: Mapping[str, Any]
 ) -> TrainingConfig:
     """A preset with what was given, as this data set and this device need it."""
-    config = dataclasses.replace(
-        preset,
-        augment=len(dataset.labels) < SMALL_DATASET and preset.penalty != 0.0,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    small = len(dataset.labels) < SMALL_DATASET and preset.penalty != 0.0
+    chosen = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(preset, **{"augment": small, **chosen})
+    if config.mismatch and config.discriminator == "mlp":
+        raise click.BadParameter(
+            f"{config.mismatch:g} needs a discriminator with a projection of the class; with "
+            "--preset paper, allowed is 0",
+            param_hint="--mismatch",
+        )
     if config.batch_size % world.size:
         raise click.UsageError(
             f"{world.size} processes cannot share a batch of {config.batch_size} images evenly."
@@ -251,13 +283,46 @@ def _was_given(name: str) -> bool:
     return source is not click.core.ParameterSource.DEFAULT
 
 
-def _conclude(run: Run, stop: StopFlag, *, finished: bool) -> None:
+def _seconds(
+    identity: Identity,
+    dataset: Dataset,
+    examiner: Examiner | None,
+    world: World,
+    *,
+    certified: bool,
+) -> float | None:
+    """The time for training in a run that ends by time; the same in every process."""
+    if identity.minutes is None:
+        return None
+    seconds = 0.0
+    if examiner is not None:
+        generator = build_generator(generator_config(identity.config, dataset))
+        generator = generator.to(dataset.labels.device).eval()
+        try:
+            seconds = examiner.seconds_for_training(
+                identity.minutes, generator, certified=certified
+            )
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--minutes") from error
+    return world.agree(seconds)[0]
+
+
+def _conclude(
+    run: Run, examiner: Examiner, stop: StopFlag, *, finished: bool, certified: bool
+) -> None:
     """Say how a run has ended, and what to do next."""
     artifact, images = run.folder.artifact, run.state.images_seen
     if not finished:
         click.echo(f"Stopped after {images:,} images; go on with --resume.", err=True)
         sys.exit(128 + (stop.signal or 0))
     click.echo(f"{artifact}: the best of {images:,} images")
+    if certified:
+        loaded = load_artifact(artifact)
+        generator = loaded.generator.to(run.dataset.labels.device)
+        certificate = examiner.certify(generator, click.echo)
+        save_artifact(artifact, generator, with_certificate(loaded.info, certificate))
+        click.echo(table(certificate, loaded.info.class_names))
+        return
     click.echo(f"Measure it: python -m training evaluate {artifact}")
 
 
@@ -293,6 +358,10 @@ def _print_plan(
     click.echo(f"Estimated time: {left / speed / 60:.1f} minutes at {speed:,.0f} images/s.")
 
 
+def _never_asked(_generator: Generator) -> Glance:
+    raise AssertionError("only the process that writes looks")
+
+
 def _say_nothing(_text: str) -> None:
     """What a process that does not write reports."""
 
@@ -306,14 +375,25 @@ def _device(name: str, report: Callable[[str], None] = click.echo) -> torch.devi
 
 @main.command("evaluate")
 @click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--dataset",
+    help="What to measure against: a data set's name, or a folder. [default: by the name that "
+    "stands in ARTIFACT]",
+)
 @device_option
 @data_dir_option
 @click.option("--report", is_flag=True, help="Also write README.md and pictures beside ARTIFACT.")
-def evaluate_command(*, artifact: Path, device: str, data_dir: Path | None, report: bool) -> None:
+def evaluate_command(
+    *, artifact: Path, dataset: str | None, device: str, data_dir: Path | None, report: bool
+) -> None:
     """Measure ARTIFACT and write the certificate into it."""
     loaded = load_artifact(artifact)
+    name = dataset or loaded.info.training.get("dataset")
+    if not isinstance(name, str):
+        raise ArtifactError(artifact, "names no data set; give one with --dataset")
+    torch_device = _device(device)
     certificate = certify_artifact(
-        artifact, loaded.generator, loaded.info, device=_device(device), data_dir=data_dir
+        artifact, loaded.generator, loaded.info, name, device=torch_device, data_dir=data_dir
     )
     save_artifact(artifact, loaded.generator, with_certificate(loaded.info, certificate))
     click.echo(table(certificate, loaded.info.class_names))
@@ -325,32 +405,32 @@ def certify_artifact(
     path: Path,
     generator: Generator,
     info: ArtifactInfo,
+    dataset: str,
     *,
     device: torch.device,
     data_dir: Path | None,
 ) -> Certificate:
-    """Measure a generator against the data set that its description names.
+    """Measure a generator against a data set.
 
     What could be missing is looked for before anything is measured. The generator stays on the
     device.
 
     Raises:
-        ArtifactError: there is no judge of its data set, or its images are of another shape.
+        ArtifactError: its images are of another shape, or it was trained on other images.
         DataError: the data set cannot be had.
         JudgeError: the judge is not the committed one.
     """
-    name = info.training.get("dataset")
-    if not isinstance(name, str) or name not in DIGESTS:
-        raise ArtifactError(path, f"was trained on {name!r}, for which there is no judge")
-    train_set, test_set = (
-        load_dataset(name, split, data_dir or default_data_dir()).to(device)
-        for split in ("train", "test")
+    shape = info.network
+    train_set, test_set = _splits(
+        dataset, data_dir, device, click.echo, size=shape.image_size, channels=shape.channels
     )
-    made, real = _shape(info.network), _shape(test_set)
+    made, real = _shape(shape), _shape(test_set)
     if made != real:
-        raise ArtifactError(path, f"makes images of {made}, but those of {name} are of {real}")
-    judge = load_judge(test_set)
-    return certify(generator.to(device), judge, train=train_set, test=test_set)
+        raise ArtifactError(path, f"makes images of {made}, but those of {dataset} are of {real}")
+    if info.training.get("dataset_sha256", train_set.digest) != train_set.digest:
+        raise ArtifactError(path, f"was trained on other images than those of {dataset} now")
+    examiner = Examiner.prepare(train_set, test_set, click.echo)
+    return examiner.certify(generator.to(device), click.echo)
 
 
 def _shape(images: GeneratorConfig | Dataset) -> str:
@@ -394,7 +474,7 @@ def sample_command(
 @main.command("judge")
 @dataset_argument
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--epochs", type=click.IntRange(1), default=12)
+@click.option("--epochs", type=click.IntRange(1), default=EPOCHS)
 @seed_option
 @device_option
 @data_dir_option
@@ -402,11 +482,7 @@ def judge_command(
     *, dataset: str, out: Path, epochs: int, seed: int, device: str, data_dir: Path | None
 ) -> None:
     """Train the classifier that measures generators of DATASET, on real images only."""
-    torch_device = _device(device)
-    train_set, test_set = (
-        load_dataset(dataset, split, data_dir or default_data_dir()).to(torch_device)
-        for split in ("train", "test")
-    )
+    train_set, test_set = _splits(dataset, data_dir, _device(device), click.echo)
     classifier = train_classifier(
         train_set,
         epochs=epochs,
@@ -462,7 +538,7 @@ def import_command(
             raise ForeignCheckpointError(checkpoint, f"{made}\n{_UNMEASURED}")
         try:
             certificate = certify_artifact(
-                checkpoint, generator, info, device=_device(device), data_dir=data_dir
+                checkpoint, generator, info, dataset, device=_device(device), data_dir=data_dir
             )
         except (ArtifactError, DataError, JudgeError) as error:
             raise click.ClickException(f"{error}\n{_UNMEASURED}") from error

@@ -42,8 +42,8 @@ class World:
             return network
         devices = [p.device for p in network.parameters()]
         ids = [devices[0]] if devices[0].type == "cuda" else None
-        # Batch norm keeps its own statistics in each process, which the export measures again.
-        return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+        # Batch norm normalises each share by itself; its statistics are measured again for looks.
+        return DistributedDataParallel(network, device_ids=ids)
 
     def agree(self, *values: float) -> list[float]:
         """The first process's values, in every process."""

@@ -1,13 +1,14 @@
 """The quality certificate: what a judge that knows only real images sees in generated ones.
 
-Precision and recall are those of Kynkäänniemi et al. (arXiv 1904.06991), density and coverage those
-of Naeem et al. (arXiv 2002.09797), the Fréchet distance that of Heusel et al. (arXiv 1706.08500);
-all of them in the judge's features instead of Inception's, so they compare only with figures of the
-same judge. GAN-test is the judge's accuracy on generated images (Shmelkov et al., arXiv
-1807.09499).
+GAN-test is the judge's accuracy on generated images, GAN-train that of classifiers which learnt
+from generated images alone (both Shmelkov et al., arXiv 1807.09499). The figures of
+`training.figures` are taken in the judge's features instead of Inception's, so they compare only
+with figures of the same judge.
 """
 
 import dataclasses
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,18 @@ from torch import Tensor
 
 from training.artifact import ArtifactInfo
 from training.data import Dataset
+from training.figures import NEIGHBOURS, frechet_distance, kernel_distance, manifold_figures
+from training.gan_train import IMAGES as GAN_TRAIN_IMAGES
+from training.gan_train import GANTrain, estimate_gan_train_s, gan_train
 from training.judge import Judge
+from training.memorisation import IMAGES as MEMORISATION_IMAGES
+from training.memorisation import Memorisation, memorisation, nearest
 from training.networks import Generator
+from training.parzen import VALIDATION_IMAGES, Parzen, parzen
 
 IMAGES = 10_000
-NEIGHBOURS = 5
+# The one data set for which log-likelihoods were published.
+PARZEN_DATASET = "mnist"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,21 +37,25 @@ class Quality:
 
     Attributes:
         gan_test: share of images that the judge gives their own label, in [0, 1].
-        gan_test_per_class: the same for each class.
+        gan_test_per_class: the same for each class; None where the set has no image of it.
         precision: share of images that lie among the real ones.
         recall: share of real images that lie among these.
         density: how densely the real images surround these; 1 is like real, it can exceed 1.
         coverage: share of real images that have one of these as a near neighbour.
         frechet_distance: between two normal distributions fitted to the features; 0 is equal.
+        kid: the kernel distance of the features, unbiased; about 0 is equal.
+        kid_spread: its standard deviation over subsets.
     """
 
     gan_test: float
-    gan_test_per_class: tuple[float, ...]
+    gan_test_per_class: tuple[float | None, ...]
     precision: float
     recall: float
     density: float
     coverage: float
     frechet_distance: float
+    kid: float
+    kid_spread: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +64,7 @@ class Certificate:
 
     Attributes:
         dataset: whose test images were compared with.
+        dataset_sha256: of its training images.
         judge_sha256: of the judge's file.
         judge_accuracy: of the judge on the real test images.
         images: how many images were generated, the same number of each class.
@@ -59,9 +72,14 @@ class Certificate:
         seed: of the latents.
         generated: figures of the generated images.
         real: the same figures for as many real training images, as the yardstick.
+        gan_train: what classifiers learn from generated images.
+        memorisation: how near generated images are to training images.
+        parzen: the legacy log-likelihood, for MNIST.
+        parzen_real: the same with real training images in place of generated ones.
     """
 
     dataset: str
+    dataset_sha256: str
     judge_sha256: str
     judge_accuracy: float
     images: int
@@ -69,6 +87,10 @@ class Certificate:
     seed: int
     generated: Quality
     real: Quality
+    gan_train: GANTrain
+    memorisation: Memorisation
+    parzen: Parzen | None
+    parzen_real: Parzen | None
 
 
 _CERTIFICATE = TypeAdapter(Certificate)
@@ -82,36 +104,90 @@ def certify(
     test: Dataset,
     images: int = IMAGES,
     seed: int = 0,
+    report: Callable[[str], None],
 ) -> Certificate:
-    """Measure a generator.
+    """Measure a generator in full.
 
     Args:
         generator: in evaluation mode, on the data sets' device.
         judge: trained on real images of the same data set.
         train: the real training images, the yardstick.
-        test: the real images to compare with.
+        test: the real images to compare with, none of which was trained on.
         images: how many to generate, and how many real training images to take.
         seed: decides the latents and which training images are taken.
+        report: told, in a line, what takes time.
     """
-    labels = torch.arange(images, device=test.labels.device) % test.num_classes
-    fake = generate(generator, labels, seed=seed)
+    report(f"Generating {images:,} images and {GAN_TRAIN_IMAGES:,} to learn from …")
+    fake = made_by(generator, test, images=images, seed=seed)
+    lesson = made_by(generator, test, images=GAN_TRAIN_IMAGES, seed=seed + 1)
     rng = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(train.labels), generator=rng)[:images].to(test.labels.device)
+    chosen = torch.randperm(len(train.labels), generator=rng)[:images].to(train.labels.device)
+    real = dataclasses.replace(train, images=train.images[chosen], labels=train.labels[chosen])
     _, features = judge.look(test.images)
+    report("Comparing them with the test images …")
+    generated, yardstick = (measure(judge, each, features) for each in (fake, real))
+    report("Looking for copies of training images …")
+    copies = memorisation(fake.images, train.images, test.images)
+    windows = [_parzen(each, train, test) for each in (fake, real)]
     return Certificate(
         dataset=test.name,
+        dataset_sha256=train.digest,
         judge_sha256=judge.digest,
         judge_accuracy=judge.accuracy(test),
         images=images,
-        neighbours=NEIGHBOURS,
+        neighbours=_neighbours(len(features)),
         seed=seed,
-        generated=measure(judge, fake, labels, features),
-        real=measure(judge, train.images[chosen], train.labels[chosen], features),
+        generated=generated,
+        real=yardstick,
+        gan_train=gan_train(lesson, train, test, report),
+        memorisation=copies,
+        parzen=windows[0],
+        parzen_real=windows[1],
+    )
+
+
+def estimate_certification_s(
+    generator: Generator, judge: Judge, *, train: Dataset, test: Dataset
+) -> float:
+    """About how long `certify` takes here, in seconds: a small share of each part is timed."""
+    few = 200
+    sample = made_by(generator, test, images=few, seed=0)
+    _, features = judge.look(test.images[:few])
+    wide = features[:1].expand(len(test.labels), -1).contiguous()
+    shares: list[tuple[Callable[[], object], float]] = [
+        (lambda: made_by(generator, test, images=few, seed=0), (IMAGES + GAN_TRAIN_IMAGES) / few),
+        (lambda: judge.look(sample.images), (2 * IMAGES + 2 * len(test.labels)) / few),
+        # Every set of images is compared with itself and with the test images.
+        (lambda: torch.cdist(features, wide).kthvalue(2, dim=1), 6 * IMAGES / few),
+        (lambda: nearest(sample.images[:20], train.images), 2 * MEMORISATION_IMAGES / 20),
+    ]
+    total = estimate_gan_train_s(train)
+    for work, times in shares:
+        began = time.perf_counter()
+        work()
+        if features.is_cuda:
+            torch.cuda.synchronize(features.device)
+        total += times * (time.perf_counter() - began)
+    return total
+
+
+def made_by(generator: Generator, like: Dataset, *, images: int, seed: int) -> Dataset:
+    """A data set of generated images, the classes in turn, with the classes of a real one.
+
+    Args:
+        generator: in evaluation mode, on the device of `like`.
+        like: gives classes and device.
+        images: how many.
+        seed: see `generate`.
+    """
+    labels = torch.arange(images, device=like.labels.device) % like.num_classes
+    return dataclasses.replace(
+        like, name="generated", images=generate(generator, labels, seed=seed), labels=labels
     )
 
 
 @torch.inference_mode()
-def generate(generator: Generator, labels: Tensor, *, seed: int, batch_size: int = 1000) -> Tensor:
+def generate(generator: Generator, labels: Tensor, *, seed: int, batch_size: int = 500) -> Tensor:
     """Generate one image a label.
 
     Args:
@@ -135,101 +211,44 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.float().mul(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def measure(judge: Judge, pixels: Tensor, labels: Tensor, real_features: Tensor) -> Quality:
+def measure(judge: Judge, dataset: Dataset, real_features: Tensor) -> Quality:
     """All figures of one set of images against the features (M, D) of the real test images."""
-    predictions, features = judge.look(pixels)
-    right = (predictions == labels).double()
-    classes = int(labels.max()) + 1
-    counts = torch.bincount(labels, minlength=classes)
-    per_class = torch.bincount(labels, weights=right, minlength=classes) / counts
-    precision, recall, density, coverage = manifold_figures(real_features, features)
+    predictions, features = judge.look(dataset.images)
+    right = (predictions == dataset.labels).double()
+    counts, hits = (
+        torch.bincount(dataset.labels, weights=weights, minlength=dataset.num_classes).tolist()
+        for weights in (None, right)
+    )
+    precision, recall, density, coverage = manifold_figures(
+        real_features, features, _neighbours(len(real_features))
+    )
+    kid, kid_spread = kernel_distance(real_features, features)
     return Quality(
         gan_test=right.mean().item(),
-        gan_test_per_class=tuple(per_class.tolist()),
+        gan_test_per_class=tuple(h / n if n else None for h, n in zip(hits, counts, strict=True)),
         precision=precision,
         recall=recall,
         density=density,
         coverage=coverage,
         frechet_distance=frechet_distance(real_features, features),
+        kid=kid,
+        kid_spread=kid_spread,
     )
 
 
-def manifold_figures(
-    real: Tensor, fake: Tensor, k: int = NEIGHBOURS
-) -> tuple[float, float, float, float]:
-    """Precision, recall, density and coverage of fake (N, D) against real (M, D) features.
+def _neighbours(images: int) -> int:
+    """K for so many test images: fewer than usual where there are hardly any."""
+    return min(NEIGHBOURS, images - 1)
 
-    A point's ball reaches to its k-th nearest neighbour within its own set.
-    """
-    real_radii, fake_radii = _radii(real, k), _radii(fake, k)
-    inside_any_real = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
-    inside_any_fake, covered = [], []
-    balls = 0
-    for rows, radii in zip(real.split(1000), real_radii.split(1000), strict=True):
-        distances = torch.cdist(rows, fake)  # (1000, N)
-        inside = distances <= radii[:, None]
-        balls += int(inside.sum())
-        inside_any_real |= inside.any(0)
-        covered.append(distances.min(1).values <= radii)
-        inside_any_fake.append((distances <= fake_radii[None]).any(1))
-    return (
-        inside_any_real.float().mean().item(),
-        torch.cat(inside_any_fake).float().mean().item(),
-        balls / (k * len(fake)),
-        torch.cat(covered).float().mean().item(),
+
+def _parzen(samples: Dataset, train: Dataset, test: Dataset) -> Parzen | None:
+    if train.name != PARZEN_DATASET:
+        return None
+    vectors = (
+        pixels.flatten(1).float() / 255.0
+        for pixels in (samples.images, train.images[-VALIDATION_IMAGES:], test.images)
     )
-
-
-def _radii(features: Tensor, k: int) -> Tensor:
-    """Distance to the k-th nearest other point of the same set: (N,)."""
-    if len(features) <= k:
-        raise ValueError(f"{len(features)} images are too few for {k} neighbours")
-    return torch.cat(
-        [torch.cdist(rows, features).kthvalue(k + 1, dim=1).values for rows in features.split(1000)]
-    )
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """The squared Fréchet distance of two normal distributions fitted to features (N, D), (M, D).
-
-    The trace of the root of a product of covariances is that of the symmetric form, whose
-    eigenvalues are real, so no imaginary part has to be thrown away.
-    """
-    a, b = first.double(), second.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    distance: float = (means + cov_a.trace() + cov_b.trace() - 2 * product).item()
-    return max(0.0, distance)
-
-
-def table(certificate: Certificate, class_names: tuple[str, ...]) -> str:
-    """A certificate in words and columns; valid Markdown."""
-    made, real = certificate.generated, certificate.real
-    rows = [("", "generated", "real training images")]
-    rows += [
-        ("GAN-test", f"{made.gan_test:.2%}", f"{real.gan_test:.2%}"),
-        *(
-            (f"GAN-test, {name}", f"{a:.2%}", f"{b:.2%}")
-            for name, a, b in zip(
-                class_names, made.gan_test_per_class, real.gan_test_per_class, strict=True
-            )
-        ),
-    ]
-    for name in ("precision", "recall", "density", "coverage"):
-        rows.append((name, f"{getattr(made, name):.3f}", f"{getattr(real, name):.3f}"))
-    rows.append(
-        ("Fréchet distance", f"{made.frechet_distance:.3f}", f"{real.frechet_distance:.3f}")
-    )
-    rows = [(name.replace("|", "\\|").replace("\n", " "), a, b) for name, a, b in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [
-        "| " + f"{a:<{widths[0]}} | {b:>{widths[1]}} | {c:>{widths[2]}}" + " |" for a, b, c in rows
-    ]
-    rule = f"|{'-' * (widths[0] + 2)}|{'-' * (widths[1] + 1)}:|{'-' * (widths[2] + 1)}:|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return parzen(*vectors)
 
 
 def certificate_of(info: ArtifactInfo) -> Certificate | None:

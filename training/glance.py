@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from training.data import Dataset
-from training.evaluation import frechet_distance, generate, manifold_figures
+from training.evaluation import generate
+from training.figures import frechet_distance, manifold_figures
 from training.judge import Judge
 from training.networks import Generator
 

@@ -13,11 +13,15 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data import Dataset
 from training.files import write_atomically
+
+EPOCHS = 12
+MIN_IMAGES = 200_000  # that a judge sees, however few different ones there are
 
 FOLDER = Path(__file__).parent / "judges"
 
@@ -25,6 +29,11 @@ FOLDER = Path(__file__).parent / "judges"
 DIGESTS = {
     "mnist": "112d65ddbd5da0a41e500ff6f27f6bc2b12cbdb225ef81b5428646f2b774fb9a",
     "fashion-mnist": "366f460b3a026240a4590a4548bb90d6744629774942256d6c71b980216582c9",
+}
+# The digests of the training images that they learnt.
+_TRAINED_ON = {
+    "mnist": "c5097fdd51cfdbe7695fd9df3612695696864b5c424f58d843ffdc5d335e9914",
+    "fashion-mnist": "d9ef4273af5c2e360155dad0c06bd939447bf37a6620db007d69fc79e4732045",
 }
 
 
@@ -118,22 +127,41 @@ def train_classifier(
     lr: float = 3e-3,
     report: Callable[[int, float], None] = lambda _epoch, _loss: None,
 ) -> Classifier:
-    """Train a classifier from scratch, on the data set's device.
+    """Train a judge's classifier from scratch; see `fit`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = Classifier(num_classes=dataset.num_classes, channels=dataset.channels)
+    fit(classifier, dataset, epochs=epochs, seed=seed, batch_size=batch_size, lr=lr, report=report)
+    return classifier
+
+
+def fit(
+    classifier: nn.Module,
+    dataset: Dataset,
+    *,
+    epochs: int,
+    seed: int,
+    batch_size: int = 128,
+    lr: float = 3e-3,
+    half: bool = False,
+    report: Callable[[int, float], None] = lambda _epoch, _loss: None,
+) -> None:
+    """Train a classifier in place, on the data set's device, and leave it in evaluation mode.
 
     Adam with decoupled weight decay, one cycle of the learning rate, augmented images.
 
     Args:
+        classifier: (N, C, H, W) to logits (N, num_classes).
         dataset: resident on the device.
         epochs: passes over it.
-        seed: decides weights, order and augmentation.
-        batch_size: images a step.
+        seed: decides order and augmentation.
+        batch_size: images a step, or all images where they are fewer.
         lr: the highest learning rate.
+        half: whether to multiply in bfloat16.
         report: told (epoch, mean loss) after every epoch.
     """
     device = dataset.labels.device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        classifier = Classifier(num_classes=dataset.num_classes, channels=dataset.channels)
+    batch_size = min(batch_size, len(dataset.labels))
     classifier.to(device)
     rng = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=1e-2, fused=True)
@@ -147,7 +175,9 @@ def train_classifier(
         for indices in order[: steps * batch_size].view(steps, batch_size):
             images = augment(to_images(dataset.images[indices]), rng)
             images = images.contiguous(memory_format=torch.channels_last)
-            loss = F.cross_entropy(classifier(images), dataset.labels[indices])
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                logits = classifier(images)
+            loss = F.cross_entropy(logits.float(), dataset.labels[indices])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -155,7 +185,6 @@ def train_classifier(
             total += loss.detach()
         report(epoch, total.item() / steps)
     classifier.eval().requires_grad_(False)
-    return classifier
 
 
 def save_judge(path: Path, classifier: Classifier, *, dataset: str, epochs: int, seed: int) -> str:
@@ -170,8 +199,41 @@ def save_judge(path: Path, classifier: Classifier, *, dataset: str, epochs: int,
     return hashlib.sha256(data).hexdigest()
 
 
-def load_judge(dataset: Dataset, folder: Path = FOLDER) -> Judge:
+def judge_for(
+    train: Dataset, test: Dataset, *, cache: Path, report: Callable[[str], None]
+) -> Judge:
     """The judge for a data set, on that data set's device.
+
+    It is the one that travels with the code, where there is one for these very images; else one
+    that was trained on them before; else one that is trained now and kept.
+
+    Args:
+        train: the training images.
+        test: real images that the judge does not learn.
+        cache: the folder to keep judges in; a damaged one there is replaced.
+        report: told what takes time.
+
+    Raises:
+        JudgeError: the file that travels with the code is not the committed one.
+        OSError: the cache cannot be written.
+    """
+    if _TRAINED_ON.get(train.name) == train.digest:
+        return load_judge(test)
+    path = cache / "judges" / f"{train.digest}.safetensors"
+    if path.exists():
+        try:
+            return _parse_judge(path.read_bytes(), test)
+        except (SafetensorError, RuntimeError, KeyError) as error:
+            report(f"{path}: is damaged ({error}), and is trained again.")
+    epochs = max(EPOCHS, -(-MIN_IMAGES // len(train.labels)))
+    report(f"Training a judge of {train.name}, once: {epochs} passes over its training images.")
+    classifier = train_classifier(train, epochs=epochs, seed=0)
+    save_judge(path, classifier, dataset=train.name, epochs=epochs, seed=0)
+    return _parse_judge(path.read_bytes(), test)
+
+
+def load_judge(dataset: Dataset, folder: Path = FOLDER) -> Judge:
+    """The judge that travels with the code for a named data set, on that data set's device.
 
     Raises:
         JudgeError: there is none, or its file is not the committed one.
@@ -185,9 +247,13 @@ def load_judge(dataset: Dataset, folder: Path = FOLDER) -> Judge:
     expected = DIGESTS.get(dataset.name)
     if digest != expected:
         raise JudgeError(f"{path}: SHA-256 is {digest}, the committed judge has {expected}")
+    return _parse_judge(data, dataset)
+
+
+def _parse_judge(data: bytes, dataset: Dataset) -> Judge:
     classifier = Classifier(num_classes=dataset.num_classes, channels=dataset.channels)
     classifier.load_state_dict(safetensors.torch.load(data))  # copies into float32
     classifier.eval().requires_grad_(False)
     # Channels last, and few images at a time: what a CPU does fastest.
     classifier.to(dataset.labels.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Judge(classifier, digest)
+    return Judge(classifier, hashlib.sha256(data).hexdigest())

@@ -86,7 +86,7 @@ class RunFolder:
             OSError: it cannot be made, or not be written.
         """
         write_atomically(self.path / "samples" / ".writable", b"")
-        (self.path / "samples" / ".writable").unlink()
+        (self.path / "samples" / ".writable").unlink(missing_ok=True)  # another process may have
 
 
 class StopFlag:
@@ -136,6 +136,7 @@ class Run:
         look: measures a generator.
         seconds: the time for steps and looks, where time ends the run.
         best: the best look so far, with the state that it saw.
+        last_look: in which part of the run, of `LOOKS`, the last look was; -1 for none.
     """
 
     def __init__(
@@ -148,11 +149,11 @@ class Run:
         look: Look,
         seconds: float | None = None,
         best: "Best | None" = None,
+        last_look: int = -1,
     ) -> None:
         self.folder, self.state, self.dataset, self.identity = folder, state, dataset, identity
-        self.look, self.seconds, self.best = look, seconds, best
+        self.look, self.seconds, self.best, self.last_look = look, seconds, best, last_look
         self._writes = state.world.writes
-        self._last_look = self._part(LOOKS) if best else -1
         self._last_grid = self._part(SAMPLE_GRIDS)
         self._look_s, self._looked_at = 0.0, state.elapsed_s
         self._journal: _Journal | None = None
@@ -170,9 +171,10 @@ class Run:
                 back to. The best artifact so far is there.
             OSError: another file of the run cannot be written.
         """
-        stepper = make_stepper(self.state, self.dataset, self.identity.config, tqdm.write)
         with _journal(self.folder, self.state, self.identity.config) as self._journal:
             while True:
+                # Captured anew after every return to the best, which replaces tensors.
+                stepper = make_stepper(self.state, self.dataset, self.identity.config, tqdm.write)
                 try:
                     finished = self._follow(stepper, stop)
                     break
@@ -183,7 +185,7 @@ class Run:
         return finished
 
     def _follow(self, stepper: Stepper, stop: Callable[[], bool]) -> bool:
-        last_checkpoint = time.monotonic()
+        last_checkpoint, saved_at = time.monotonic(), -1
         for point in train(
             self.state,
             self.identity.config,
@@ -195,15 +197,19 @@ class Run:
             self._note(point)
             if point.losses is not None and self._look_is_due(point):
                 self._look()
-            due = time.monotonic() - last_checkpoint >= CHECKPOINT_EVERY_S
-            if self._writes and (due or point.finished or stop()):
+            if self._writes and time.monotonic() - last_checkpoint >= CHECKPOINT_EVERY_S:
                 self.save()
-                last_checkpoint = time.monotonic()
+                last_checkpoint, saved_at = time.monotonic(), self.state.images_seen
+        # Not where `stop` is set: it may have been another process that was told to stop.
+        if self._writes and saved_at != self.state.images_seen:
+            self.save()
         return point.finished
 
     def save(self) -> None:
         """Write the checkpoint."""
-        best = None if self.best is None else self.best.as_dict()
+        best = None
+        if self.best is not None:
+            best = {**self.best.as_dict(), "last_look": self.last_look}
         save_checkpoint(self.folder.checkpoint, self.state, self.identity, best)
 
     def _part(self, parts: int) -> int:
@@ -213,16 +219,18 @@ class Run:
         if self._journal is None or point.losses is None:
             return
         self._journal.losses(self.state, point)
-        part = self._part(SAMPLE_GRIDS)
+        part = int(point.used * SAMPLE_GRIDS)  # asking the clock again takes all processes
         if part != self._last_grid or point.finished:
             self._last_grid = part
             self._journal.samples(self.folder, self.state)
 
     def _look_is_due(self, point: LogPoint) -> bool:
+        if not point.regular:  # else an interrupted run would see more than another one
+            return False
         if point.finished or self.best is None:
             return True
         part = int(point.used * LOOKS)
-        if part == self._last_look:
+        if part == self.last_look:
             return False
         # In a run that is given minutes, looking takes a small share of them.
         since = self.state.elapsed_s - self._looked_at
@@ -240,7 +248,7 @@ class Run:
         began = self.state.elapsed_s
         recompute_batch_norm(self.state.ema, batches=20)
         glance = agreed(self.state.world, self.look, self.state.ema)
-        self._last_look = self._part(LOOKS)
+        self.last_look = self._part(LOOKS)
         if self._journal is not None:
             self._journal.glance(self.state, glance)
         if self.best is not None and glance.coverage < COLLAPSE * self.best.glance.coverage:
@@ -376,8 +384,19 @@ def resume_run(
     shape = generator_config(identity.config, dataset)
     state = create_state(identity.config, shape, dataset.labels.device, identity.seed, world)
     checkpoint.restore(state)
-    best = None if checkpoint.best is None else Best.from_dict(checkpoint.best)
-    return Run(folder, state, dataset, identity, look=look, seconds=seconds, best=best)
+    best, last_look = None, -1
+    if checkpoint.best is not None:
+        best, last_look = Best.from_dict(checkpoint.best), checkpoint.best["last_look"]
+    return Run(
+        folder,
+        state,
+        dataset,
+        identity,
+        look=look,
+        seconds=seconds,
+        best=best,
+        last_look=last_look,
+    )
 
 
 def _say_nothing(_text: str) -> None:

@@ -1,0 +1,81 @@
+"""What a run asks of the judge: a look every so often, and the certificate at the end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch  # type: ignore[import-untyped]
+
+from training.data import Dataset
+from training.evaluation import (
+    Certificate,
+    certify,
+    estimate_certification_s,
+)
+from training.glance import Glance, Reference, glance, make_reference
+from training.judge import Judge, judge_for
+from training.networks import Generator
+
+# Time for the export, and for what an estimate may be wrong by.
+RESERVED_SHARE = 0.02
+CERTIFICATION_MARGIN = 1.25
+# What is left for training must be worth the name.
+MIN_TRAINING_SHARE = 0.1
+
+
+def default_cache() -> Path:
+    """Where the judges of people's own data sets are kept."""
+    return Path(pooch.os_cache("cgan-service"))
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """A judge, with the images that it compares with; they lie on one device.
+
+    Attributes:
+        judge: trained on the real training images.
+        train: the training images.
+        test: the images that a run never sees.
+        reference: the training images that looks compare with.
+    """
+
+    judge: Judge
+    train: Dataset
+    test: Dataset
+    reference: Reference
+
+    @classmethod
+    def prepare(cls, train: Dataset, test: Dataset, report: Callable[[str], None]) -> "Examiner":
+        """Find the judge of a data set, or train one; `report` is told what takes time."""
+        judge = judge_for(train, test, cache=default_cache(), report=report)
+        return cls(judge, train, test, make_reference(judge, train))
+
+    def look(self, generator: Generator) -> Glance:
+        """Measure a generator lightly."""
+        return glance(generator, self.judge, self.reference)
+
+    def certify(self, generator: Generator, report: Callable[[str], None]) -> Certificate:
+        """Measure a generator in full; `report` is told how far it is."""
+        return certify(generator, self.judge, train=self.train, test=self.test, report=report)
+
+    def seconds_for_training(
+        self, minutes: float, generator: Generator, *, certified: bool
+    ) -> float:
+        """What a budget of minutes leaves for training.
+
+        Raises:
+            ValueError: certification alone takes nearly as long, or longer.
+        """
+        seconds = 60.0 * minutes * (1.0 - RESERVED_SHARE)
+        if not certified:
+            return seconds
+        reserved = CERTIFICATION_MARGIN * estimate_certification_s(
+            generator, self.judge, train=self.train, test=self.test
+        )
+        if seconds - reserved < MIN_TRAINING_SHARE * seconds:
+            enough = reserved / 60.0 / (1.0 - MIN_TRAINING_SHARE) / (1.0 - RESERVED_SHARE)
+            raise ValueError(
+                f"minutes: {minutes:g} are too few, because measuring the generator takes about "
+                f"{reserved / 60:.1f} of them here; allowed with --certify is {enough:.1f} or more"
+            )
+        return seconds - reserved
