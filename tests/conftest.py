@@ -10,7 +10,13 @@ from tests.serving import REPOSITORY, ServiceProcess
 from training.artifact import Artifact, ArtifactInfo, load_artifact, save_artifact
 from training.data import default_data_dir
 from training.loop import recompute_batch_norm
-from training.networks import MLPGeneratorConfig, build_generator
+from training.networks import (
+    Channels,
+    ConvGeneratorConfig,
+    GeneratorConfig,
+    MLPGeneratorConfig,
+    build_generator,
+)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -21,22 +27,38 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 # Serving -----------------------------------------------------------------------------------------
 
 
-def make_artifact(path: Path, *, classes: int = 3, channels: int = 1, seed: int = 0) -> Path:
+def make_artifact(
+    path: Path, *, kind: str = "mlp", classes: int = 3, channels: int = 1, seed: int = 0
+) -> Path:
     """A small untrained generator whose every parameter is far from its neutral value."""
-    config = MLPGeneratorConfig(
-        num_classes=classes,
-        channels=3 if channels == 3 else 1,
-        image_size=12,
-        latent_dim=9,
-        embedding_dim=4,
-        hidden=(16, 32, 24),
-    )
+    strength = 0.05 if kind == "conv" else 0.3  # without batch norm, more saturates every pixel
+    colours: Channels = 3 if channels == 3 else 1
+    config: GeneratorConfig
+    if kind == "conv":
+        config = ConvGeneratorConfig(
+            num_classes=classes,
+            channels=colours,
+            image_size=12,
+            latent_dim=9,
+            embedding_dim=4,
+            style_dim=16,
+            widths=(12, 8),
+        )
+    else:
+        config = MLPGeneratorConfig(
+            num_classes=classes,
+            channels=colours,
+            image_size=12,
+            latent_dim=9,
+            embedding_dim=4,
+            hidden=(16, 32, 24),
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = build_generator(config)
         with torch.no_grad():
             for parameter in generator.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
+                parameter.add_(strength * torch.randn_like(parameter))
     recompute_batch_norm(generator, batches=2)
     names = ("cat", "dog", "emu", "7", "fox")[:classes]
     save_artifact(path, generator, ArtifactInfo(network=config, class_names=names, images_seen=5))

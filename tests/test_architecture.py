@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,42 @@ def test_the_service_knows_of_training_only_what_artifacts_need() -> None:
     loaded = fresh(import_all(modules("service")) + "print(*sys.modules)")
     assert "service.app" in loaded
     assert {name for name in loaded if name.split(".")[0] == "training"} == SERVED
+
+
+def own_imports(package: str) -> dict[str, set[str]]:
+    """Which modules of a package each of its modules names in an import, wherever it stands."""
+    names = set(modules(package))
+    graph = {}
+    for name in names:
+        stem = REPOSITORY / name.replace(".", "/")
+        path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+        graph[name] = (imports_of(path) & names) - {name, package}
+    return graph
+
+
+@pytest.mark.parametrize("package", ["service", "training"])
+def test_imports_run_downwards_only(package: str) -> None:
+    graph = own_imports(package)
+    order = list(TopologicalSorter(graph).static_order())  # which no circle has
+    assert set(order) >= graph.keys()
+    assert sum(map(len, graph.values())) > 10
+
+
+def test_what_trains_does_not_know_what_watches_it() -> None:
+    """Steps know no files, no judge and no terminal; networks and losses know nothing at all."""
+    graph = own_imports("training")
+
+    def known(name: str) -> set[str]:
+        return graph[name] | {each for below in graph[name] for each in known(below)}
+
+    foundation = {"training.networks", "training.losses", "training.augmentation"}
+    for name in (*foundation, "training.distributed", "training.files", "training.devices"):
+        assert graph[name] == set(), name
+    stepping = foundation | {"training.config", "training.data", "training.distributed"}
+    assert known("training.loop") <= stepping | {"training.files"}
+    assert known("training.capture") <= stepping | {"training.files", "training.loop"}
+    assert "training.run" not in known("training.probe") | known("training.checkpoint")
+    assert not {"training.run", "training.loop"} & known("training.glance")
 
 
 def test_the_service_needs_nothing_that_only_training_is_installed_with() -> None:

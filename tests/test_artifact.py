@@ -22,7 +22,7 @@ from tests import tiny
 from tests.hostile import Payload, torch_saved
 from training import artifact as artifact_module
 from training.artifact import ArtifactError, ArtifactInfo, load_artifact, save_artifact
-from training.networks import GeneratorConfig, build_generator
+from training.networks import MLPGeneratorConfig, build_generator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -398,7 +398,7 @@ def test_a_wrong_description_is_refused_with_the_field(path: Path, edit: Edit, c
 
 
 def info(*names: str) -> ArtifactInfo:
-    network = GeneratorConfig(num_classes=len(names), channels=1, image_size=8)
+    network = MLPGeneratorConfig(num_classes=len(names), channels=1, image_size=8)
     return ArtifactInfo(network=network, class_names=names, images_seen=0)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +21,18 @@ from training.checkpoint import (
     CheckpointError,
     Identity,
     read_checkpoint,
-    restore,
     save_checkpoint,
 )
 from training.config import TrainingConfig
-from training.loop import TrainState, recompute_batch_norm
+from training.loop import TrainState, create_state, recompute_batch_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDENTITY = Identity(
     dataset="tiny", dataset_digest="ab12", preset="mlp", seed=3, config=tiny.CONFIG, minutes=None
 )
+
+BEST = {"glance": {"coverage": 0.25}, "contents": {"ema": {"weight": torch.arange(3.0)}}}
 
 
 def everything(state: TrainState) -> dict[str, Any]:
@@ -51,7 +53,12 @@ def everything(state: TrainState) -> dict[str, Any]:
         *("generator_optimizer", "discriminator_optimizer"),
     ):
         add(part, getattr(state, part).state_dict())
-    return {**flat, "rng": state.rng.get_state(), "images_seen": state.images_seen}
+    return {
+        **flat,
+        "rng": state.rng.get_state(),
+        "images_seen": state.images_seen,
+        "lr_scale": state.lr_scale,
+    }
 
 
 def differing(one: TrainState, two: TrainState) -> list[str]:
@@ -70,8 +77,7 @@ def saved(path: Path, count: int = 3, config: TrainingConfig = tiny.CONFIG) -> T
     """A state after some steps, and its checkpoint."""
     state = tiny.state(config, seed=3)
     tiny.steps(state, config, count)
-    state.elapsed_s = 12.5
-    save_checkpoint(path, state, replace(IDENTITY, config=config))
+    save_checkpoint(path, state, replace(IDENTITY, config=config), BEST)
     return state
 
 
@@ -89,7 +95,17 @@ def names_in(folder: Path) -> list[str]:
 # Going on
 
 
-@pytest.mark.parametrize("config", [tiny.CONFIG, tiny.PAPER], ids=["mlp", "paper"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny.CONFIG,
+        tiny.PAPER,
+        tiny.CONV,
+        replace(tiny.CONFIG, flip=True, augment=True),
+        replace(tiny.CONV, flip=True, augment=True),
+    ],
+    ids=["mlp", "paper", "conv", "mlp distorted", "conv distorted"],
+)
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     tmp_path: Path, config: TrainingConfig
 ) -> None:
@@ -97,9 +113,9 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     tiny.steps(whole, config, 12)
 
     saved(tmp_path / "c.pt", 5, config)
-    _, contents = read_checkpoint(tmp_path / "c.pt")
+    checkpoint = read_checkpoint(tmp_path / "c.pt")
     resumed = tiny.state(config, seed=77)  # all that it has of its own must be replaced
-    restore(tmp_path / "c.pt", contents, resumed)
+    checkpoint.restore(resumed)
     tiny.steps(resumed, config, 7)
 
     assert resumed.images_seen == 12 * config.batch_size
@@ -109,9 +125,9 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
 def test_a_run_that_forgot_its_random_state_would_be_another_one(tmp_path: Path) -> None:
     """The comparison above sees it."""
     state = saved(tmp_path / "c.pt")
-    _, contents = read_checkpoint(tmp_path / "c.pt")
+    checkpoint = read_checkpoint(tmp_path / "c.pt")
     forgetful = tiny.state()
-    restore(tmp_path / "c.pt", contents, forgetful)
+    checkpoint.restore(forgetful)
     assert differing(forgetful, state) == []
     forgetful.rng.manual_seed(3)
     assert differing(forgetful, state) == ["rng"]
@@ -135,28 +151,67 @@ def test_pictures_of_the_average_between_steps_change_nothing_that_is_trained(
     )
 
 
-def test_a_checkpoint_says_whose_it_is_and_how_far_it_came(tmp_path: Path) -> None:
-    identity = replace(IDENTITY, minutes=2.5)
+def test_a_checkpoint_says_whose_it_is_and_how_far_it_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = replace(IDENTITY, minutes=2.5, probe={"0.2": 0.5, "1": 0.75})
     state = tiny.state()
     tiny.steps(state, tiny.CONFIG, 2)
-    state.elapsed_s = 12.5
-    save_checkpoint(tmp_path / "c.pt", state, identity)
+    monkeypatch.setattr(time, "perf_counter", lambda: state.began + 12.5)
+    save_checkpoint(tmp_path / "c.pt", state, identity, BEST)
+    monkeypatch.setattr(time, "perf_counter", lambda: 7000.0)  # of a later process
 
-    stored, contents = read_checkpoint(tmp_path / "c.pt")
+    checkpoint = read_checkpoint(tmp_path / "c.pt")
     fresh = tiny.state()
-    restore(tmp_path / "c.pt", contents, fresh)
+    checkpoint.restore(fresh)
 
-    assert stored == identity
-    assert (fresh.images_seen, fresh.elapsed_s) == (32, 12.5)
+    assert checkpoint.identity == identity
+    assert fresh.images_seen == 32
+    assert fresh.elapsed_s == pytest.approx(12.5)
+    assert checkpoint.best is not None
+    assert checkpoint.best["glance"] == BEST["glance"]
+    assert torch.equal(checkpoint.best["contents"]["ema"]["weight"], torch.arange(3.0))
+
+
+def test_a_rate_that_was_scaled_down_survives(tmp_path: Path) -> None:
+    state = tiny.state()
+    state.lr_scale = 0.25
+    save_checkpoint(tmp_path / "c.pt", state, IDENTITY, None)
+    checkpoint, fresh = read_checkpoint(tmp_path / "c.pt"), tiny.state()
+    checkpoint.restore(fresh)
+    assert checkpoint.best is None
+    assert fresh.lr_scale == 0.25
+    tiny.steps(fresh, tiny.CONFIG, 1)
+    assert fresh.generator_optimizer.param_groups[0]["lr"] == 0.25 * tiny.CONFIG.lr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [tiny.CONFIG, tiny.CONV], ids=["mlp", "conv"])
+def test_a_resumed_state_lies_on_the_gpu_entirely(tmp_path: Path, config: TrainingConfig) -> None:
+    """A learning rate left on the host could not be read by a captured step."""
+    device = torch.device("cuda")
+    network = tiny.CONV_NETWORK if config.generator == "conv" else tiny.NETWORK
+    state, fresh = (create_state(config, network, device, seed) for seed in (0, 1))
+    tiny.steps(state, config, 3, tiny.dataset().to(device))
+    save_checkpoint(tmp_path / "c.pt", state, replace(IDENTITY, config=config), None)
+    read_checkpoint(tmp_path / "c.pt").restore(fresh)
+    assert differing(fresh, state) == []
+    places = {
+        name: value.device.type
+        for name, value in everything(fresh).items()
+        if isinstance(value, Tensor) and name != "rng"
+    }
+    assert "generator_optimizer.param_groups.0.lr" in places
+    assert set(places.values()) == {"cuda"}
 
 
 def test_the_next_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
     state = saved(tmp_path / "c.pt")
     tiny.steps(state, tiny.CONFIG, 1)
-    save_checkpoint(tmp_path / "c.pt", state, IDENTITY)
+    save_checkpoint(tmp_path / "c.pt", state, IDENTITY, None)
 
-    _, contents = read_checkpoint(tmp_path / "c.pt")
-    assert contents["images_seen"] == 64
+    checkpoint = read_checkpoint(tmp_path / "c.pt")
+    assert checkpoint.state["images_seen"] == 64
     assert names_in(tmp_path) == ["c.pt"]
 
 
@@ -193,7 +248,7 @@ def test_one_wrong_bit_anywhere_is_noticed(tmp_path: Path) -> None:
 
 def with_header(payload: bytes) -> bytes:
     """As the code itself would sign it, which whoever writes a hostile file can do as well."""
-    start = b"cgan checkpoint, version 2\n"
+    start = b"cgan checkpoint, version 3\n"
     return start + hashlib.sha256(payload).digest() + payload
 
 
@@ -234,21 +289,21 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path, contents: object) 
 )
 def test_a_state_of_another_configuration_is_refused(tmp_path: Path, other: TrainingConfig) -> None:
     saved(tmp_path / "c.pt")
-    _, contents = read_checkpoint(tmp_path / "c.pt")
+    checkpoint = read_checkpoint(tmp_path / "c.pt")
     with pytest.raises(
         CheckpointError, match=r"c\.pt: does not fit this configuration: ."
     ) as caught:
-        restore(tmp_path / "c.pt", contents, tiny.state(other))
+        checkpoint.restore(tiny.state(other))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("part", ["ema", "generator_optimizer", "rng", "elapsed_s"])
+@pytest.mark.parametrize("part", ["ema", "generator_optimizer", "rng", "elapsed_s", "lr_scale"])
 def test_contents_that_miss_a_part_are_refused(tmp_path: Path, part: str) -> None:
     saved(tmp_path / "c.pt")
-    _, contents = read_checkpoint(tmp_path / "c.pt")
-    del contents[part]
+    checkpoint = read_checkpoint(tmp_path / "c.pt")
+    del checkpoint.state[part]
     with pytest.raises(CheckpointError, match=part):
-        restore(tmp_path / "c.pt", contents, tiny.state())
+        checkpoint.restore(tiny.state())
 
 
 # A full disk
@@ -264,12 +319,12 @@ from training.checkpoint import CheckpointError, save_checkpoint
 path = Path(sys.argv[1])
 state = tiny.state()
 if sys.argv[2] == "again":
-    save_checkpoint(path, state, IDENTITY)
+    save_checkpoint(path, state, IDENTITY, None)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 state.images_seen = 16
 try:
-    save_checkpoint(path, state, IDENTITY)
+    save_checkpoint(path, state, IDENTITY, None)
 except CheckpointError as error:
     print(error)
 """
@@ -296,5 +351,5 @@ def test_where_a_checkpoint_cannot_be_written_the_one_before_survives(
     else:
         assert ended.stdout.strip() == f"{message}; the checkpoint before it is intact"
         assert names_in(path.parent) == ["c.pt"]
-        _, contents = read_checkpoint(path)
-        assert contents["images_seen"] == 0
+        checkpoint = read_checkpoint(path)
+        assert checkpoint.state["images_seen"] == 0

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -5,13 +6,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from service.engine import Engine, EngineError, FusedMLP, resolve_dtype
+from service.engine import Engine, EngineError, FusedMLP, fuse, resolve_dtype
 from service.latents import draw_latents
 from tests.conftest import make_artifact
+from tests.serving import REPOSITORY
 from training.artifact import Artifact, load_artifact
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
+BUNDLED = sorted((REPOSITORY / "weights").glob("*.safetensors"))
 
 
 Rows = tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]
@@ -23,15 +26,22 @@ def rows(count: int, classes: int = 10) -> Rows:
     return seeds, rng.integers(0, 1024, count), rng.integers(0, classes, count)
 
 
-@pytest.fixture(scope="module", params=DTYPES, ids=str)
-def engine(request: pytest.FixtureRequest, bundled: Path) -> Engine:
-    return Engine(load_artifact(bundled), device=CPU, dtype=request.param, max_batch=64)
+@pytest.fixture(
+    scope="module", params=itertools.product(BUNDLED, DTYPES), ids=lambda each: f"{each[0].stem}"
+)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    path, dtype = request.param
+    return Engine(load_artifact(path), device=CPU, dtype=dtype, max_batch=64)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_fused_network_is_the_artifacts_network(tmp_path: Path, channels: int) -> None:
-    artifact = load_artifact(make_artifact(tmp_path / "a.safetensors", channels=channels))
-    fused = FusedMLP(artifact.generator, device=CPU, dtype=torch.float32)
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_the_fused_network_is_the_artifacts_network(
+    tmp_path: Path, kind: str, channels: int
+) -> None:
+    path = make_artifact(tmp_path / "a.safetensors", kind=kind, channels=channels)
+    artifact = load_artifact(path)
+    fused = fuse(artifact.generator, device=CPU, dtype=torch.float32)
     latents, labels = torch.randn(32, 9), torch.arange(32) % 3
     with torch.inference_mode():
         expected = artifact.generator(latents, labels).flatten(1)

@@ -17,6 +17,7 @@ from training.judge import (
     Judge,
     JudgeError,
     augment,
+    judge_for,
     load_judge,
     save_judge,
     to_images,
@@ -151,3 +152,60 @@ def test_augmentation_moves_images_a_little_and_each_its_own_way() -> None:
     halves = [(image[..., :4].mean() - image[..., 4:].mean()).item() for image in moved]
     original = (images[0, ..., :4].mean() - images[0, ..., 4:].mean()).item()
     assert all(half * original > 0.3 * original**2 for half in halves)
+
+
+# The judge of a person's own data set
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_module, "EPOCHS", 2)
+    monkeypatch.setattr(judge_module, "MIN_IMAGES", 256 * 30)
+
+
+TEST = tiny.dataset(120, 1)
+
+
+@pytest.mark.usefixtures("hasty", "one_thread")
+def test_an_unknown_data_set_gets_a_judge_once(tmp_path: Path) -> None:
+    lines: list[str] = []
+    first = judge_for(DATA, TEST, cache=tmp_path, report=lines.append)
+    assert lines == ["Training a judge of tiny, once: 30 passes over its training images."]
+    assert first.accuracy(TEST) > 0.9
+
+    again = judge_for(DATA, TEST, cache=tmp_path, report=lines.append)
+    assert len(lines) == 1
+    assert again.digest == first.digest
+    assert torch.equal(again.look(TEST.images)[1], first.look(TEST.images)[1])
+
+
+@pytest.mark.usefixtures("hasty", "one_thread")
+def test_other_images_get_another_judge(tmp_path: Path) -> None:
+    lines: list[str] = []
+    for seed in (0, 1):
+        judge_for(tiny.dataset(256, seed), TEST, cache=tmp_path, report=lines.append)
+    assert len(lines) == len(list((tmp_path / "judges").iterdir())) == 2
+
+
+@pytest.mark.usefixtures("hasty", "one_thread")
+@pytest.mark.parametrize("keep", [0, 100, -100])
+def test_a_damaged_judge_is_trained_again(tmp_path: Path, keep: int) -> None:
+    whole = judge_for(DATA, TEST, cache=tmp_path, report=lambda _text: None)
+    (path,) = (tmp_path / "judges").iterdir()
+    path.write_bytes(path.read_bytes()[:keep])
+    lines: list[str] = []
+
+    found = judge_for(DATA, TEST, cache=tmp_path, report=lines.append)
+
+    assert lines[0].startswith(f"{path}: is damaged (")
+    assert found.digest == whole.digest  # training is the same every time
+
+
+def test_the_images_that_a_committed_judge_learnt_are_judged_by_it(
+    mnist_dir: Path, tmp_path: Path
+) -> None:
+    train = load_dataset("mnist", "train", mnist_dir, mirrors=())
+    test = load_dataset("mnist", "test", mnist_dir, mirrors=())
+    judge = judge_for(train, test, cache=tmp_path, report=lambda _text: None)
+    assert judge.digest == DIGESTS["mnist"]
+    assert not list(tmp_path.iterdir())

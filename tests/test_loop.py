@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,25 +17,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import tiny
 from training import loop
 from training.config import PRESETS, TrainingConfig
+from training.data import Dataset
 from training.loop import (
     DivergedError,
     LogPoint,
     TrainState,
+    _other_labels,
     create_state,
+    eager_stepper,
     generator_config,
     recompute_batch_norm,
     sample_batch,
+    schedule,
     train,
     train_step,
     update_ema,
     used_fraction,
 )
-from training.networks import ConvDiscriminator, GeneratorConfig, MLPDiscriminator, build_generator
+from training.networks import (
+    ConvDiscriminator,
+    ConvGeneratorConfig,
+    MLPDiscriminator,
+    MLPGeneratorConfig,
+    ResidualDiscriminator,
+    build_generator,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = tiny.dataset()
-BOTH = pytest.mark.parametrize("config", [tiny.CONFIG, tiny.PAPER], ids=["mlp", "paper"])
+EVERY = pytest.mark.parametrize(
+    "config", [tiny.CONFIG, tiny.PAPER, tiny.CONV], ids=["mlp", "paper", "conv"]
+)
 
 
 @dataclass
@@ -72,6 +85,20 @@ def norms(generator: nn.Module) -> list[nn.BatchNorm1d]:
 # A fresh state
 
 
+def test_the_wrong_label_is_any_but_the_own() -> None:
+    state = tiny.state(tiny.CONV)
+    state.generator.config = replace(tiny.CONV_NETWORK, num_classes=5)
+    labels = torch.arange(2 * tiny.CONV.batch_size) % 5
+    seen = {
+        (own, other)
+        for _ in range(50)
+        for own, other in zip(
+            labels.tolist(), _other_labels(state, tiny.CONV, labels).tolist(), strict=True
+        )
+    }
+    assert seen == {(own, other) for own in range(5) for other in range(5) if own != other}
+
+
 def test_a_seed_decides_the_initial_networks_and_nothing_else_does() -> None:
     torch.manual_seed(99)
     first, other = tiny.state(seed=1), tiny.state(seed=2)
@@ -96,13 +123,14 @@ def test_the_average_starts_as_the_generator_and_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "network"), [("paper", MLPDiscriminator), ("mlp", ConvDiscriminator)]
+    ("preset", "network"),
+    [("paper", MLPDiscriminator), ("mlp", ConvDiscriminator), ("conv", ResidualDiscriminator)],
 )
 def test_a_preset_builds_its_discriminator_and_optimisers(
     preset: str, network: type[nn.Module]
 ) -> None:
     config = PRESETS[preset]
-    state = create_state(config, tiny.NETWORK, tiny.CPU, 0)
+    state = create_state(config, generator_config(config, DATA), tiny.CPU, 0)
 
     assert isinstance(state.discriminator, network)
     for optimizer, trained in (
@@ -115,14 +143,30 @@ def test_a_preset_builds_its_discriminator_and_optimisers(
 
 
 def test_the_generator_has_the_shape_of_the_data() -> None:
-    config = generator_config(DATA)
-    assert config == GeneratorConfig(num_classes=2, channels=1, image_size=8)
+    assert generator_config(tiny.CONFIG, DATA) == MLPGeneratorConfig(
+        num_classes=2, channels=1, image_size=8
+    )
+    colour = replace(
+        DATA, images=torch.zeros((2, 3, 20, 20), dtype=torch.uint8), class_names=("a", "b", "c")
+    )
+    assert generator_config(tiny.CONV, colour) == ConvGeneratorConfig(
+        num_classes=3, channels=3, image_size=20, widths=(16, 8)
+    )
+
+
+def test_the_residual_discriminator_has_a_level_for_each_of_the_generators() -> None:
+    """Its finest map, and the generator's, have half the size of the image."""
+    large = replace(tiny.CONV_NETWORK, image_size=28, widths=(16, 8))
+    network = create_state(tiny.CONV, large, tiny.CPU, 0).discriminator.main
+    assert isinstance(network, nn.Sequential)
+    strided = [layer for layer in network if isinstance(layer, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels) for c in strided] == [(1, 8), (8, 16)]
 
 
 # One step
 
 
-@BOTH
+@EVERY
 def test_a_step_runs_the_generator_once_and_shows_its_images_to_both_phases(
     config: TrainingConfig,
 ) -> None:
@@ -135,12 +179,13 @@ def test_a_step_runs_the_generator_once_and_shows_its_images_to_both_phases(
     calls = len(watcher.judged) // rounds
     for step in range(rounds):
         both, fakes, *_ = watcher.judged[step * calls : (step + 1) * calls]
+        own_labels = both[1][:, 0] if config.mismatch else both[1]
         assert both[0].shape == (2 * config.batch_size, 1, 8, 8)
         assert torch.equal(both[0][config.batch_size :], fakes[0])
-        assert torch.equal(both[1][config.batch_size :], fakes[1])
+        assert torch.equal(own_labels[config.batch_size :], fakes[1])
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("penalise", [True, False])
 def test_a_step_takes_the_gradients_of_the_formulas(config: TrainingConfig, penalise: bool) -> None:
     """Against the same step written out plainly, with whole graphs and a frozen nothing."""
@@ -152,6 +197,9 @@ def test_a_step_takes_the_gradients_of_the_formulas(config: TrainingConfig, pena
     report = train_step(state, DATA, config, used=0.0, penalise=penalise)
 
     (latents, fake_labels), (images, labels) = watcher.generated[0], watcher.judged[0]
+    if config.mismatch:
+        labels, others = labels.unbind(1)
+        assert not (labels == others).any()
     real, real_labels = images[: config.batch_size], labels[: config.batch_size]
     fake = generator(latents, fake_labels)
     inputs = [real.clone().requires_grad_(), fake.detach().clone().requires_grad_()]
@@ -162,12 +210,15 @@ def test_a_step_takes_the_gradients_of_the_formulas(config: TrainingConfig, pena
     else:
         d_loss = (softplus(-real_logits) + softplus(fake_logits)).mean()
     total = d_loss
+    if config.mismatch:
+        mismatched = discriminator(real, others[: config.batch_size])
+        total = total + config.mismatch * softplus(mismatched - real_logits).mean()
     if penalise:  # gamma / 2 times R1 + R2, and three times that for two steps left out
         slopes = torch.autograd.grad(
             real_logits.sum() + fake_logits.sum(), inputs, create_graph=True
         )
         r1, r2 = (slope.square().sum((1, 2, 3)).mean() for slope in slopes)
-        total = d_loss + 0.5 / 2 * (r1 + r2) * 3
+        total = total + 0.5 / 2 * (r1 + r2) * 3
         assert report[4].item() == pytest.approx((r1 + r2).item() / 2, rel=1e-4)
     total.backward()
     # Gradients of the generator's phase would have been added to these.
@@ -188,18 +239,23 @@ def test_a_step_takes_the_gradients_of_the_formulas(config: TrainingConfig, pena
     assert report[:4].tolist() == pytest.approx([m.item() for m in means], rel=1e-4, abs=1e-6)
 
 
-@BOTH
+@EVERY
 def test_a_step_moves_both_networks_and_leaves_the_discriminator_trainable(
     config: TrainingConfig,
 ) -> None:
     state = tiny.state(config)
+    if config.generator == "conv":  # a block that starts as the identity wakes up by and by
+        tiny.steps(state, config, 3)
+        state.images_seen = 0
     before = {n: copy.deepcopy(getattr(state, n)) for n in ("generator", "discriminator", "ema")}
 
     train_step(state, DATA, config, used=0.0, penalise=False)
 
     for name, old in before.items():
-        pairs = zip(getattr(state, name).parameters(), old.parameters(), strict=True)
-        assert all(not torch.equal(new, was) for new, was in pairs), name
+        was = dict(old.named_parameters())
+        unmoved = {n for n, p in getattr(state, name).named_parameters() if torch.equal(p, was[n])}
+        # What is added to every logit alike cancels in a relativistic pair.
+        assert unmoved <= ({"out.bias"} if config.objective == "relativistic" else set()), name
     assert all(p.requires_grad for p in state.discriminator.parameters())
     assert state.images_seen == config.batch_size
 
@@ -231,7 +287,7 @@ def test_fake_labels_are_those_of_the_real_images_under_the_relativistic_objecti
         assert len(labels.unique()) == 2
 
 
-@BOTH
+@EVERY
 def test_every_batch_is_whole_and_fresh_however_small_the_data_set(config: TrainingConfig) -> None:
     state, watcher = tiny.state(config), Watcher()
     watcher.watch(state)
@@ -268,7 +324,7 @@ def test_black_is_minus_one_and_white_is_one() -> None:
     assert torch.equal(images[:, 0, 0, 0], labels * 2.0 - 1.0)
 
 
-@BOTH
+@EVERY
 def test_the_state_alone_decides_what_is_drawn(config: TrainingConfig) -> None:
     outcomes = []
     for noise in (1, 2):
@@ -282,7 +338,7 @@ def test_the_state_alone_decides_what_is_drawn(config: TrainingConfig) -> None:
         assert torch.equal(one, two)
 
 
-@BOTH
+@EVERY
 def test_the_global_random_state_is_left_as_it_was(config: TrainingConfig) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -310,19 +366,23 @@ def test_the_watch_for_read_backs_sees_one() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@BOTH
+@EVERY
 def test_nothing_is_read_back_during_a_step(config: TrainingConfig, precision: Any) -> None:
     config = replace(config, precision=precision)
     state = tiny.state(config)
     with ForbidReadBack():
-        report = train_step(state, DATA, config, used=0.3, penalise=config.penalty > 0)
+        report = train_step(state, DATA, config, used=0.3, penalise=bool(config.penalty))
     assert report.isfinite().all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_makes_finite_steps_in_its_own_precision(preset: str) -> None:
-    config = replace(PRESETS[preset], batch_size=8, discriminator_hidden=(8, 8, 8))
-    state = create_state(config, tiny.NETWORK, tiny.CPU, 0)
+    widths = PRESETS[preset].discriminator_hidden
+    config = replace(
+        PRESETS[preset], batch_size=8, penalty=1.0, discriminator_hidden=(8,) * len(widths)
+    )
+    network = tiny.CONV_NETWORK if config.generator == "conv" else tiny.NETWORK
+    state = create_state(config, network, tiny.CPU, 0)
     report = tiny.steps(state, config, config.penalty_interval + 1)
     assert report.isfinite().all()
     weights = [p for n in (state.generator, state.discriminator) for p in n.parameters()]
@@ -351,7 +411,7 @@ def test_the_constant_schedule_stays() -> None:
 
 def test_the_last_steps_of_a_run_have_almost_no_learning_rate() -> None:
     state = tiny.state()
-    for _ in train(state, DATA, tiny.CONFIG, log_every=10_000, stop=lambda: False):
+    for _ in follow(state, tiny.CONFIG, log_every=10_000, stop=lambda: False):
         pass
     assert 0 < state.generator_optimizer.param_groups[0]["lr"] < 0.01 * tiny.CONFIG.lr
 
@@ -367,8 +427,10 @@ def averaged(state: TrainState, config: TrainingConfig, images_seen: int) -> flo
         ):
             average.fill_(1.0)
             parameter.fill_(3.0)
-    state.images_seen = images_seen
-    update_ema(state, config)
+    state.images_seen = images_seen - config.batch_size
+    schedule(state, config, used=0.0, steps=1)
+    assert state.images_seen == images_seen
+    update_ema(state)
     moved = {value for p in state.ema.parameters() for value in p.unique().tolist()}
     assert len(moved) == 1
     return (float(moved.pop()) - 1.0) / 2.0
@@ -494,26 +556,31 @@ def test_every_class_has_the_same_share_in_the_statistics(classes: int, batches:
 # The run
 
 
+def follow(state: TrainState, config: TrainingConfig, **options: Any) -> Iterator[LogPoint]:
+    return train(state, config, eager_stepper(state, DATA, config), **options)
+
+
 def run_to_end(state: TrainState, config: TrainingConfig, **options: Any) -> list[LogPoint]:
-    return list(train(state, DATA, config, stop=lambda: False, **options))
+    return list(follow(state, config, stop=lambda: False, **options))
 
 
 def test_a_run_reports_at_the_asked_for_images_and_finishes_exactly_at_its_budget() -> None:
     state, seen = tiny.state(), []
     points = []
-    for point in train(state, DATA, tiny.CONFIG, log_every=160, stop=lambda: False):
+    for point in follow(state, tiny.CONFIG, log_every=160, stop=lambda: False):
         seen.append(state.images_seen)
         points.append(point)
 
     assert seen == [160, 320, 480, 640]
     assert [p.used for p in points] == [0.25, 0.5, 0.75, 1.0]
     assert [p.finished for p in points] == [False, False, False, True]
+    assert all(p.regular for p in points)
     assert all(p.images_per_s > 0 for p in points)
 
 
 def test_points_stay_on_their_grid_where_the_batch_does_not_divide_them() -> None:
     state, seen = tiny.state(), []
-    for _ in train(state, DATA, tiny.CONFIG, log_every=100, stop=lambda: False):
+    for _ in follow(state, tiny.CONFIG, log_every=100, stop=lambda: False):
         seen.append(state.images_seen)
     assert seen == [112, 208, 304, 400, 512, 608, 640]
 
@@ -565,32 +632,31 @@ def test_the_penalty_is_computed_every_interval(monkeypatch: pytest.MonkeyPatch)
     assert chosen == [False] * 7
 
 
-def stop_after(calls: int) -> "Iterable[bool]":
+def stop_after(calls: int) -> Iterable[bool]:
     return itertools.chain([False] * calls, itertools.repeat(True))
 
 
 def test_a_run_stops_before_the_next_step_when_asked_to() -> None:
     state, answers = tiny.state(), iter(stop_after(3))
-    points = list(
-        train(state, DATA, tiny.CONFIG, log_every=10_000, stop=lambda: next(iter(answers)))
-    )
+    points = list(follow(state, tiny.CONFIG, log_every=10_000, stop=lambda: next(iter(answers))))
     (point,) = points
     assert state.images_seen == 3 * tiny.CONFIG.batch_size
     assert not point.finished
+    assert not point.regular
     assert point.used == state.images_seen / tiny.CONFIG.images
     assert point.losses is not None
 
 
 def test_a_run_stopped_before_its_first_step_says_so_and_reports_no_losses() -> None:
     state = tiny.state()
-    (point,) = train(state, DATA, tiny.CONFIG, log_every=160, stop=lambda: True)
+    (point,) = follow(state, tiny.CONFIG, log_every=160, stop=lambda: True)
     assert (state.images_seen, point.losses, point.finished) == (0, None, False)
 
 
 def test_a_stop_that_comes_after_a_point_was_looked_at_is_reported_by_another_point() -> None:
     """Else whoever saves at the last point would have had no occasion to."""
     state, asked = tiny.state(), False
-    points = train(state, DATA, tiny.CONFIG, log_every=160, stop=lambda: asked)
+    points = follow(state, tiny.CONFIG, log_every=160, stop=lambda: asked)
     next(points)
     asked = True
     assert next(points).losses is None
@@ -610,25 +676,36 @@ def test_a_finished_run_makes_no_further_step() -> None:
     assert all(torch.equal(before, after) for before, after in pairs)
 
 
-def test_a_budget_in_minutes_counts_the_time_in_steps_and_not_the_images() -> None:
-    state = tiny.state()
-    state.elapsed_s, state.images_seen = 45.0, 10**9
-    assert used_fraction(state, tiny.CONFIG, minutes=3.0) == 0.25
-    assert used_fraction(state, tiny.CONFIG, minutes=0.5) == 1.0
-    assert used_fraction(state, tiny.CONFIG, minutes=None) == 1.0
+@dataclass
+class Clock:
+    """In the place of `time.perf_counter`; moves on by `step_s` whenever it is asked."""
+
+    now_s: float = 100.0
+    step_s: float = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += self.step_s
+        return self.now_s
 
 
-def test_a_budget_in_minutes_drives_the_schedule_and_ends_the_run(
+def test_a_budget_in_time_counts_all_of_it_and_not_the_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    now_s = 100.0
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    state = tiny.state()
+    state.began = clock.now_s
+    clock.now_s += 45.0
+    state.images_seen = 10**9
+    assert state.elapsed_s == 45.0
+    assert used_fraction(state, tiny.CONFIG, seconds=180.0) == 0.25
+    assert used_fraction(state, tiny.CONFIG, seconds=30.0) == 1.0
+    assert used_fraction(state, tiny.CONFIG, seconds=None) == 1.0
 
-    def tick() -> float:
-        nonlocal now_s
-        now_s += 1.0
-        return now_s
 
-    monkeypatch.setattr(time, "perf_counter", tick)
+def test_a_budget_in_time_drives_the_schedule_and_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     used: list[float] = []
 
     def remember(*given: Any, **options: Any) -> Tensor:
@@ -637,14 +714,42 @@ def test_a_budget_in_minutes_drives_the_schedule_and_ends_the_run(
 
     monkeypatch.setattr(loop, "train_step", remember)
     state = tiny.state()
-    state.elapsed_s = 20.0  # from before a resumption
-    points = run_to_end(state, replace(tiny.CONFIG, images=1), minutes=0.5, log_every=10_000)
+    state.began = -20.0  # before a resumption
+    clock = Clock(now_s=-2.0, step_s=1.0)
+    monkeypatch.setattr(time, "perf_counter", clock)
+    points = run_to_end(state, replace(tiny.CONFIG, images=1), seconds=30.0, log_every=10_000)
 
+    # The clock is asked once as the stretch begins, and then before every step.
     assert used == pytest.approx([(20 + second) / 30 for second in range(10)])
     assert state.images_seen == 10 * tiny.CONFIG.batch_size
     assert points[-1].finished
+    assert points[-1].used == 1.0
     expected = tiny.CONFIG.lr * 0.5 * (1 + math.cos(math.pi * 29 / 30))
     assert state.generator_optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_a_rate_that_was_scaled_down_stays_so_on_every_schedule() -> None:
+    for config in (tiny.CONFIG, tiny.PAPER):
+        whole, half = tiny.state(config), tiny.state(config)
+        half.lr_scale = 0.5
+        for used in (0.0, 0.3, 0.9):
+            rates = []
+            for state in (whole, half):
+                schedule(state, config, used=used, steps=1)
+                for optimizer in (state.generator_optimizer, state.discriminator_optimizer):
+                    rates.append(optimizer.param_groups[0]["lr"])
+            assert rates[2:] == pytest.approx([rates[0] / 2] * 2, rel=1e-12)
+            assert rates[0] == rates[1] > 0
+
+
+def test_several_steps_at_once_count_all_of_their_images() -> None:
+    """A replayed graph makes many steps; the average is weighted as at the last of them."""
+    together, apart = tiny.state(), tiny.state()
+    schedule(together, tiny.CONFIG, used=0.5, steps=8)
+    for _ in range(8):
+        schedule(apart, tiny.CONFIG, used=0.5, steps=1)
+    assert together.images_seen == apart.images_seen == 8 * tiny.CONFIG.batch_size
+    assert together.ema_weight == apart.ema_weight
 
 
 # Learning
@@ -663,8 +768,17 @@ def test_a_budget_in_minutes_drives_the_schedule_and_ends_the_run(
             images=32 * 300,
             ema_half_life=1000.0,
         ),
+        replace(tiny.CONV, lr=3e-3, batch_size=32, images=32 * 250, ema_half_life=1000.0),
+        replace(
+            tiny.CONV,
+            lr=3e-3,
+            batch_size=32,
+            images=32 * 250,
+            ema_half_life=1000.0,
+            augment=True,
+        ),
     ],
-    ids=["paper", "relativistic", "convolutional"],
+    ids=["paper", "relativistic", "convolutional", "residual", "augmented"],
 )
 def test_a_short_run_learns_which_label_looks_how(config: TrainingConfig) -> None:
     state = tiny.state(config)
@@ -688,6 +802,137 @@ def test_a_run_whose_losses_are_no_longer_numbers_ends_with_that_said() -> None:
     state = tiny.state()
     with torch.no_grad():
         state.generator.label_embedding.weight.fill_(float("nan"))
-    points = train(state, DATA, tiny.CONFIG, log_every=32, stop=lambda: False)
+    points = follow(state, tiny.CONFIG, log_every=32, stop=lambda: False)
     with pytest.raises(DivergedError, match="no longer finite after 32 images"):
         next(points)
+
+
+@pytest.mark.parametrize("config", [tiny.CONFIG, tiny.CONV], ids=["mlp", "conv"])
+def test_the_discriminator_tells_the_label_of_real_images_that_it_has_not_seen(
+    config: TrainingConfig,
+) -> None:
+    config = replace(config, batch_size=32, images=32 * 250)
+    state, held_out = tiny.state(config), tiny.dataset(200, seed=9)
+    run_to_end(state, config, log_every=10**6)
+
+    images = held_out.images.float() / 127.5 - 1
+    with torch.no_grad():
+        own = state.discriminator(images, held_out.labels)
+        other = state.discriminator(images, 1 - held_out.labels)
+    assert (own > other).float().mean() > 0.95
+
+
+# Mirrored and distorted images
+
+
+def seen_by_the_discriminator(
+    config: TrainingConfig, data: Dataset = DATA, count: int = 1
+) -> list[Tensor]:
+    """The images of every forward of it in a few steps from the same start."""
+    state, watcher = tiny.state(config), Watcher()
+    watcher.watch(state)
+    tiny.steps(state, config, count, data)
+    return [images for images, _ in watcher.judged]
+
+
+def test_flip_shows_about_half_of_the_real_images_mirrored_and_no_other_change() -> None:
+    """The only picture is bright on its left, so that a mirrored one is known by its right."""
+    picture = torch.full((1, 1, 8, 8), 10, dtype=torch.uint8)
+    picture[..., :4] = 250
+    data = replace(DATA, images=picture, labels=torch.zeros(1, dtype=torch.int64))
+    config = replace(tiny.CONFIG, flip=True, batch_size=200)
+    batches = [images[:200] for images in seen_by_the_discriminator(config, data, 3)[::3]]
+
+    assert len(batches) == 3
+    real = (picture.float() / 127.5 - 1)[0]
+    shares = []
+    for batch in batches:
+        plain = (batch == real).flatten(1).all(1)
+        mirrored = (batch == real.flip(2)).flatten(1).all(1)
+        assert (plain ^ mirrored).all()
+        shares.append(mirrored.float().mean().item())
+    assert shares == pytest.approx([0.5] * 3, abs=0.15)
+    assert not torch.equal(*batches[:2])
+
+
+def test_without_flip_no_real_image_is_mirrored() -> None:
+    known = {tuple(image.flatten().tolist()) for image in DATA.images}
+    (batch, *_) = seen_by_the_discriminator(tiny.CONFIG)
+    shown = ((batch[:16] + 1) * 127.5).round().byte()
+    assert {tuple(image.flatten().tolist()) for image in shown} <= known
+
+
+def test_augment_distorts_real_and_fake_images_before_every_forward_of_the_discriminator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise the generator would learn the distortion."""
+    distorted: list[Tensor] = []
+
+    def invert(images: Tensor, rng: torch.Generator) -> Tensor:
+        distorted.append(-images.detach())
+        return -images
+
+    plain = seen_by_the_discriminator(tiny.CONFIG)
+    monkeypatch.setattr(loop, "augment", invert)
+    config = replace(tiny.CONFIG, augment=True)
+    state, watcher = tiny.state(config), Watcher()
+    watcher.watch(state)
+    tiny.steps(state, config, 1)
+
+    shown = [images for images, _ in watcher.judged]
+    assert len(shown) == len(plain) == len(distorted) == 3
+    torch.testing.assert_close(shown[0], -plain[0])  # both halves
+    assert [len(images) for images in shown] == [32, 16, 16]
+    # The generator's phase draws distortions of its own, for the same images.
+    assert torch.equal(shown[1], shown[0][16:])
+    assert torch.equal(shown[2], shown[0][:16])
+
+
+def test_the_gradient_of_the_generator_goes_through_the_distortion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop, "augment", lambda images, rng: images * 0.0)
+    config = replace(tiny.CONFIG, augment=True)
+    state = tiny.state(config)
+    train_step(state, DATA, config, used=0.0, penalise=False)
+    assert all(not gradient.any() for gradient in gradients(state.generator).values())
+
+
+@pytest.mark.parametrize("option", ["flip", "augment"])
+@pytest.mark.parametrize("base", [tiny.CONFIG, tiny.CONV], ids=["mlp", "conv"])
+def test_what_is_shown_differs_with_the_option_and_not_between_runs_of_one_seed(
+    base: TrainingConfig, option: str
+) -> None:
+    config = replace(base, **{option: True})  # type: ignore[arg-type]
+    plain, first, again = (seen_by_the_discriminator(c, count=2) for c in (base, config, config))
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert not torch.equal(plain[0][:16], first[0][:16])
+
+
+# Another device
+
+
+@pytest.mark.gpu
+@EVERY
+def test_the_gpu_computes_the_same_step_as_the_cpu(config: TrainingConfig) -> None:
+    """Its random draws are others, so both are given the CPU's."""
+    config = replace(config, penalty=0.5, penalty_interval=1)
+    draw, reports = torch.Generator().manual_seed(5), {}
+    indices = torch.randint(len(DATA.labels), (config.batch_size,), generator=draw)
+    latents = torch.randn((config.batch_size, 9), generator=draw)
+    classes = torch.randint(2, (config.batch_size,), generator=draw)
+    after = {}
+    for name in ("cpu", "cuda"):
+        device = torch.device(name)
+        network = tiny.CONV_NETWORK if config.generator == "conv" else tiny.NETWORK
+        state = create_state(config, network, device, 0)
+        with pytest.MonkeyPatch.context() as patch:
+            draws = iter([indices.to(device), classes.to(device)])
+            patch.setattr(torch, "randint", lambda *_, draws=draws, **__: next(draws))
+            patch.setattr(torch, "randn", lambda *_, device=device, **__: latents.to(device))
+            report = train_step(state, DATA.to(device), config, used=0.2, penalise=True)
+        reports[name] = report.cpu()
+        after[name] = {n: g.cpu() for n, g in gradients(state.generator).items()}
+    torch.testing.assert_close(reports["cuda"], reports["cpu"], rtol=1e-3, atol=1e-5)
+    for name, gradient in after["cpu"].items():
+        torch.testing.assert_close(after["cuda"][name], gradient, rtol=1e-2, atol=1e-4, msg=name)

@@ -5,9 +5,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from training.losses import Objective, discriminator_loss, generator_loss, gradient_penalty
+from training.losses import (
+    Objective,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    mismatch_loss,
+)
+from training.networks import ConvDiscriminator, MLPDiscriminator, ResidualDiscriminator
 
 OBJECTIVES: list[Objective] = ["cross-entropy", "relativistic"]
 REAL = [2.5, -1.0, 0.0, 0.3]
@@ -122,3 +131,104 @@ def test_the_penalty_of_a_linear_discriminator_is_its_squared_weight() -> None:
     weight = torch.tensor([1.0, 2.0, -3.0, 0.5])
     found = gradient_penalty(images, images.flatten(1) @ weight)
     assert found.tolist() == pytest.approx([1 + 4 + 9 + 0.25] * 3)
+
+
+# The gradient penalty of the discriminators themselves
+
+
+def mlp(channels: int, size: int) -> nn.Module:
+    return MLPDiscriminator(num_classes=3, channels=channels, image_size=size, hidden=(8, 6))
+
+
+def conv(channels: int, size: int) -> nn.Module:
+    return ConvDiscriminator(num_classes=3, channels=channels, image_size=size, widths=(4, 6))
+
+
+def residual(channels: int, size: int) -> nn.Module:
+    return ResidualDiscriminator(num_classes=3, channels=channels, image_size=size, widths=(4, 6))
+
+
+EVERY = pytest.mark.parametrize("build", [mlp, conv, residual])
+
+
+def seeded(
+    build: Callable[[int, int], nn.Module], seed: int, channels: int, size: int
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A discriminator in float64 whose every parameter matters, images, and their labels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build(channels, size).double()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        images = torch.rand((2, channels, size, size), dtype=torch.float64) * 2 - 1
+        labels = torch.randint(3, (2,))
+    return network, images, labels
+
+
+def in_float64(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Its logits without their cast to float32, which is too coarse to take differences of."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "float", Tensor.double)
+        logits: Tensor = network(images, labels)
+    return logits
+
+
+@EVERY
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(seed=st.integers(0, 2**20), channels=st.sampled_from([1, 3]), size=st.integers(4, 6))
+def test_the_penalty_of_every_discriminator_is_what_finite_differences_say(
+    build: Callable[[int, int], nn.Module], seed: int, channels: int, size: int
+) -> None:
+    network, images, labels = seeded(build, seed, channels, size)
+    inputs = images.clone().requires_grad_()
+    found = gradient_penalty(inputs, network(inputs, labels))
+
+    h, pixels = 1e-7, images[0].numel()  # so small that no kink of an activation lies between
+    nudges = h * torch.eye(pixels, dtype=torch.float64).view(pixels, *images[0].shape)
+    for image, label, penalty_of_it in zip(images, labels, found, strict=True):
+        repeated = label.repeat(pixels)
+        with torch.no_grad():
+            above, below = (in_float64(network, image + s * nudges, repeated) for s in (1, -1))
+        expected = ((above - below) / (2 * h)).square().sum()
+        assert penalty_of_it.item() == pytest.approx(expected.item(), rel=1e-4)
+        assert expected > 0
+
+
+@EVERY
+@settings(deadline=None, max_examples=6, derandomize=True)
+@given(seed=st.integers(0, 2**20))
+def test_the_penaltys_own_gradient_is_what_finite_differences_say(
+    build: Callable[[int, int], nn.Module], seed: int
+) -> None:
+    """In one direction through all weights; this is what training follows."""
+    network, images, labels = seeded(build, seed, 1, 4)
+    weights = [parameter for name, parameter in network.named_parameters() if "weight" in name]
+
+    def total() -> Tensor:
+        inputs = images.clone().requires_grad_()
+        return gradient_penalty(inputs, in_float64(network, inputs, labels)).sum()
+
+    slopes = torch.autograd.grad(total(), weights)
+    draw = torch.Generator().manual_seed(seed)
+    directions = [
+        torch.randn(weight.shape, generator=draw, dtype=torch.float64) for weight in weights
+    ]
+    slope = sum((s * d).sum() for s, d in zip(slopes, directions, strict=True))
+
+    h, totals = 1e-6, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for weight, direction in zip(weights, directions, strict=True):
+                weight.add_(sign * h * direction)
+        totals.append(total().item())
+    difference = (totals[0] - totals[1]) / (2 * h)
+    assert float(slope) == pytest.approx(difference, rel=1e-4, abs=1e-6)
+    assert difference != 0
+
+
+def test_a_wrong_label_is_to_score_below_the_right_one() -> None:
+    right, wrong = torch.tensor([2.0, 0.0, -3.0]), torch.tensor([-1.0, 0.0, 1.0])
+    losses = mismatch_loss(right, wrong)
+    assert torch.allclose(losses, torch.log1p(torch.exp(wrong - right)))
+    assert losses[0] < losses[1] < losses[2]

@@ -1,5 +1,6 @@
 """The command line, run in this process on a tiny data set under a real one's name."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from training.__main__ import main
 from training.artifact import load_artifact
 from training.config import PRESETS
 from training.devices import has_native_bfloat16
-from training.evaluation import Certificate, certificate_of, certify, table
+from training.evaluation import certificate_of
 from training.judge import load_judge
+from training.loop import generator_config
 from training.networks import GeneratorConfig
+from training.report import table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,14 +88,14 @@ class StopEarly:
 # train
 
 
-@pytest.mark.parametrize("preset", ["mlp", "paper"])
+@pytest.mark.parametrize("preset", ["conv", "mlp", "paper"])
 def test_train_exports_an_artifact_and_says_how_to_measure_it(out: Path, preset: str) -> None:
     result = train(out, "--preset", preset, "--seed", "7")
 
     assert result.exit_code == 0, result.output
     exported = out / "generator.safetensors"
     assert "Device: the CPU" in result.stdout
-    assert f"{exported}: exported after 640 images" in result.stdout
+    assert f"{exported}: the best of 640 images" in result.stdout
     assert f"python -m training evaluate {exported}" in result.stdout
     info = load_artifact(exported).info
     assert (info.training["preset"], info.training["seed"]) == (preset, 7)
@@ -103,7 +106,7 @@ def test_a_run_lies_in_a_folder_of_its_data_set_and_preset_unless_told_otherwise
     tmp_path: Path,
 ) -> None:
     assert invoke("train", "mnist", "--device", "cpu", "--images", "32").exit_code == 0
-    assert (tmp_path / "runs" / "mnist-mlp" / "generator.safetensors").exists()
+    assert (tmp_path / "runs" / "mnist-conv" / "generator.safetensors").exists()
 
 
 def test_images_set_the_length_of_a_run(out: Path) -> None:
@@ -113,20 +116,98 @@ def test_images_set_the_length_of_a_run(out: Path) -> None:
 
 
 def test_minutes_set_the_length_of_a_run(out: Path) -> None:
-    assert train(out, "--minutes", "0.002").exit_code == 0
+    assert train(out, "--minutes", "0.05").exit_code == 0
     info = load_artifact(out / "generator.safetensors").info
-    assert info.training["minutes"] == 0.002
-    assert info.training["elapsed_s"] == pytest.approx(0.12, abs=0.05)
+    assert info.training["minutes"] == 0.05
+    assert 0 < info.training["elapsed_s"] < 60 * 0.05 + 2
     assert info.images_seen > 0
 
 
 def test_the_precision_is_what_the_device_computes_in(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PRESETS, "mlp", replace(tiny.CONFIG, precision="bfloat16", images=32))
+    monkeypatch.setitem(PRESETS, "conv", replace(tiny.CONV, precision="bfloat16", images=32))
     assert train(out).exit_code == 0
     used = load_artifact(out / "generator.safetensors").info.training["config"]["precision"]
     assert used == ("bfloat16" if has_native_bfloat16(tiny.CPU) else "float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        (("--gamma", "0.7"), "penalty", 0.7),
+        (("--mismatch", "0.4"), "mismatch", 0.4),
+        (("--flip",), "flip", True),
+        ((), "augment", True),  # so few images would be learnt by heart
+        (("--no-augment",), "augment", False),
+        (("--preset", "paper"), "augment", False),
+    ],
+)
+def test_what_a_run_was_told_is_recorded(
+    out: Path, options: tuple[str, ...], name: str, value: object
+) -> None:
+    assert train(out, "--images", "32", *options).exit_code == 0
+    info = load_artifact(out / "generator.safetensors").info
+    assert info.training["config"][name] == value
+
+
+def test_a_run_measures_its_generator_on_request(out: Path) -> None:
+    result = train(out, "--images", "64", "--certify")
+    assert result.exit_code == 0, result.output
+    info = load_artifact(out / "generator.safetensors").info
+    certificate = certificate_of(info)
+    assert certificate is not None
+    assert table(certificate, info.class_names) in result.stdout
+    assert certificate.dataset_sha256 == info.training["dataset_sha256"]
+
+
+def test_too_few_minutes_for_a_certificate_are_refused_before_training(out: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.examiner.estimate_certification_s", lambda *_a, **_k: 90.0)
+        result = train(out, "--minutes", "1", "--certify")
+    refused(result, "--minutes: 1 are too few", "allowed with --certify is", status=2)
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_minutes_that_preparing_takes_are_refused(out: Path) -> None:
+    result = train(out, "--minutes", "0.00001")
+    refused(result, "--minutes: 1e-05 are too few, because preparing took", status=2)
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_a_folder_of_images_is_reported_trained_on_and_sampled_by_name(tmp_path: Path) -> None:
+    images, labels = tiny.arrays(120, 0)
+    for position, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "sides" / ("west", "east")[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        large = Image.fromarray(pixels).resize((28, 28), Image.Resampling.NEAREST)
+        large.save(folder / f"{position}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("training.__main__", "training.run"):
+            patch.setattr(f"{module}.generator_config", generator_config)
+        result = invoke(
+            *("train", tmp_path / "sides", "--device", "cpu", "--images", "32", "--certify"),
+            *("--gamma", "1", "--out", tmp_path / "run"),
+        )
+    assert result.exit_code == 0, result.output
+    assert "2 classes, " in result.stdout.splitlines()[1]
+    artifact = tmp_path / "run" / "generator.safetensors"
+    info = load_artifact(artifact).info
+    assert (info.class_names, info.training["dataset"]) == (("east", "west"), "sides")
+    assert info.network.image_size == 28
+    sheet = tmp_path / "east.png"
+    assert invoke("sample", artifact, "--label", "east", "--out", sheet).exit_code == 0
+    again = invoke("evaluate", artifact, "--dataset", tmp_path / "sides", "--device", "cpu")
+    assert again.exit_code == 0, again.output
+
+
+def test_a_folder_that_cannot_be_trained_on_is_refused_before_anything_is_written(
+    out: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    result = invoke("train", tmp_path / "pets", "--out", out)
+    refused(result, f"{tmp_path / 'pets'}: has 1 sub-folders")
+    assert not out.exists()
 
 
 def test_a_run_goes_on_where_it_stopped(out: Path) -> None:
@@ -136,7 +217,7 @@ def test_a_run_goes_on_where_it_stopped(out: Path) -> None:
     result = train(out, "--resume")
 
     assert result.exit_code == 0, result.output
-    assert "exported after 640 images" in result.stdout
+    assert "the best of 640 images" in result.stdout
     log = (out / "log.jsonl").read_text()
     assert log.startswith(before)
     assert json.loads(log.splitlines()[-1])["images_seen"] == 640
@@ -154,7 +235,7 @@ def test_a_resumed_run_has_the_budget_and_the_preset_that_it_was_given(out: Path
     ("options", "said"),
     [
         (("--seed", "1"), "seed is 0 there, but 1 was given"),
-        (("--preset", "paper"), "preset is 'mlp' there, but 'paper' was given"),
+        (("--preset", "paper"), "preset is 'conv' there, but 'paper' was given"),
         (("--images", "64"), "images is 640 there, but 64 was given"),
         (("--minutes", "1"), "minutes is None there, but 1.0 was given"),
     ],
@@ -169,7 +250,7 @@ def test_a_run_does_not_go_on_as_another_one(
 
 
 def test_the_same_options_again_go_on(out: Path) -> None:
-    options = ("--seed", "0", "--preset", "mlp", "--images", "640")
+    options = ("--seed", "0", "--preset", "conv", "--images", "640")
     interrupt(out, *options)
     assert train(out, "--resume", *options).exit_code == 0
 
@@ -207,7 +288,10 @@ def test_a_damaged_checkpoint_is_named(out: Path) -> None:
     ("options", "said"),
     [
         (("--images", "64", "--minutes", "1"), ("--images and --minutes", "give one of them")),
-        (("--preset", "best"), ("'--preset': 'best'", "'paper'", "'mlp'")),
+        (("--preset", "best"), ("'--preset': 'best'", "'paper'", "'mlp'", "'conv'")),
+        (("--size", "32"), ("--size is for folders of images; mnist has its own",)),
+        (("--gamma", "-1"), ("'--gamma': -1.0",)),
+        (("--preset", "paper", "--mismatch", "1"), ("--mismatch: 1 needs", "allowed is 0")),
         (("--images", "0"), ("'--images': 0",)),
         (("--minutes", "0"), ("'--minutes': 0.0",)),
         (("--seed", "-1"), ("'--seed': -1",)),
@@ -221,7 +305,7 @@ def test_a_wrong_option_is_named_with_what_is_allowed(
 
 
 def test_an_unknown_data_set_is_answered_with_the_ones_there_are() -> None:
-    refused(invoke("train", "mnits"), "'mnits'", "'mnist'", "'fashion-mnist'", status=2)
+    refused(invoke("train", "mnits"), "mnits: is neither a folder nor", "mnist, fashion-mnist")
 
 
 def test_missing_data_is_named_with_what_to_do(out: Path, tmp_path: Path) -> None:
@@ -264,12 +348,12 @@ def test_a_dry_run_shows_its_plan_and_writes_nothing(out: Path, tmp_path: Path) 
     result = train(out, "--dry-run", "--images", "320", "--seed", "4")
 
     plan = plan_of(result)
-    assert (plan["dataset"], plan["preset"], plan["seed"]) == ("mnist", "mlp", 4)
+    assert (plan["dataset"], plan["preset"], plan["seed"]) == ("mnist", "conv", 4)
     assert plan["out"] == str(out)
     assert isinstance(plan["config"], dict)
     assert plan["config"]["images"] == 320
     assert plan["generator_parameters"] == sum(
-        p.numel() for p in tiny.state().generator.parameters()
+        p.numel() for p in tiny.state(tiny.CONV).generator.parameters()
     )
     assert "Estimated time: 0.0 minutes at" in result.stdout
     assert sorted(tmp_path.rglob("*")) == before
@@ -368,39 +452,26 @@ def test_sample_refuses_a_file_that_is_no_artifact(tmp_path: Path) -> None:
 # judge and evaluate
 
 
-def train_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int = 1) -> Result:
-    """A judge of the tiny data set, in the place of the committed ones."""
-    result = invoke(
-        *("judge", "mnist", "--epochs", str(epochs), "--device", "cpu"),
-        *("--out", tmp_path / "judges" / "mnist.safetensors"),
-    )
-    digest = result.stdout.split()[-1]
-    monkeypatch.setattr(judge, "DIGESTS", {"mnist": digest})
-    monkeypatch.setattr(command_line, "load_judge", lambda it: load_judge(it, tmp_path / "judges"))
-    return result
+def test_judge_trains_a_classifier_and_says_how_good_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "judges" / "mnist.safetensors"
 
+    result = invoke("judge", "mnist", "--epochs", "40", "--device", "cpu", "--out", path)
 
-def certify_few(*given: object, **options: object) -> Certificate:
-    return certify(*given, **options, images=200)  # type: ignore[arg-type]
-
-
-def test_judge_trains_a_classifier_and_says_how_good_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = train_judge(tmp_path, monkeypatch, epochs=40)
     assert result.exit_code == 0, result.output
     assert "epoch 40 of 40: loss " in result.stdout
+    digest = result.stdout.split()[-1]
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     test = data.load_dataset("mnist", "test", tmp_path / "data")
-    accuracy = load_judge(test, tmp_path / "judges").accuracy(test)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "DIGESTS", {"mnist": digest})
+        accuracy = load_judge(test, path.parent).accuracy(test)
     assert f"{accuracy:.2%} of the real test images" in result.stdout
     assert accuracy > 0.9
 
 
 def test_evaluate_writes_the_certificate_into_the_artifact_and_the_page_beside_it(
-    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: Path, tmp_path: Path
 ) -> None:
-    train_judge(tmp_path, monkeypatch)
-    monkeypatch.setattr(command_line, "certify", certify_few)
     before = load_artifact(artifact)
 
     result = invoke("evaluate", artifact, "--device", "cpu", "--report")
@@ -421,23 +492,33 @@ def test_evaluate_writes_the_certificate_into_the_artifact_and_the_page_beside_i
         assert picture.size == (16 * 8 * 2, 2 * 8 * 2)
 
 
-def test_evaluating_again_gives_the_same_file(
-    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train_judge(tmp_path, monkeypatch)
-    monkeypatch.setattr(command_line, "certify", certify_few)
+def test_evaluating_again_gives_the_same_file(artifact: Path) -> None:
     invoke("evaluate", artifact, "--device", "cpu")
     first = artifact.read_bytes()
     invoke("evaluate", artifact, "--device", "cpu")
     assert artifact.read_bytes() == first
 
 
+@pytest.mark.parametrize("training", [{}, {"dataset": ["mnist"]}])
+def test_an_artifact_that_names_no_data_set_is_measured_against_the_one_given(
+    tmp_path: Path, training: dict[str, object]
+) -> None:
+    artifact = tiny.artifact_file(tmp_path / "a.safetensors", training=training)
+    refused(invoke("evaluate", artifact), f"{artifact}: names no data set; give one with --dataset")
+
+    assert invoke("evaluate", artifact, "--dataset", "mnist", "--device", "cpu").exit_code == 0
+    assert load_artifact(artifact).info.certificate is not None
+
+
 @pytest.mark.parametrize(
     ("training", "network", "said"),
     [
-        ({}, tiny.NETWORK, "was trained on None, for which there is no judge"),
-        ({"dataset": "pets"}, tiny.NETWORK, "was trained on 'pets', for which there is no judge"),
-        ({"dataset": ["mnist"]}, tiny.NETWORK, "was trained on ['mnist'], for which"),
+        ({"dataset": "pets"}, tiny.NETWORK, None),
+        (
+            {"dataset": "mnist", "dataset_sha256": "0" * 64},
+            tiny.NETWORK,
+            "was trained on other images than those of mnist now",
+        ),
         (
             {"dataset": "mnist"},
             replace(tiny.NETWORK, image_size=9),
@@ -456,22 +537,26 @@ def test_evaluating_again_gives_the_same_file(
     ],
 )
 def test_a_foreign_artifact_is_not_measured(
-    tmp_path: Path, training: dict[str, object], network: GeneratorConfig, said: str
+    tmp_path: Path, training: dict[str, object], network: GeneratorConfig, said: str | None
 ) -> None:
     artifact = tmp_path / "a.safetensors"
     names = tiny.CLASS_NAMES[: network.num_classes]
     tiny.artifact_file(artifact, network=network, training=training, class_names=names)
     before = artifact.read_bytes()
-    refused(invoke("evaluate", artifact, "--device", "cpu"), f"{artifact}: {said}")
+    cause = f"{artifact}: {said}" if said else "pets: is neither a folder nor one of the data sets"
+    refused(invoke("evaluate", artifact, "--device", "cpu"), cause)
     assert artifact.read_bytes() == before
 
 
-def test_evaluate_refuses_a_data_set_whose_judge_is_another(artifact: Path) -> None:
-    """The committed judge is there, but it is not one of two classes."""
+def test_evaluate_refuses_a_judge_that_is_not_the_committed_one(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = artifact.read_bytes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge, "DIGESTS", {"mnist": "0" * 64})
-        result = invoke("evaluate", artifact, "--device", "cpu")
+    monkeypatch.setattr(judge, "DIGESTS", {"mnist": "0" * 64})
+    monkeypatch.setattr(
+        "training.examiner.judge_for", lambda _train, test, **_how: load_judge(test)
+    )
+    result = invoke("evaluate", artifact, "--device", "cpu")
     refused(result, "mnist.safetensors: SHA-256 is", f"the committed judge has {'0' * 64}")
     assert artifact.read_bytes() == before
 
@@ -479,5 +564,5 @@ def test_evaluate_refuses_a_data_set_whose_judge_is_another(artifact: Path) -> N
 def test_help_names_every_command() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("train", "evaluate", "sample", "judge"):
+    for command in ("train", "evaluate", "sample", "judge", "import", "inspect"):
         assert f"  {command} " in result.stdout

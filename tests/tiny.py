@@ -6,8 +6,8 @@ Its two classes are easy to tell apart: one is bright on the left half, the othe
 import gzip
 import hashlib
 import struct
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import training.__main__ as command_line
-from training import config, data, run
+from training import config, data
 from training.artifact import ArtifactInfo, save_artifact
 from training.config import TrainingConfig
 from training.data import DataFile, Dataset, DatasetSpec, SplitFiles
+from training.evaluation import certify
+from training.judge import Judge, train_classifier
 from training.loop import TrainState, create_state, recompute_batch_norm, train_step
 from training.networks import (
     ConvGeneratorConfig,
@@ -72,6 +73,7 @@ CONV = replace(
     generator_width=8,
     discriminator="residual",
     discriminator_hidden=(8, 16),
+    mismatch=0.3,
 )
 PAPER = replace(
     CONFIG,
@@ -104,9 +106,18 @@ def dataset(count: int = 256, seed: int = 0) -> Dataset:
     )
 
 
+def network_of(training: TrainingConfig, _dataset: Dataset | None = None) -> GeneratorConfig:
+    """In the place of `training.loop.generator_config`."""
+    return CONV_NETWORK if training.generator == "conv" else NETWORK
+
+
 def state(training: TrainingConfig = CONFIG, seed: int = 0) -> TrainState:
-    network = CONV_NETWORK if training.generator == "conv" else NETWORK
-    return create_state(training, network, CPU, seed)
+    return create_state(training, network_of(training), CPU, seed)
+
+
+def judge(train: Dataset, *_given: object, **_options: object) -> Judge:
+    """In the place of `training.judge.judge_for`: hastily trained, so not bundled or kept."""
+    return Judge(train_classifier(train, epochs=4, seed=0), digest="0" * 64)
 
 
 def steps(
@@ -122,7 +133,7 @@ def steps(
             shown,
             training,
             used=min(1.0, state.images_seen / training.images),
-            penalise=training.penalty > 0 and step % training.penalty_interval == 0,
+            penalise=bool(training.penalty) and step % training.penalty_interval == 0,
         )
     return report
 
@@ -165,12 +176,13 @@ def install(patch: pytest.MonkeyPatch, folder: Path, *, images: int = CONFIG.ima
     patch.setitem(config.PRESETS, "mlp", replace(CONFIG, images=images))
     patch.setitem(config.PRESETS, "conv", replace(CONV, images=images))
     patch.setitem(config.PRESETS, "paper", replace(PAPER, images=images))
-    patch.setattr(run, "LOG_EVERY_IMAGES", 160)
-    patch.setattr(run, "SAMPLE_GRIDS", 2)
-
-    def small(training: TrainingConfig, _dataset: Dataset) -> GeneratorConfig:
-        return CONV_NETWORK if training.generator == "conv" else NETWORK
-
-    for module in (command_line, run):
-        patch.setattr(module, "generator_config", small)
+    patch.setattr("training.run.LOG_EVERY_IMAGES", 160)
+    patch.setattr("training.run.SAMPLE_GRIDS", 2)
+    patch.setattr("training.glance.IMAGES", 100)
+    patch.setattr("training.examiner.judge_for", judge)
+    patch.setattr("training.examiner.certify", partial(certify, images=200))
+    patch.setattr("training.evaluation.GAN_TRAIN_IMAGES", 64)
+    patch.setattr("training.gan_train.IMAGES", 64)
+    for module in ("training.__main__", "training.run"):
+        patch.setattr(f"{module}.generator_config", network_of)
     patch.setenv(data.DATA_DIR_VARIABLE, str(folder))

@@ -20,7 +20,7 @@ from training.data import DATASETS, DataError, Dataset, Split, default_data_dir,
 from training.devices import DeviceError, describe, has_native_bfloat16, resolve_device
 from training.distributed import World, join, local_device
 from training.evaluation import Certificate, generate, with_certificate
-from training.examiner import Examiner
+from training.examiner import MIN_TRAINING_SHARE, Examiner
 from training.folder import MAX_SIZE, MIN_SIZE, is_folder, read_folder
 from training.glance import Glance
 from training.importing import ForeignCheckpointError, read_published
@@ -192,7 +192,8 @@ def train_command(
             )
         folder.prepare()
         examiner = Examiner.prepare(train_set, test_set, report) if world.writes else None
-        seconds = _seconds(identity, train_set, examiner, world, certified=certified)
+        spent = 0.0 if checkpoint else time.perf_counter() - began
+        seconds = _seconds(identity, train_set, examiner, world, certified=certified, spent=spent)
         with stop_on_signals() as stop:
             look = examiner.look if examiner else _never_asked
             if checkpoint is None:
@@ -290,8 +291,14 @@ def _seconds(
     world: World,
     *,
     certified: bool,
+    spent: float,
 ) -> float | None:
-    """The time for training in a run that ends by time; the same in every process."""
+    """The time for training in a run that ends by time; the same in every process.
+
+    Raises:
+        click.BadParameter: so much time is spent already, or measuring takes so long, that hardly
+            any is left.
+    """
     if identity.minutes is None:
         return None
     seconds = 0.0
@@ -303,7 +310,14 @@ def _seconds(
                 identity.minutes, generator, certified=certified
             )
         except ValueError as error:
-            raise click.BadParameter(str(error), param_hint="--minutes") from error
+            raise click.BadParameter(
+                str(error).removeprefix("minutes: "), param_hint="--minutes"
+            ) from error
+        if spent > (1.0 - MIN_TRAINING_SHARE) * seconds:
+            raise click.BadParameter(
+                f"{identity.minutes:g} are too few, because preparing took {spent:.1f} s of them",
+                param_hint="--minutes",
+            )
     return world.agree(seconds)[0]
 
 

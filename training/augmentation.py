@@ -62,9 +62,10 @@ def _cut_out(images: Tensor, rng: torch.Generator) -> Tensor:
     count, _, height, width = images.shape
     side = round(height / 2)
     u = torch.rand((2, count, 1), generator=rng, device=images.device)
-    masks = [
-        (torch.arange(size, device=images.device) - (u[axis] * size).floor() + side // 2).abs()
-        for axis, size in enumerate((height, width))
-    ]
-    rows, columns = ((distance < side / 2) for distance in masks)
+    rows, columns = (
+        _within(
+            torch.arange(size, device=images.device) - (centre * size).floor() + side // 2, side
+        )
+        for centre, size in zip(u, (height, width), strict=True)
+    )
     return images * ~(rows[:, :, None] & columns[:, None, :])[:, None]

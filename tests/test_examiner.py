@@ -1,0 +1,72 @@
+"""What a run asks of the judge, and how much of its time that takes."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests import tiny
+from training import examiner as module
+from training.examiner import CERTIFICATION_MARGIN, RESERVED_SHARE, Examiner
+from training.glance import glance, make_reference
+from training.networks import Generator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TRAIN, TEST = tiny.dataset(256, 0), tiny.dataset(120, 1)
+
+
+def ignore(_text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def examiner(one_thread: None) -> Iterator[Examiner]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "judge_for", tiny.judge)
+        patch.setattr("training.glance.IMAGES", 100)
+        yield Examiner.prepare(TRAIN, TEST, ignore)
+
+
+@pytest.fixture(scope="module")
+def generator(one_thread: None) -> Generator:
+    return tiny.state().ema.eval()
+
+
+def test_a_look_is_a_glance_against_training_images(
+    examiner: Examiner, generator: Generator
+) -> None:
+    reference = make_reference(examiner.judge, TRAIN)
+    assert examiner.look(generator) == glance(generator, examiner.judge, reference)
+
+
+def test_a_look_leaves_the_random_state_as_it_was(examiner: Examiner, generator: Generator) -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first = examiner.look(generator)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert examiner.look(generator) == first
+
+
+def test_a_run_without_certificate_has_nearly_all_of_its_time(
+    examiner: Examiner, generator: Generator
+) -> None:
+    found = examiner.seconds_for_training(5, generator, certified=False)
+    assert found == pytest.approx(300 * (1 - RESERVED_SHARE))
+
+
+def test_the_time_of_the_certificate_is_reserved(
+    examiner: Examiner, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "estimate_certification_s", lambda *_a, **_k: 60.0)
+    found = examiner.seconds_for_training(5, generator, certified=True)
+    assert found == pytest.approx(300 * (1 - RESERVED_SHARE) - 60 * CERTIFICATION_MARGIN)
+
+
+def test_too_little_time_is_refused_and_the_least_that_is_allowed_is_enough(
+    examiner: Examiner, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "estimate_certification_s", lambda *_a, **_k: 240.0)
+    with pytest.raises(ValueError, match=r"minutes: 5 are too few.*is 5\.7 or more"):
+        examiner.seconds_for_training(5, generator, certified=True)
+    assert examiner.seconds_for_training(5.7, generator, certified=True) > 0
