@@ -41,5 +41,5 @@ def test_it_lists_every_parameter(service: ServiceProcess) -> None:
 
 
 def test_it_lists_every_preset() -> None:
-    section = README[README.index("| preset |") : README.index("`python -m training evaluate` m")]
+    section = README[README.index("| preset |") : README.index("A run begins with")]
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == PRESETS.keys()

@@ -22,6 +22,7 @@ def test_every_option_is_a_flag_and_a_variable(monkeypatch: pytest.MonkeyPatch) 
         "host": "0.0.0.0",
         "port": "81",
         "weights": "elsewhere",
+        "default_model": "mine",
         "device": "cpu",
         "dtype": "float32",
         "max_batch": "16",

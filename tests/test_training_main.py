@@ -16,6 +16,7 @@ from tests import tiny
 from training import data, judge
 from training.__main__ import main
 from training.artifact import load_artifact
+from training.checkpoint import read_checkpoint
 from training.config import PRESETS
 from training.devices import has_native_bfloat16
 from training.evaluation import certificate_of
@@ -566,3 +567,55 @@ def test_help_names_every_command() -> None:
     assert result.exit_code == 0
     for command in ("train", "evaluate", "sample", "judge", "import", "inspect"):
         assert f"  {command} " in result.stdout
+
+
+# train --from
+
+
+def test_a_run_can_begin_with_the_networks_of_another(out: Path, tmp_path: Path) -> None:
+    assert train(out, "--images", "320", "--seed", "3", "--gamma", "0.7").exit_code == 0
+    second = tmp_path / "second"
+
+    result = train(second, "--from", str(out), "--images", "16", "--mismatch", "0.9")
+
+    assert result.exit_code == 0, result.output
+    first, info = (load_artifact(each / "generator.safetensors").info for each in (out, second))
+    assert info.images_seen == 16
+    assert info.training["config"]["penalty"] == 0.7
+    assert info.training["config"]["mismatch"] == 0.9
+    began_with = info.training["began_with"]
+    assert (began_with["images_seen"], began_with["seed"]) == (320, 3)
+    assert began_with["config"] == first.training["config"]
+    assert first.training["began_with"] is None
+
+
+def test_its_first_step_is_from_where_the_other_stopped(out: Path, tmp_path: Path) -> None:
+    assert train(out, "--images", "320").exit_code == 0
+    assert train(tmp_path / "second", "--from", str(out), "--images", "16").exit_code == 0
+    assert train(tmp_path / "fresh", "--images", "16", "--gamma", "1").exit_code == 0
+    start, near, far = (
+        torch.cat([value.flatten() for value in read_generator(each).values()])
+        for each in (out, tmp_path / "second", tmp_path / "fresh")
+    )
+    assert (near - start).norm() < 0.3 * (far - start).norm()
+
+
+def read_generator(run: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = read_checkpoint(run / "checkpoint.pt").state["generator"]
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "status"),
+    [
+        (("--from", "nowhere"), "nowhere/checkpoint.pt: there is no checkpoint", 1),
+        (("--from", "run", "--resume"), "--from begins a run and --resume goes on with one", 2),
+        (("--from", "run", "--preset", "mlp"), "preset is 'conv' there, but 'mlp' was asked", 1),
+    ],
+)
+def test_a_beginning_that_does_not_fit_is_refused(
+    out: Path, tmp_path: Path, options: tuple[str, ...], said: str, status: int
+) -> None:
+    assert train(out, "--images", "16", "--gamma", "1").exit_code == 0
+    refused(train(tmp_path / "second", *options), said, status=status)
+    assert not (tmp_path / "second").exists()

@@ -129,6 +129,12 @@ dataset_argument = click.argument("dataset", metavar="DATASET")
     f"{SMALL_DATASET:,} training images]",
 )
 @click.option("--certify", "certified", is_flag=True, help="Measure the generator at the end.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Begin with the networks of the run in this folder, which must be of the same preset.",
+)
 @click.option("--resume", is_flag=True, help="Go on exactly where the run in --out stopped.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration and the estimated time.")
 def train_command(
@@ -147,6 +153,7 @@ def train_command(
     flip: bool,
     augment: bool | None,
     certified: bool,
+    source: Path | None,
     resume: bool,
     dry_run: bool,
 ) -> None:
@@ -158,6 +165,10 @@ def train_command(
     began = time.perf_counter()
     if images is not None and minutes is not None:
         raise click.UsageError("--images and --minutes both end the run; give one of them.")
+    if source is not None and resume:
+        raise click.UsageError(
+            "--from begins a run and --resume goes on with one; give one of them."
+        )
     if size is not None and not is_folder(dataset):
         raise click.UsageError(f"--size is for folders of images; {dataset} has its own.")
     with join() as world:
@@ -181,6 +192,7 @@ def train_command(
             config=config,
             minutes=minutes,
         )
+        begin = _beginning(RunFolder(source), identity) if source else None
         checkpoint = _checkpoint(folder, identity, given) if resume else None
         identity = checkpoint.identity if checkpoint else identity
         if dry_run:
@@ -198,7 +210,14 @@ def train_command(
             look = examiner.look if examiner else _never_asked
             if checkpoint is None:
                 run = start_run(
-                    folder, train_set, identity, look=look, world=world, seconds=seconds, stop=stop
+                    folder,
+                    train_set,
+                    identity,
+                    look=look,
+                    world=world,
+                    seconds=seconds,
+                    stop=stop,
+                    begin=begin,
                 )
                 run.state.began = began
             else:
@@ -251,6 +270,21 @@ def _configure(
     if not has_native_bfloat16(dataset.labels.device):
         config = dataclasses.replace(config, precision="float32")
     return config
+
+
+def _beginning(folder: RunFolder, wanted: Identity) -> Checkpoint:
+    """The checkpoint whose networks a run begins with.
+
+    Raises:
+        CheckpointError: there is none, or its networks are of another kind.
+    """
+    checkpoint = read_checkpoint(folder.checkpoint)
+    have = checkpoint.identity.preset
+    if have != wanted.preset:
+        raise CheckpointError(
+            f"{folder.checkpoint}: preset is {have!r} there, but {wanted.preset!r} was asked for"
+        )
+    return checkpoint
 
 
 def _checkpoint(folder: RunFolder, wanted: Identity, given: Mapping[str, Any]) -> Checkpoint:

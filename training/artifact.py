@@ -24,6 +24,7 @@ from training.files import write_atomically
 from training.networks import Generator, GeneratorConfig, build_generator
 
 MAX_BYTES = 1 << 30  # far above any generator here; bounds what a wrong path can read
+_KINDS = ("mlp", "conv")
 _METADATA_KEY = "artifact"  # one key of sorted JSON: the same contents always give the same bytes
 
 
@@ -220,7 +221,9 @@ def _parse_info(path: Path, header: dict[str, Any]) -> ArtifactInfo:
         return _INFO.validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "description"
+        # A union's error also names the kind of network; the field is clearer without.
+        field_path = [str(part) for part in first["loc"] if part not in _KINDS]
+        where = ".".join(field_path) or "description"
         raise ArtifactError(path, f"{where}: {first['msg']}") from error
 
 

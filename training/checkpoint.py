@@ -41,6 +41,7 @@ class Identity:
         config: the training configuration.
         minutes: the time budget, where the run has one.
         probe: gamma -> score, where a probe chose the configuration's penalty.
+        began_with: the run whose networks this one began with, where it did; see `Checkpoint.begin`.
     """
 
     dataset: str
@@ -50,6 +51,7 @@ class Identity:
     config: TrainingConfig
     minutes: float | None
     probe: dict[str, float] | None = None
+    began_with: dict[str, Any] | None = None
 
 
 def save_checkpoint(
@@ -110,6 +112,22 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: does not fit this configuration: {cause}"
             ) from error
+
+    def begin(self, state: TrainState) -> None:
+        """Give a fresh state these networks and optimisers, as the beginning of another run.
+
+        Raises:
+            CheckpointError: the networks do not fit the state.
+        """
+        began, seed = state.began, state.rng.initial_seed()
+        self.restore(state)
+        state.began, state.images_seen, state.lr_scale = began, 0, 1.0
+        state.rng.manual_seed(seed)
+
+    def origin(self) -> dict[str, Any]:
+        """What a run that began with this one says of it."""
+        origin = dataclasses.asdict(self.identity)
+        return {**origin, "images_seen": self.state["images_seen"]}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -304,6 +304,7 @@ class Run:
                 "seed": identity.seed,
                 "minutes": identity.minutes,
                 "probe": identity.probe,
+                "began_with": identity.began_with,
                 "processes": state.world.size,
                 "elapsed_s": round(state.elapsed_s, 1),
                 "device": state.rng.device.type,
@@ -341,8 +342,11 @@ def start_run(
     world: World,
     seconds: float | None,
     stop: Callable[[], bool],
+    begin: Checkpoint | None = None,
 ) -> Run:
     """A fresh run; where its penalty is open, a probe chooses it.
+
+    With `begin`, it has the networks of that checkpoint, and its penalty where its own is open.
 
     A run that is stopped meanwhile has nothing to go on from.
     """
@@ -353,6 +357,13 @@ def start_run(
         return create_state(config, shape, device, identity.seed, world)
 
     config, probe = identity.config, None
+    if begin is not None:
+        if config.penalty is None:
+            config = dataclasses.replace(config, penalty=begin.identity.config.penalty)
+        identity = dataclasses.replace(identity, config=config, began_with=begin.origin())
+        state = fresh(config)
+        begin.begin(state)
+        return Run(folder, state, dataset, identity, look=look, seconds=seconds)
     if config.penalty is None and is_worthwhile(config, seconds):
         report = tqdm.write if world.writes else _say_nothing
         state, config, probe = choose_penalty(
