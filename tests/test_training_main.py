@@ -572,7 +572,10 @@ def test_help_names_every_command() -> None:
 # train --from
 
 
-def test_a_run_can_begin_with_the_networks_of_another(out: Path, tmp_path: Path) -> None:
+def test_a_run_can_begin_with_the_networks_of_another(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "conv", replace(tiny.CONV, penalty=None))
     assert train(out, "--images", "320", "--seed", "3", "--gamma", "0.7").exit_code == 0
     second = tmp_path / "second"
 

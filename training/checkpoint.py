@@ -41,7 +41,7 @@ class Identity:
         config: the training configuration.
         minutes: the time budget, where the run has one.
         probe: gamma -> score, where a probe chose the configuration's penalty.
-        began_with: the run whose networks this one began with, where it did; see `Checkpoint.begin`.
+        began_with: the run whose networks this one began with, where it did; see `origin`.
     """
 
     dataset: str
