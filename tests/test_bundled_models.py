@@ -18,7 +18,7 @@ from training.pictures import class_grid
 from training.report import picture_path, render
 
 WEIGHTS = REPOSITORY / "weights"
-PATHS = sorted(WEIGHTS.glob("*.safetensors"))
+PATHS = sorted(WEIGHTS.glob("*.safetensors"), key=lambda path: path.stem)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])

@@ -458,8 +458,10 @@ def test_the_certificate_is_written_with_the_artifact(
     certificate = certificate_of(load_artifact(bundled).info)
     asked: list[dict[str, Any]] = []
 
-    def certify(path: Path, generator: nn.Module, info: ArtifactInfo, **options: Any) -> Any:
-        asked.append({**options, "path": path, "dataset": info.training["dataset"]})
+    def certify(
+        path: Path, generator: nn.Module, info: ArtifactInfo, dataset: str, **options: Any
+    ) -> Any:
+        asked.append({**options, "path": path, "dataset": dataset})
         return certificate
 
     monkeypatch.setattr(command_line, "certify_artifact", certify)

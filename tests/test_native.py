@@ -72,7 +72,7 @@ def test_every_seed_of_64_bits_is_taken(client: httpx.Client) -> None:
 
 def test_an_image_names_its_model_and_its_time(client: httpx.Client) -> None:
     answer = post(client, "label=4")
-    model = client.get("/models").json()["models"][0]
+    (model,) = [each for each in client.get("/models").json()["models"] if each["default"]]
     assert answer.headers["X-Model"] == f"mnist@sha256:{model['sha256']}"
     stages = [part.split(";dur=") for part in answer.headers["Server-Timing"].split(", ")]
     assert [name for name, _ in stages] == ["queue", "forward", "encode"]
@@ -243,13 +243,16 @@ def test_the_limits_themselves_are_allowed(client: httpx.Client) -> None:
 
 
 def test_models_tell_what_is_served(client: httpx.Client) -> None:
-    (model,) = client.get("/models").json()["models"]
-    assert model["name"] == "mnist"
-    assert model["default"] is True
+    models = {each["name"]: each for each in client.get("/models").json()["models"]}
+    assert models.keys() >= {"mnist", "mnist-mlp", "fashion-mnist"}
+    assert [name for name, each in models.items() if each["default"]] == ["mnist"]
+    model = models["mnist"]
     assert model["classes"][7] == "seven"
     assert (model["image_size"], model["channels"]) == (28, 1)
-    assert model["network"]["kind"] == "mlp"
-    assert model["certificate"]["generated"]["gan_test"] >= 0.96
+    assert model["network"]["kind"] == "conv"
+    assert model["certificate"]["generated"]["gan_test"] >= 0.99
+    assert models["mnist-mlp"]["network"]["kind"] == "mlp"
+    assert models["fashion-mnist"]["classes"][7] == "sneaker"
 
 
 def test_the_schema_describes_the_front_door(client: httpx.Client) -> None:

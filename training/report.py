@@ -123,10 +123,15 @@ def write_report(folder: Path) -> None:
         ArtifactError: a file in the folder is no valid artifact.
         OSError: a file cannot be written.
     """
-    artifacts = [load_artifact(path) for path in sorted(folder.glob("*.safetensors"))]
+    artifacts = [load_artifact(path) for path in _by_name(folder)]
     for artifact in artifacts:
         save_png(picture_path(artifact), class_grid(artifact.generator, columns=16), scale=2)
     write_atomically(folder / "README.md", render(artifacts).encode())
+
+
+def _by_name(folder: Path) -> list[Path]:
+    """The artifacts of a folder, in the order of the models' names."""
+    return sorted(folder.glob("*.safetensors"), key=lambda path: path.stem)
 
 
 def picture_path(artifact: Artifact) -> Path:
