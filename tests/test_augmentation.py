@@ -42,6 +42,12 @@ def test_each_image_draws_its_own_distortion() -> None:
     assert len({image.numpy().tobytes() for image in distorted}) == 8
 
 
+def test_the_distortions_are_colour_then_translation_then_cutout() -> None:
+    before, source = images(), rng()
+    expected = _cut_out(_translate(_recolour(before, source), source), source)
+    assert torch.equal(augment(before, rng()), expected)
+
+
 def test_the_shape_stays_and_the_input_is_not_changed() -> None:
     before = images(5, 1, 28)
     copy = before.clone()
@@ -117,3 +123,23 @@ def test_colours_change_by_a_scale_and_a_shift_for_each_image() -> None:
         assert 0.5 <= slope.item() <= 1.5
         assert torch.allclose(new, new[low] + slope * (old - old[low]), atol=1e-5)
         assert abs((new.mean() - old.mean()).item()) <= 0.5
+
+
+def test_colours_lie_between_grey_and_twice_as_strong() -> None:
+    before = images(200)
+    after = _recolour(before, rng())
+    seen = []
+    for old, new in zip(before, after, strict=True):
+        colour, changed = old - old.mean(0), new - new.mean(0)
+        strength = (changed * colour).sum() / colour.square().sum()
+        assert torch.allclose(changed, strength * colour, atol=1e-5)
+        seen.append(strength.item())
+    assert min(seen) >= 0
+    assert min(seen) < 0.2
+    assert 2 < max(seen) <= 3  # up to twice by saturation, and half as much again by contrast
+
+
+def test_images_that_are_mirrored_are_chosen_by_the_random_state() -> None:
+    before = images()
+    assert torch.equal(flip(before, rng(3)), flip(before, rng(3)))
+    assert not torch.equal(flip(before, rng(3)), flip(before, rng(4)))

@@ -1,6 +1,8 @@
 """A folder of images: what is read, what is held out, what is left out, and what is refused."""
 
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +74,14 @@ def test_a_folder_of_train_and_test_is_taken_as_it_is(tmp_path: Path) -> None:
     assert found.test.labels.tolist() == [0] * 5 + [1] * 5
 
 
+def test_a_class_may_have_no_test_images(tmp_path: Path) -> None:
+    for split, name, count in (("train", "a", 3), ("train", "b", 3), ("test", "b", 2)):
+        fill(tmp_path / split / name, count, seed=10 * len(split) + ord(name))
+    found = read_folder(tmp_path)
+    assert found.report.counts == {"a": (3, 0), "b": (3, 2)}
+    assert found.test.labels.tolist() == [1, 1]
+
+
 def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
     for seed, name in enumerate(("train", "car")):
         fill(tmp_path / name, 4, seed=seed)
@@ -118,6 +128,10 @@ def as_opaque(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels).convert("LA")
 
 
+def as_opaque_colour(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(pixels).convert("RGBA")
+
+
 def as_transparent(pixels: Pixels) -> Image.Image:
     image = Image.fromarray(pixels).convert("RGBA")
     image.putpixel((3, 3), (1, 2, 3, 254))
@@ -128,7 +142,18 @@ def as_16_bits(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint16) * 200)
 
 
-@pytest.mark.parametrize("convert", [as_palette, as_bits, as_opaque])
+def png(*chunks: tuple[bytes, bytes], bits: int, kind: int, row: bytes) -> bytes:
+    """A PNG of 28 equal rows, as Pillow would not write it; `chunks` follow the pixels."""
+    header = struct.pack(">IIBBBBB", 28, 28, bits, kind, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + row) * 28)
+    body = b""
+    for name, content in ((b"IHDR", header), (b"IDAT", pixels), *chunks, (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(name + content))
+        body += struct.pack(">I", len(content)) + name + content + check
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("convert", [as_palette, as_bits, as_opaque, as_opaque_colour])
 def test_every_mode_of_8_bits_without_transparency_is_read(
     pets: Path, convert: Callable[[Pixels], Image.Image]
 ) -> None:
@@ -142,6 +167,24 @@ def test_jpeg_is_read_by_both_of_its_names_in_whatever_case(pets: Path) -> None:
     for i, name in enumerate(("a.jpg", "b.jpeg", "c.JPG")):
         Image.fromarray(noise(90 + i)).save(pets / "cat" / name, "JPEG")
     assert sum(read_folder(pets).report.counts["cat"]) == 23
+    assert read_folder(pets).train.channels == 1
+    Image.fromarray(noise(95, channels=3)).save(pets / "cat" / "d.jpg")
+    assert read_folder(pets).train.channels == 3
+
+
+def test_an_image_is_the_same_in_whatever_file(pets: Path) -> None:
+    Image.fromarray(noise(1000)).convert("RGBA").save(pets / "cat" / "again.png")
+    assert len(read_folder(pets).report.duplicates) == 1
+
+
+def test_a_photograph_is_turned_the_way_it_was_taken(pets: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    pixels = noise(99)
+    Image.fromarray(pixels).save(pets / "cat" / "turned.png", exif=exif)
+    found = read_folder(pets)
+    both = rows(found.train.images) | rows(found.test.images)
+    assert np.ascontiguousarray(pixels[::-1, ::-1]).tobytes() in both
 
 
 def test_images_are_cropped_and_resized_on_request(tmp_path: Path) -> None:
@@ -232,6 +275,45 @@ def test_an_image_of_another_kind_is_left_out_with_its_cause(
     assert "1 unusable: cat/odd.png (" in report.render()
 
 
+@pytest.mark.parametrize(("kind", "samples"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bits_are_left_out_whatever_the_colours(pets: Path, kind: int, samples: int) -> None:
+    path = pets / "cat" / "deep.png"
+    path.write_bytes(png(bits=16, kind=kind, row=b"\xff" * 28 * 2 * samples))
+    assert read_folder(pets).report.unusable == {path: "more than 8 bits a channel"}
+
+
+def test_a_palette_with_a_transparent_colour_is_left_out(pets: Path) -> None:
+    path = pets / "cat" / "odd.png"
+    Image.fromarray(noise(99)).quantize(8).save(path, transparency=0)
+    assert read_folder(pets).report.unusable == {path: "has transparent pixels"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(png(bits=8, kind=3, row=bytes(28)), id="no palette"),
+        pytest.param(png((b"iCCP", b"name\0"), bits=8, kind=0, row=bytes(28)), id="no profile"),
+    ],
+)
+def test_an_image_that_lacks_a_part_is_left_out(pets: Path, content: bytes) -> None:
+    path = pets / "cat" / "odd.png"
+    path.write_bytes(content)
+    assert read_folder(pets).report.unusable == {path: "is corrupt"}
+
+
+def test_an_image_with_a_wrong_checksum_is_left_out(pets: Path) -> None:
+    path = pets / "cat" / "odd.png"
+    content = bytearray(png(bits=8, kind=0, row=bytes(28)))
+    content[content.index(b"IDAT") - 5] ^= 1  # of the header
+    path.write_bytes(content)
+    assert list(read_folder(pets).report.unusable) == [path]
+
+
+def test_a_link_that_leads_nowhere_is_left_out(pets: Path) -> None:
+    (pets / "cat" / "link.png").symlink_to(pets / "gone.png")
+    assert "No such file" in read_folder(pets).report.unusable[pets / "cat" / "link.png"]
+
+
 @pytest.mark.parametrize("content", [b"", b"not an image", b"GIF89a" + bytes(40)])
 def test_a_file_that_is_no_image_is_left_out_with_its_cause(pets: Path, content: bytes) -> None:
     path = pets / "cat" / "broken.png"
@@ -263,6 +345,17 @@ def test_an_enormous_image_is_left_out_before_it_is_decoded(
     report = read_folder(pets).report
     assert report.unusable[pets / "cat" / "bomb.png"] == "400x28 pixels are too many"
     assert set(decoded) == {(28, 28)}
+
+
+@pytest.mark.parametrize(("side", "cause"), [(10_001, "too many"), (30_000, "exceeds limit")])
+def test_the_size_in_a_header_is_enough_to_refuse_an_image(
+    pets: Path, side: int, cause: str
+) -> None:
+    path = pets / "cat" / "bomb.png"
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    content = png(bits=8, kind=0, row=bytes(28))
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    assert cause in read_folder(pets).report.unusable[path]
 
 
 def test_files_that_are_no_images_by_name_are_ignored_and_counted(pets: Path) -> None:

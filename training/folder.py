@@ -252,26 +252,31 @@ def _read(path: Path, size: int | None) -> _File:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes first
+            warnings.simplefilter("ignore")  # of what is odd in a file; what is wrong raises
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} pixels are too many")
+                # The mode does not tell: 16 bits of each colour would become 8 without a word.
+                if any(";16" in str(tile.args) for tile in image.tile):
+                    raise ValueError("more than 8 bits a channel")
                 return _decode(path, image, size)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error).replace(str(path), path.name)) from error
+    except (AssertionError, IndexError) as error:  # a palette or a profile that is not there
+        raise ValueError("is corrupt") from error
 
 
 def _decode(path: Path, image: Image.Image, size: int | None) -> _File:
-    original = image.size
-    if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError("more than 8 bits a channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             raise ValueError("has transparent pixels")
+    # A camera that was held upright says so beside the pixels.
+    image = ImageOps.exif_transpose(image.convert("RGB"))
+    original = image.size
     if size is not None:
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image.convert("RGB"))
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image)
     grey = bool((pixels == pixels[:, :, :1]).all())
     return _File(path, pixels, grey, original, hashlib.sha256(pixels.tobytes()).hexdigest())
 
