@@ -106,9 +106,9 @@ def _artifact_paths(weights: Path) -> list[Path]:
     if not weights.is_dir():
         return [weights]
     try:
-        paths = sorted(path for path in weights.iterdir() if path.suffix == ".safetensors")
+        found = [path for path in weights.iterdir() if path.suffix == ".safetensors"]
     except OSError as error:
         raise ArtifactError(weights, f"cannot be read: {error.strerror}") from error
-    if not paths:
+    if not found:
         raise ArtifactError(weights, "holds no *.safetensors file")
-    return paths
+    return sorted(found, key=lambda path: path.stem)  # of whole names mnist-mlp would come first

@@ -64,3 +64,9 @@ def test_a_device_that_is_none_is_refused(tmp_path: Path) -> None:
     make_artifact(tmp_path / "good.safetensors")
     with pytest.raises(DeviceError, match="'tpu' is none; allowed are auto, cpu, cuda"):
         load_registry(settings(tmp_path, device="tpu"))
+
+
+def test_models_are_listed_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b", "a", "a-b"):
+        make_artifact(tmp_path / f"{name}.safetensors")
+    assert load_registry(settings(tmp_path)).names == ["a", "a-b", "b"]
