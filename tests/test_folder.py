@@ -396,6 +396,22 @@ def test_a_test_image_that_is_trained_on_is_not_measured_with(tmp_path: Path) ->
     assert "not held out, the same as one to train on: test/b/leak.png" in found.report.render()
 
 
+def test_a_test_image_is_measured_with_once_and_under_one_label(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("test", 4)):
+        for seed, name in enumerate(("a", "b")):
+            fill(tmp_path / split / name, count, seed=10 * count + seed)
+    test = tmp_path / "test"
+    shutil.copy(test / "a" / "000.png", test / "a" / "again.png")
+    shutil.copy(test / "a" / "001.png", test / "b" / "unclear.png")
+    found = read_folder(tmp_path)
+    assert found.test.labels.bincount().tolist() == [3, 4]
+    assert len(rows(found.test.images)) == 7
+    (again,) = found.report.duplicates
+    assert again in (test / "a" / "000.png", test / "a" / "again.png")
+    assert set(found.report.ambiguous) == {test / "a" / "001.png", test / "b" / "unclear.png"}
+    assert len(found.train.labels) == 12
+
+
 # The report
 
 

@@ -153,7 +153,9 @@ def read_folder(path: Path, *, size: int | None = None, channels: int | None = N
     unique, duplicates, ambiguous = _without_duplicates(train_files)
     leaked: list[Path] = []
     if test_dirs:
-        held_out, leaked = _unseen(test_files, unique)
+        held_out, again, unclear = _without_duplicates(test_files)
+        held_out, leaked = _unseen(held_out, unique)
+        duplicates, ambiguous = duplicates + again, ambiguous + unclear
     else:
         unique, held_out = _hold_out(unique)
     _check_counts(path, unique, held_out)
