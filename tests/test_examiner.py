@@ -7,8 +7,10 @@ import torch
 
 from tests import tiny
 from training import examiner as module
-from training.examiner import CERTIFICATION_MARGIN, RESERVED_SHARE, Examiner
+from training.data import Dataset
+from training.examiner import CERTIFICATION_MARGIN, JUDGE_SHARE, RESERVED_SHARE, Examiner
 from training.glance import glance, make_reference
+from training.judge import Judge
 from training.networks import Generator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,3 +72,18 @@ def test_too_little_time_is_refused_and_the_least_that_is_allowed_is_enough(
     with pytest.raises(ValueError, match=r"minutes: 5 are too few.*is 5\.7 or more"):
         examiner.seconds_for_training(5, generator, certified=True)
     assert examiner.seconds_for_training(5.7, generator, certified=True) > 0
+
+
+def test_training_a_judge_takes_a_small_share_of_a_budget_and_else_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[float | None] = []
+
+    def note(train: Dataset, _test: Dataset, *, seconds: float | None, **_how: object) -> Judge:
+        given.append(seconds)
+        return tiny.judge(train)
+
+    monkeypatch.setattr(module, "judge_for", note)
+    for minutes in (5.0, None):
+        Examiner.prepare(TRAIN, TEST, ignore, minutes=minutes)
+    assert given == [pytest.approx(300 * JUDGE_SHARE), None]

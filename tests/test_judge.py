@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from tests import tiny
 from training import judge as judge_module
-from training.data import load_dataset
+from training.data import Dataset, load_dataset
 from training.judge import (
     DIGESTS,
     FOLDER,
@@ -17,6 +18,7 @@ from training.judge import (
     Judge,
     JudgeError,
     augment,
+    estimate_pass_s,
     judge_for,
     load_judge,
     save_judge,
@@ -164,13 +166,15 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TEST = tiny.dataset(120, 1)
+START = "Training a judge of tiny: "
 
 
 @pytest.mark.usefixtures("hasty", "one_thread")
 def test_an_unknown_data_set_gets_a_judge_once(tmp_path: Path) -> None:
     lines: list[str] = []
     first = judge_for(DATA, TEST, cache=tmp_path, report=lines.append)
-    assert lines == ["Training a judge of tiny, once: 30 passes over its training images."]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{START}30 passes over its training images, about ")
     assert first.accuracy(TEST) > 0.9
 
     again = judge_for(DATA, TEST, cache=tmp_path, report=lines.append)
@@ -199,6 +203,65 @@ def test_a_damaged_judge_is_trained_again(tmp_path: Path, keep: int) -> None:
 
     assert lines[0].startswith(f"{path}: is damaged (")
     assert found.digest == whole.digest  # training is the same every time
+
+
+@pytest.mark.usefixtures("hasty", "one_thread")
+def test_a_judge_learns_no_longer_than_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    find = partial(judge_for, DATA, TEST, cache=tmp_path, report=lines.append)
+    monkeypatch.setattr(judge_module, "estimate_pass_s", lambda *_given, **_how: 2.0)
+
+    hasty = find(seconds=5.0)
+    assert lines == [
+        f"{START}for want of time 2.5 instead of 30 passes over its training images, about "
+        "0.1 minutes"
+    ]
+    assert find(seconds=9.0).digest == hasty.digest  # near enough to what there is time for
+    assert len(lines) == 1
+    find(seconds=11.0)
+    assert lines[1].startswith(f"{START}for want of time 5.5 instead of 30 passes")
+    full = find()
+    assert lines[2].startswith(f"{START}30 passes")
+    assert find(seconds=1.0).digest == find().digest == full.digest != hasty.digest
+    assert len(lines) == 3
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 8), (2.5, 10), (0.3, 1), (0.0, 1), (1.25, 5)])
+def test_a_pass_may_be_a_part_of_one(epochs: float, steps: int) -> None:
+    told: list[int] = []
+    counted = 0
+
+    def count(images: torch.Tensor, _rng: torch.Generator) -> torch.Tensor:
+        nonlocal counted
+        counted += 1
+        return images
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge_module, "augment", count)
+        classifier = train_classifier(
+            DATA, epochs=epochs, seed=0, batch_size=64, report=lambda epoch, _: told.append(epoch)
+        )
+    assert counted == steps
+    assert told == list(range(-(-steps // 4)))
+    assert not classifier.training
+
+
+def test_the_estimated_time_of_a_pass_is_that_of_its_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 0.0
+
+    def take_time(_classifier: Classifier, few: Dataset, *, epochs: float, **_how: object) -> None:
+        nonlocal now_s
+        now_s += 3.0 * epochs * len(few.labels) / 64
+
+    monkeypatch.setattr("time.perf_counter", lambda: now_s)
+    monkeypatch.setattr(judge_module, "fit", take_time)
+    new = Classifier(num_classes=2, channels=1)
+    assert estimate_pass_s(new, DATA, batch_size=64) == pytest.approx(4 * 3.0)
 
 
 def test_the_images_that_a_committed_judge_learnt_are_judged_by_it(

@@ -203,7 +203,9 @@ def train_command(
                 f"{folder.path} holds a run already: go on with --resume, or name another --out."
             )
         folder.prepare()
-        examiner = Examiner.prepare(train_set, test_set, report) if world.writes else None
+        examiner = None
+        if world.writes:
+            examiner = Examiner.prepare(train_set, test_set, report, minutes=identity.minutes)
         spent = 0.0 if checkpoint else time.perf_counter() - began
         seconds = _seconds(identity, train_set, examiner, world, certified=certified, spent=spent)
         with stop_on_signals() as stop:

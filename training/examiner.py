@@ -19,6 +19,8 @@ from training.networks import Generator
 # Time for the export, and for what an estimate may be wrong by.
 RESERVED_SHARE = 0.02
 CERTIFICATION_MARGIN = 1.25
+# Of a run's minutes, for a judge where there is none yet.
+JUDGE_SHARE = 0.2
 # What is left for training must be worth the name.
 MIN_TRAINING_SHARE = 0.1
 
@@ -45,9 +47,24 @@ class Examiner:
     reference: Reference
 
     @classmethod
-    def prepare(cls, train: Dataset, test: Dataset, report: Callable[[str], None]) -> "Examiner":
-        """Find the judge of a data set, or train one; `report` is told what takes time."""
-        judge = judge_for(train, test, cache=default_cache(), report=report)
+    def prepare(
+        cls,
+        train: Dataset,
+        test: Dataset,
+        report: Callable[[str], None],
+        *,
+        minutes: float | None = None,
+    ) -> "Examiner":
+        """Find the judge of a data set, or train one.
+
+        Args:
+            train: the training images.
+            test: the images that a run never sees.
+            report: told what takes time.
+            minutes: the budget of a run, of which training a judge takes a small share.
+        """
+        seconds = None if minutes is None else 60.0 * minutes * JUDGE_SHARE
+        judge = judge_for(train, test, cache=default_cache(), report=report, seconds=seconds)
         return cls(judge, train, test, make_reference(judge, train))
 
     def look(self, generator: Generator) -> Glance:

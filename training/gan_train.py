@@ -5,16 +5,15 @@ look like their labels, look real, and are as different from one another as real
 """
 
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from training.data import Dataset
 from training.devices import has_native_bfloat16
-from training.judge import fit, to_images
+from training.judge import estimate_pass_s, fit, to_images
 
 IMAGES = 60_000
 EPOCHS = 4  # passes over so many images
@@ -95,16 +94,9 @@ def gan_train(
 
 def estimate_gan_train_s(train: Dataset) -> float:
     """About how long `gan_train` takes here, in seconds: some steps on real images are timed."""
-    pupil = _pupil(train, 0)
-    for steps in (2, 20):  # the first ones take longer
-        few = replace(
-            train, images=train.images[: steps * _BATCH], labels=train.labels[: steps * _BATCH]
-        )
-        began = time.perf_counter()
-        fit(pupil, few, epochs=1, seed=0, batch_size=_BATCH, half=_half(train))
-        spent = time.perf_counter() - began
-        pupil.train().requires_grad_(True)
-    return (SEEDS + 1) * EPOCHS * IMAGES / len(few.labels) * spent
+    passes = (SEEDS + 1) * EPOCHS * IMAGES / len(train.labels)
+    pass_s = estimate_pass_s(_pupil(train, 0), train, batch_size=_BATCH, half=_half(train))
+    return passes * pass_s
 
 
 def _educate(dataset: Dataset, seed: int) -> Pupil:

@@ -7,21 +7,27 @@ that everybody measures with the same one; its file's SHA-256 stands in every ce
 import hashlib
 import json
 import math
+import statistics
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data import Dataset
+from training.devices import has_native_bfloat16
 from training.files import write_atomically
 
 EPOCHS = 12
 MIN_IMAGES = 200_000  # that a judge sees, however few different ones there are
+
+# How the speed of training is estimated: so many times so many steps, after some that are slower.
+_TIMED, _UNTIMED, _STEPS = 5, 2, 4
 
 FOLDER = Path(__file__).parent / "judges"
 
@@ -121,25 +127,39 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
 def train_classifier(
     dataset: Dataset,
     *,
-    epochs: int,
+    epochs: float,
     seed: int,
     batch_size: int = 128,
     lr: float = 3e-3,
+    half: bool = False,
     report: Callable[[int, float], None] = lambda _epoch, _loss: None,
 ) -> Classifier:
     """Train a judge's classifier from scratch; see `fit`."""
+    classifier = _classifier(dataset, seed)
+    fit(
+        classifier,
+        dataset,
+        epochs=epochs,
+        seed=seed,
+        batch_size=batch_size,
+        lr=lr,
+        half=half,
+        report=report,
+    )
+    return classifier
+
+
+def _classifier(dataset: Dataset, seed: int) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = Classifier(num_classes=dataset.num_classes, channels=dataset.channels)
-    fit(classifier, dataset, epochs=epochs, seed=seed, batch_size=batch_size, lr=lr, report=report)
-    return classifier
+        return Classifier(num_classes=dataset.num_classes, channels=dataset.channels)
 
 
 def fit(
     classifier: nn.Module,
     dataset: Dataset,
     *,
-    epochs: int,
+    epochs: float,
     seed: int,
     batch_size: int = 128,
     lr: float = 3e-3,
@@ -153,7 +173,7 @@ def fit(
     Args:
         classifier: (N, C, H, W) to logits (N, num_classes).
         dataset: resident on the device.
-        epochs: passes over it.
+        epochs: passes over it; the last one may be a part of one.
         seed: decides order and augmentation.
         batch_size: images a step, or all images where they are fewer.
         lr: the highest learning rate.
@@ -165,14 +185,17 @@ def fit(
     classifier.to(device)
     rng = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=1e-2, fused=True)
-    steps = len(dataset.labels) // batch_size
+    steps = len(dataset.labels) // batch_size  # of a pass
+    left = max(1, round(epochs * steps))
+    # Of very few steps, PyTorch cannot make a cycle.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=epochs * steps, pct_start=0.2
+        optimizer, lr, total_steps=max(10, left), pct_start=0.2
     )
-    for epoch in range(epochs):
+    for epoch in range(math.ceil(left / steps)):
         order = torch.randperm(len(dataset.labels), generator=rng, device=device)
         total = torch.zeros((), device=device)
-        for indices in order[: steps * batch_size].view(steps, batch_size):
+        batches = order[: min(steps, left) * batch_size].view(-1, batch_size)
+        for indices in batches:
             images = augment(to_images(dataset.images[indices]), rng)
             images = images.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -183,11 +206,32 @@ def fit(
             optimizer.step()
             schedule.step()
             total += loss.detach()
-        report(epoch, total.item() / steps)
+        left -= len(batches)
+        report(epoch, total.item() / len(batches))
     classifier.eval().requires_grad_(False)
 
 
-def save_judge(path: Path, classifier: Classifier, *, dataset: str, epochs: int, seed: int) -> str:
+def estimate_pass_s(
+    classifier: nn.Module, dataset: Dataset, *, batch_size: int = 128, half: bool = False
+) -> float:
+    """About how long `fit` takes here for one pass, in seconds: some of its steps are timed.
+
+    The classifier is worth nothing afterwards.
+    """
+    batch_size = min(batch_size, len(dataset.labels))
+    few = replace(dataset, images=dataset.images[:batch_size], labels=dataset.labels[:batch_size])
+    spent_s = []
+    for _ in range(_TIMED + _UNTIMED):
+        classifier.train().requires_grad_(True)
+        began = time.perf_counter()
+        fit(classifier, few, epochs=_STEPS, seed=0, batch_size=batch_size, half=half)
+        spent_s.append(time.perf_counter() - began)
+    return statistics.median(spent_s[_UNTIMED:]) / _STEPS * (len(dataset.labels) // batch_size)
+
+
+def save_judge(
+    path: Path, classifier: Classifier, *, dataset: str, epochs: float, seed: int
+) -> str:
     """Write a judge with half-precision weights, to keep it small; returns its SHA-256."""
     tensors = {
         name: (t.half() if t.is_floating_point() else t).cpu().contiguous()
@@ -200,7 +244,12 @@ def save_judge(path: Path, classifier: Classifier, *, dataset: str, epochs: int,
 
 
 def judge_for(
-    train: Dataset, test: Dataset, *, cache: Path, report: Callable[[str], None]
+    train: Dataset,
+    test: Dataset,
+    *,
+    cache: Path,
+    report: Callable[[str], None],
+    seconds: float | None = None,
 ) -> Judge:
     """The judge for a data set, on that data set's device.
 
@@ -212,6 +261,8 @@ def judge_for(
         test: real images that the judge does not learn.
         cache: the folder to keep judges in; a damaged one there is replaced.
         report: told what takes time.
+        seconds: the most that training one may take. A judge that learnt less for want of time is
+            replaced as soon as there is more.
 
     Raises:
         JudgeError: the file that travels with the code is not the committed one.
@@ -220,16 +271,37 @@ def judge_for(
     if _TRAINED_ON.get(train.name) == train.digest:
         return load_judge(test)
     path = cache / "judges" / f"{train.digest}.safetensors"
-    if path.exists():
-        try:
-            return _parse_judge(path.read_bytes(), test)
-        except (SafetensorError, RuntimeError, KeyError) as error:
-            report(f"{path}: is damaged ({error}), and is trained again.")
-    epochs = max(EPOCHS, -(-MIN_IMAGES // len(train.labels)))
-    report(f"Training a judge of {train.name}, once: {epochs} passes over its training images.")
-    classifier = train_classifier(train, epochs=epochs, seed=0)
+    kept, learnt = _kept(path, test, report)
+    full = float(max(EPOCHS, -(-MIN_IMAGES // len(train.labels))))
+    if kept is not None and learnt >= full:
+        return kept
+    half = has_native_bfloat16(train.labels.device)
+    pass_s = estimate_pass_s(_classifier(train, seed=0), train, half=half)
+    epochs = full if seconds is None else min(full, seconds / pass_s)
+    # Half is near enough: no two estimates are the same.
+    if kept is not None and seconds is not None and learnt >= epochs / 2:
+        return kept
+    passes = f"{full:g}" if epochs == full else f"for want of time {epochs:.2g} instead of {full:g}"
+    report(
+        f"Training a judge of {train.name}: {passes} passes over its training images, about "
+        f"{epochs * pass_s / 60:.1f} minutes"
+    )
+    classifier = train_classifier(train, epochs=epochs, seed=0, half=half)
     save_judge(path, classifier, dataset=train.name, epochs=epochs, seed=0)
     return _parse_judge(path.read_bytes(), test)
+
+
+def _kept(path: Path, test: Dataset, report: Callable[[str], None]) -> tuple[Judge | None, float]:
+    """The judge that was trained before, and how many passes; one that is damaged is no judge."""
+    if not path.exists():
+        return None, 0.0
+    try:
+        with safe_open(path, "pt") as file:
+            recipe = json.loads(file.metadata()["judge"])
+        return _parse_judge(path.read_bytes(), test), float(recipe["epochs"])
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        report(f"{path}: is damaged ({error}), and is trained again.")
+        return None, 0.0
 
 
 def load_judge(dataset: Dataset, folder: Path = FOLDER) -> Judge:
