@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.files import write_atomically
+from training.files import prepare_folder, write_atomically
 
 
 def names_in(folder: Path) -> list[str]:
@@ -73,6 +73,30 @@ def test_after_a_failure_the_old_file_is_intact_and_nothing_else_stays(
 
     assert path.read_bytes() == b"old"
     assert names_in(tmp_path) == ["model.bin"]
+
+
+def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    for _ in range(2):
+        prepare_folder(tmp_path / "a" / "b")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a", tmp_path / "a" / "b"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper"])
+def test_a_folder_that_cannot_be_made_is_named_with_the_cause(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match=rf"{place}: cannot hold files: (File exists|Not a direct)"):
+        prepare_folder(tmp_path / place)
+
+
+def test_a_folder_that_takes_no_files_is_named_with_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*, dir: Path) -> None:  # noqa: A002
+        raise OSError(errno.EROFS, "Read-only file system", dir)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OSError, match=f"{tmp_path}: cannot hold files: Read-only file system"):
+        prepare_folder(tmp_path)
 
 
 def test_a_folder_in_its_place_is_left_alone(tmp_path: Path) -> None:

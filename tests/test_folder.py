@@ -488,6 +488,8 @@ def test_a_class_of_a_single_image_is_named(pets: Path) -> None:
 def test_mixed_sizes_are_listed_with_the_way_out(pets: Path) -> None:
     fill(pets / "cat", 2, seed=9, size=32)
     refused(pets, "28x28 (48), 32x32 (2)", "one square size from 28 to 64", "--size 32")
+    fill(pets / "dog", 1, seed=9, size=40)
+    refused(pets, f"that of {Path('dog') / '000.png'} is 40x40")
 
 
 @pytest.mark.parametrize("shape", [(27, 27), (65, 65), (28, 30)])

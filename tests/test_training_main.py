@@ -1,5 +1,6 @@
 """The command line, run in this process on a tiny data set under a real one's name."""
 
+import errno
 import hashlib
 import json
 from dataclasses import replace
@@ -209,6 +210,28 @@ def test_a_folder_that_cannot_be_trained_on_is_refused_before_anything_is_writte
     result = invoke("train", tmp_path / "pets", "--out", out)
     refused(result, f"{tmp_path / 'pets'}: has 1 sub-folders")
     assert not out.exists()
+
+
+def test_an_output_folder_that_takes_no_files_is_named_before_time_is_spent(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spend(*_given: object, **_how: object) -> None:
+        raise AssertionError("time is spent")
+
+    def refuse(*, dir: Path) -> None:  # noqa: A002
+        raise OSError(errno.EROFS, "Read-only file system", dir)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("training.examiner.judge_for", spend)
+    monkeypatch.setattr(command_line, "train_classifier", spend)
+    judge_file = tmp_path / "judge.safetensors"
+    for command in (
+        ("train", "mnist", "--out", tmp_path / "run"),
+        ("evaluate", artifact),
+        ("judge", "mnist", "--out", judge_file),
+        ("import", tmp_path / "a.pth", "--out", tmp_path / "theirs.safetensors"),
+    ):
+        refused(invoke(*command), f"{tmp_path}", "cannot hold files: Read-only file system")
 
 
 def test_a_run_goes_on_where_it_stopped(out: Path) -> None:

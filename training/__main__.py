@@ -21,6 +21,7 @@ from training.devices import DeviceError, describe, has_native_bfloat16, resolve
 from training.distributed import World, join, local_device
 from training.evaluation import Certificate, generate, with_certificate
 from training.examiner import MIN_TRAINING_SHARE, Examiner
+from training.files import prepare_folder
 from training.folder import MAX_SIZE, MIN_SIZE, is_folder, read_folder
 from training.glance import Glance
 from training.importing import ForeignCheckpointError, read_published
@@ -441,6 +442,7 @@ def evaluate_command(
     name = dataset or loaded.info.training.get("dataset")
     if not isinstance(name, str):
         raise ArtifactError(artifact, "names no data set; give one with --dataset")
+    prepare_folder(artifact.parent)
     torch_device = _device(device)
     certificate = certify_artifact(
         artifact, loaded.generator, loaded.info, name, device=torch_device, data_dir=data_dir
@@ -532,6 +534,7 @@ def judge_command(
     *, dataset: str, out: Path, epochs: int, seed: int, device: str, data_dir: Path | None
 ) -> None:
     """Train the classifier that measures generators of DATASET, on real images only."""
+    prepare_folder(out.parent)
     train_set, test_set = _splits(dataset, data_dir, _device(device), click.echo)
     classifier = train_classifier(
         train_set,
@@ -580,6 +583,7 @@ def import_command(
         raise click.BadParameter(f"{out} must end in .safetensors", param_hint="--out")
     if out.exists():
         raise click.BadParameter(f"{out} is there already", param_hint="--out")
+    prepare_folder(out.parent)
     published = read_published(checkpoint)
     generator, info = published.generator, describe_published(published, dataset)
     if certified:

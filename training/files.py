@@ -5,6 +5,20 @@ import tempfile
 from pathlib import Path
 
 
+def prepare_folder(folder: Path) -> None:
+    """Make sure that a folder is there and takes files, before time is spent on what goes into it.
+
+    Raises:
+        OSError: it cannot be made, or not be written; names it and the cause.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder}: cannot hold files: {error.strerror}; choose another") from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its target, sync it, and rename it into place.
 

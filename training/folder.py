@@ -289,12 +289,14 @@ def _one_size(path: Path, files: Sequence[_File]) -> int:
     if not sizes:
         raise DataError(f"{path}: has no usable image in its class folders")
     shown = _some([f"{w}x{h} ({n:,})" for (w, h), n in sizes.most_common()])
-    (width, height), _ = sizes.most_common(1)[0]
+    (width, height), _ = sizes.most_common()[-1]
     if len(sizes) == 1 and width == height and MIN_SIZE <= width <= MAX_SIZE:
         return width
+    rare = next(file.path for file in files if file.original == (width, height))
     raise DataError(
-        f"{path}: the sizes of the images are {shown}; they must be one square size from "
-        f"{MIN_SIZE} to {MAX_SIZE}. --size 32 crops and resizes them."
+        f"{path}: the sizes of the images are {shown}; that of {rare.relative_to(path)} is "
+        f"{width}x{height}. They must be one square size from {MIN_SIZE} to {MAX_SIZE}: --size 32 "
+        "crops and resizes them."
     )
 
 

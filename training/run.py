@@ -24,7 +24,7 @@ from training.checkpoint import Checkpoint, Identity, save_checkpoint
 from training.config import TrainingConfig
 from training.data import Dataset
 from training.distributed import World
-from training.files import write_atomically
+from training.files import prepare_folder
 from training.glance import Glance
 from training.loop import (
     DivergedError,
@@ -85,8 +85,7 @@ class RunFolder:
         Raises:
             OSError: it cannot be made, or not be written.
         """
-        write_atomically(self.path / "samples" / ".writable", b"")
-        (self.path / "samples" / ".writable").unlink(missing_ok=True)  # another process may have
+        prepare_folder(self.path / "samples")
 
 
 class StopFlag:
