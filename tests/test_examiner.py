@@ -1,5 +1,6 @@
 """What a run asks of the judge, and how much of its time that takes."""
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -50,21 +51,30 @@ def test_a_look_leaves_the_random_state_as_it_was(examiner: Examiner, generator:
     assert examiner.look(generator) == first
 
 
+@pytest.fixture
+def _a_look_takes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+
+
+@pytest.mark.usefixtures("_a_look_takes_a_second")
 def test_a_run_without_certificate_has_nearly_all_of_its_time(
     examiner: Examiner, generator: Generator
 ) -> None:
     found = examiner.seconds_for_training(5, generator, certified=False)
-    assert found == pytest.approx(300 * (1 - RESERVED_SHARE))
+    assert found == pytest.approx(300 * (1 - RESERVED_SHARE) - 1)
 
 
+@pytest.mark.usefixtures("_a_look_takes_a_second")
 def test_the_time_of_the_certificate_is_reserved(
     examiner: Examiner, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "estimate_certification_s", lambda *_a, **_k: 60.0)
     found = examiner.seconds_for_training(5, generator, certified=True)
-    assert found == pytest.approx(300 * (1 - RESERVED_SHARE) - 60 * CERTIFICATION_MARGIN)
+    assert found == pytest.approx(300 * (1 - RESERVED_SHARE) - 1 - 60 * CERTIFICATION_MARGIN)
 
 
+@pytest.mark.usefixtures("_a_look_takes_a_second")
 def test_too_little_time_is_refused_and_the_least_that_is_allowed_is_enough(
     examiner: Examiner, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

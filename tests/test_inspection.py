@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from tests import tiny
 from tests.conftest import make_artifact
 from tests.serving import REPOSITORY
 from training.__main__ import main
@@ -23,7 +24,7 @@ from training.artifact import Artifact, load_artifact, save_artifact
 from training.evaluation import certificate_of
 from training.inspection import blocks, description, facts, terminal_picture
 from training.networks import count_parameters
-from training.report import table
+from training.report import TABLE_CLASSES, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,6 +77,16 @@ def test_the_description_has_a_line_for_each_fact(path: Path) -> None:
         "Not certified.",
     ):
         assert expected in lines
+
+
+def test_of_very_many_classes_the_first_are_shown_with_their_number(tmp_path: Path) -> None:
+    names = tuple(f"class {i}" for i in range(1000))
+    network = replace(tiny.NETWORK, num_classes=1000)
+    path = tiny.artifact_file(tmp_path / "a.safetensors", network=network, class_names=names)
+    (line,) = (each for each in description(load_artifact(path)).splitlines() if "class 0" in each)
+    assert line.split(maxsplit=1)[1].startswith("class 0, class 1, ")
+    assert line.endswith(f"{names[TABLE_CLASSES - 1]}, … (1,000 in all)")
+    assert facts(load_artifact(path))["class_names"] == names
 
 
 def test_what_is_not_known_is_called_unknown(path: Path) -> None:

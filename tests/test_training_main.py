@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,6 +202,23 @@ def test_a_folder_of_images_is_reported_trained_on_and_sampled_by_name(tmp_path:
     assert invoke("sample", artifact, "--label", "east", "--out", sheet).exit_code == 0
     again = invoke("evaluate", artifact, "--dataset", tmp_path / "sides", "--device", "cpu")
     assert again.exit_code == 0, again.output
+
+
+def test_a_run_on_a_folder_says_how_to_measure_it_wherever_the_folder_lies(tmp_path: Path) -> None:
+    folder = tmp_path / "two sides"
+    for label, name in enumerate(("west", "east")):
+        (folder / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.full((28, 28), 100 * label + i, np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.__main__.generator_config", generator_config)
+        patch.setattr("training.run.generator_config", generator_config)
+        result = invoke("train", folder, "--device", "cpu", "--images", "16", "--gamma", "1")
+    assert result.exit_code == 0, result.output
+    command = shlex.split(result.stdout.splitlines()[-1].removeprefix("Measure it: "))
+    assert command[:4] == ["python", "-m", "training", "evaluate"]
+    assert invoke(*command[3:], "--device", "cpu").exit_code == 0
 
 
 def test_a_folder_that_cannot_be_trained_on_is_refused_before_anything_is_written(

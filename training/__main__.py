@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -229,7 +230,7 @@ def train_command(
                 )
             finished = not stop() and run.finish(stop)
         if examiner is not None:
-            _conclude(run, examiner, stop, finished=finished, certified=certified)
+            _conclude(run, examiner, stop, dataset=dataset, finished=finished, certified=certified)
 
 
 def _splits(
@@ -359,9 +360,15 @@ def _seconds(
 
 
 def _conclude(
-    run: Run, examiner: Examiner, stop: StopFlag, *, finished: bool, certified: bool
+    run: Run,
+    examiner: Examiner,
+    stop: StopFlag,
+    *,
+    dataset: str,
+    finished: bool,
+    certified: bool,
 ) -> None:
-    """Say how a run has ended, and what to do next."""
+    """Say how a run on what a person calls `dataset` has ended, and what to do next."""
     artifact, images = run.folder.artifact, run.state.images_seen
     if not finished:
         click.echo(f"Stopped after {images:,} images; go on with --resume.", err=True)
@@ -374,7 +381,10 @@ def _conclude(
         save_artifact(artifact, generator, with_certificate(loaded.info, certificate))
         click.echo(table(certificate, loaded.info.class_names))
         return
-    click.echo(f"Measure it: python -m training evaluate {artifact}")
+    command = ["python", "-m", "training", "evaluate", str(artifact)]
+    if is_folder(dataset):  # the artifact knows its name, but not where it lies
+        command += ["--dataset", dataset]
+    click.echo(f"Measure it: {shlex.join(command)}")
 
 
 def _print_plan(

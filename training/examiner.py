@@ -1,5 +1,7 @@
 """What a run asks of the judge: a look every so often, and the certificate at the end."""
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from training.glance import Glance, Reference, glance, make_reference
 from training.judge import Judge, judge_for
 from training.networks import Generator
 
-# Time for the export, and for what an estimate may be wrong by.
+# Time for the export and a picture, and for what an estimate may be wrong by.
 RESERVED_SHARE = 0.02
 CERTIFICATION_MARGIN = 1.25
 # Of a run's minutes, for a judge where there is none yet.
@@ -83,16 +85,20 @@ class Examiner:
         Raises:
             ValueError: certification alone takes nearly as long, or longer.
         """
-        seconds = 60.0 * minutes * (1.0 - RESERVED_SHARE)
+        began = time.perf_counter()
+        self.look(generator)  # as a run does once more when its time is over
+        look_s = time.perf_counter() - began
+        seconds = 60.0 * minutes * (1.0 - RESERVED_SHARE) - look_s
         if not certified:
             return seconds
         reserved = CERTIFICATION_MARGIN * estimate_certification_s(
             generator, self.judge, train=self.train, test=self.test
         )
         if seconds - reserved < MIN_TRAINING_SHARE * seconds:
-            enough = reserved / 60.0 / (1.0 - MIN_TRAINING_SHARE) / (1.0 - RESERVED_SHARE)
+            enough = (reserved / (1.0 - MIN_TRAINING_SHARE) + look_s) / (1.0 - RESERVED_SHARE) / 60
             raise ValueError(
                 f"minutes: {minutes:g} are too few, because measuring the generator takes about "
-                f"{reserved / 60:.1f} of them here; allowed with --certify is {enough:.1f} or more"
+                f"{reserved / 60:.1f} of them here; allowed with --certify is "
+                f"{math.ceil(10 * enough) / 10:.1f} or more"
             )
         return seconds - reserved

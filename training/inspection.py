@@ -13,7 +13,7 @@ from training.artifact import Artifact, ArtifactInfo
 from training.evaluation import certificate_of
 from training.networks import count_parameters
 from training.pictures import class_grid, grid
-from training.report import table
+from training.report import TABLE_CLASSES, table
 
 _PER_LINE = 5  # classes of a line of the terminal's picture
 
@@ -46,7 +46,7 @@ def description(artifact: Artifact) -> str:
         "size": f"{known['size_bytes']:,} bytes",
         "network": f"{info.network.kind}, {known['parameters']:,} parameters",
         **_listed(known["network"]),
-        "classes": ", ".join(info.class_names),
+        "classes": _classes(info.class_names),
         "images seen": "unknown" if unknown else f"{info.images_seen:,}",
         "source commit": info.source_commit or "unknown",
         "training": "" if info.training else "not recorded",
@@ -55,6 +55,11 @@ def description(artifact: Artifact) -> str:
     width = max(map(len, lines))
     shown = [f"{name:<{width}}  {value}".rstrip() for name, value in lines.items()]
     return _printable("\n".join([str(artifact.path), *shown, "", _certificate(info)]))
+
+
+def _classes(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:TABLE_CLASSES])
+    return shown if len(names) <= TABLE_CLASSES else f"{shown}, … ({len(names):,} in all)"
 
 
 def _listed(values: dict[str, Any]) -> dict[str, str]:
