@@ -16,7 +16,15 @@ from training.distributed import ALONE
 from training.glance import Glance
 from training.loop import TrainState
 from training.networks import Generator
-from training.probe import DEFAULT_PENALTY, PENALTIES, SHARE, choose_penalty, is_worthwhile
+from training.probe import (
+    DEFAULT_PENALTY,
+    MIN_SCORE,
+    PENALTIES,
+    SHARE,
+    best_of,
+    choose_penalty,
+    is_worthwhile,
+)
 from training.run import Run, RunFolder, start_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,10 +95,21 @@ def test_the_penalty_whose_generator_scores_best_is_chosen(best: int) -> None:
     assert [it.penalty for it, _ in starts.made] == list(PENALTIES)
     assert recorded == {f"{p:g}": score for p, score in zip(PENALTIES, scores, strict=True)}
     assert told == [
-        f"gamma {p:g}: score {score:.3f}" for p, score in zip(PENALTIES, scores, strict=True)
+        f"gamma {p:g}: score {score:.3f}, Fréchet distance 1.00"
+        for p, score in zip(PENALTIES, scores, strict=True)
     ]
     for generator, (_, tried) in zip(look.shown, starts.made, strict=True):
         assert generator is tried.ema
+
+
+def look_of(score: float, distance: float) -> Glance:
+    return Glance(gan_test=1.0, coverage=score, frechet_distance=distance, score=score)
+
+
+def test_a_score_goes_before_the_distance_and_is_left_alone_where_all_are_chance() -> None:
+    looks = {0.2: look_of(0.0002, 40.0), 1.0: look_of(0.0006, 30.0), 5.0: look_of(0.0007, 50.0)}
+    assert best_of(looks) == 1.0
+    assert best_of({**looks, 5.0: look_of(MIN_SCORE, 50.0)}) == 5.0
 
 
 def test_every_penalty_is_tried_for_the_same_share_of_the_run_from_the_same_start() -> None:
@@ -138,6 +157,12 @@ def test_a_penalty_under_which_training_breaks_down_scores_nothing() -> None:
     assert config.penalty == 5.0
     assert len(look.shown) == 2
     assert all(p.isfinite().all() for p in state.generator.parameters())
+
+
+def test_one_that_breaks_down_is_not_chosen_however_little_the_others_learn() -> None:
+    for spoilt in PENALTIES:
+        _, config, *_ = choose(Starts(spoil=spoilt), Scores([0.0, 0.0]))
+        assert config.penalty != spoilt
 
 
 def test_a_stop_during_the_probe_ends_it_at_once() -> None:

@@ -3,10 +3,12 @@
 Too little of it and the generator covers few of the images, too much and it learns slowly; where
 the two meet differs from data set to data set (R3GAN, arXiv 2501.05441, appendix). So a run begins
 several times with different values, each for a small share of the budget, and goes on from the one
-whose generator looks best.
+whose generator looks best: by its score, or by its Fréchet distance, which tells noise from less
+noise, where all of them have learnt so little that a score is chance.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -27,6 +29,9 @@ SHARE = 0.03  # of the run, for each of them
 # A look at a generator that has seen less than this says nothing about what it will become.
 MIN_IMAGES = 50_000
 MIN_SECONDS = 60.0
+MIN_SCORE = 0.01  # less is chance
+
+_BROKEN_DOWN = Glance(gan_test=0.0, coverage=0.0, frechet_distance=math.inf, score=0.0)
 
 
 def is_worthwhile(config: TrainingConfig, seconds: float | None) -> bool:
@@ -55,24 +60,34 @@ def choose_penalty(
         look: measures a generator.
         seconds: of the run, where time ends it.
         stop: whether to break off, asked before every step.
-        report: told each score.
+        report: told how each one looks.
 
     Returns:
         the state to go on from, its configuration, and gamma -> score.
     """
     states: dict[float, TrainState] = {}
-    scores: dict[float, float] = {}
+    looks: dict[float, Glance] = {}
     for penalty in PENALTIES:
         attempt = dataclasses.replace(config, penalty=penalty)
         state = start(attempt)
-        scores[penalty] = _try(state, attempt, dataset, look, seconds, stop)
+        looks[penalty] = seen = _try(state, attempt, dataset, look, seconds, stop)
         states[penalty] = state
-        report(f"gamma {penalty:g}: score {scores[penalty]:.3f}")
+        report(
+            f"gamma {penalty:g}: score {seen.score:.3f}, Fréchet distance "
+            f"{seen.frechet_distance:.2f}"
+        )
         if state.world.any(stop()):
             break
-    best = max(scores, key=scores.__getitem__)
+    best = best_of(looks)
     chosen = dataclasses.replace(config, penalty=best)
-    return states[best], chosen, {f"{p:g}": round(score, 4) for p, score in scores.items()}
+    return states[best], chosen, {f"{p:g}": round(seen.score, 4) for p, seen in looks.items()}
+
+
+def best_of(looks: dict[float, Glance]) -> float:
+    """The penalty whose generator looks best."""
+    if max(seen.score for seen in looks.values()) >= MIN_SCORE:
+        return max(looks, key=lambda penalty: looks[penalty].score)
+    return min(looks, key=lambda penalty: looks[penalty].frechet_distance)
 
 
 def _try(
@@ -82,8 +97,8 @@ def _try(
     look: Look,
     seconds: float | None,
     stop: Callable[[], bool],
-) -> float:
-    """Train for a share of the run; the score of what comes of it, 0 where nothing does."""
+) -> Glance:
+    """Train for a share of the run; what comes of it."""
     began = time.perf_counter()
 
     def enough() -> bool:
@@ -98,9 +113,9 @@ def _try(
         for _ in train(state, config, stepper, seconds=seconds, log_every=2**62, stop=enough):
             pass
     except DivergedError:
-        return 0.0
+        return _BROKEN_DOWN
     recompute_batch_norm(state.ema, batches=20)
-    return agreed(state.world, look, state.ema).score
+    return agreed(state.world, look, state.ema)
 
 
 def agreed(world: World, look: Look, generator: Generator) -> Glance:
