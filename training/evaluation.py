@@ -7,6 +7,7 @@ with figures of the same judge.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from training.figures import NEIGHBOURS, frechet_distance, kernel_distance, mani
 from training.gan_train import IMAGES as GAN_TRAIN_IMAGES
 from training.gan_train import GANTrain, estimate_gan_train_s, gan_train
 from training.judge import Judge
+from training.memorisation import AT_A_TIME as NEAREST_AT_A_TIME
 from training.memorisation import IMAGES as MEMORISATION_IMAGES
 from training.memorisation import Memorisation, memorisation, nearest
 from training.networks import Generator
@@ -159,7 +161,10 @@ def estimate_certification_s(
         (lambda: judge.look(sample.images), (2 * IMAGES + 2 * len(test.labels)) / few),
         # Every set of images is compared with itself and with the test images.
         (lambda: torch.cdist(features, wide).kthvalue(2, dim=1), 6 * IMAGES / few),
-        (lambda: nearest(sample.images[:20], train.images), 2 * MEMORISATION_IMAGES / 20),
+        (
+            lambda: nearest(sample.images, train.images[:NEAREST_AT_A_TIME]),
+            2 * MEMORISATION_IMAGES / few * math.ceil(len(train.labels) / NEAREST_AT_A_TIME),
+        ),
     ]
     total = estimate_gan_train_s(train)
     for work, times in shares:

@@ -26,8 +26,9 @@ from training.files import write_atomically
 EPOCHS = 12
 MIN_IMAGES = 200_000  # that a judge sees, however few different ones there are
 
-# How the speed of training is estimated: so many times so many steps, after some that are slower.
-_TIMED, _UNTIMED, _STEPS = 5, 2, 4
+# How the speed of training is estimated: so many steps at a time, so often and so long, after some
+# that are slower. Another process may have the core now and then.
+_STEPS, _TIMED, _TIMED_S, _UNTIMED = 4, 3, 2.0, 2
 
 FOLDER = Path(__file__).parent / "judges"
 
@@ -220,8 +221,8 @@ def estimate_pass_s(
     """
     batch_size = min(batch_size, len(dataset.labels))
     few = replace(dataset, images=dataset.images[:batch_size], labels=dataset.labels[:batch_size])
-    spent_s = []
-    for _ in range(_TIMED + _UNTIMED):
+    spent_s: list[float] = []
+    while len(spent_s) < _UNTIMED + _TIMED or sum(spent_s) < _TIMED_S:
         classifier.train().requires_grad_(True)
         began = time.perf_counter()
         fit(classifier, few, epochs=_STEPS, seed=0, batch_size=batch_size, half=half)

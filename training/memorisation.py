@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 IMAGES = 2000
+AT_A_TIME = 10_000  # training images: all would take four times their memory
 _BATCH = 100
 
 
@@ -57,7 +58,7 @@ def nearest(images: Tensor, train: Tensor) -> Tensor:
     """Each image's (N, C, H, W) uint8 distance to the nearest of train (T, C, H, W) uint8: (N,)."""
     rows = images.flatten(1).float().div_(255.0)
     best = torch.full((len(rows),), torch.inf, device=rows.device)
-    for part in train.split(10_000):  # all at once would take four times the memory of train
+    for part in train.split(AT_A_TIME):
         columns = part.flatten(1).float().div_(255.0)
         found = [torch.cdist(batch, columns).min(1).values for batch in rows.split(_BATCH)]
         best = torch.minimum(best, torch.cat(found))
