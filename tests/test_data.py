@@ -625,12 +625,8 @@ def test_data_that_is_not_idx_is_refused_with_what_was_found(wrong: bytes, messa
 # The real thing
 
 
-def test_the_real_mnist_has_its_known_counts() -> None:
-    data_dir = default_data_dir()
-    if not (data_dir / "mnist").is_dir():
-        pytest.skip(f"no MNIST in {data_dir}: set CGAN_DATA_DIR to a folder that has it")
-
-    mnist = load_dataset("mnist", "train", data_dir, mirrors=())
+def test_the_real_mnist_has_its_known_counts(mnist_dir: Path) -> None:
+    mnist = load_dataset("mnist", "train", mnist_dir, mirrors=())
 
     assert mnist.images.shape == (60_000, 1, 28, 28)
     assert mnist.num_classes == 10
