@@ -276,10 +276,12 @@ def test_a_resumed_run_has_the_budget_and_the_preset_that_it_was_given(out: Path
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--seed", "1"), "seed is 0 there, but 1 was given"),
-        (("--preset", "paper"), "preset is 'conv' there, but 'paper' was given"),
-        (("--images", "64"), "images is 640 there, but 64 was given"),
-        (("--minutes", "1"), "minutes is None there, but 1.0 was given"),
+        (("--seed", "1"), "--seed is 0 there, but 1 here"),
+        (("--preset", "paper"), "--preset is 'conv' there, but 'paper' here"),
+        (("--images", "64"), "--images is 640 there, but 64 here"),
+        (("--minutes", "1"), "--minutes is not given there, but 1.0 here"),
+        (("--gamma", "7"), "--gamma is 0.5 there, but 7.0 here"),
+        (("--flip",), "--flip is False there, but True here"),
     ],
 )
 def test_a_run_does_not_go_on_as_another_one(
@@ -303,7 +305,7 @@ def test_a_run_does_not_go_on_with_other_data(
     interrupt(out)
     monkeypatch.setattr(tiny, "arrays", lambda count, seed: ARRAYS(count, seed + 100))
     tiny.install(monkeypatch, tmp_path / "other data")
-    refused(train(out, "--resume"), "dataset_digest is")
+    refused(train(out, "--resume"), "the images of mnist have changed since", "give the same")
 
 
 ARRAYS = tiny.arrays

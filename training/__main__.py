@@ -86,9 +86,20 @@ seed_option = click.option(
 dataset_argument = click.argument("dataset", metavar="DATASET")
 
 
+def _by_preset(default: Callable[[TrainingConfig], str]) -> str:
+    """A default that differs from preset to preset, for the help."""
+    return ", ".join(f"{name} {default(preset)}" for name, preset in PRESETS.items())
+
+
 @main.command("train")
 @dataset_argument
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="conv")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="conv",
+    help="Networks and objective: the document's, its generator with a better teacher, or "
+    "convolutions on both sides.",
+)
 @device_option
 @data_dir_option
 @click.option(
@@ -100,7 +111,10 @@ dataset_argument = click.argument("dataset", metavar="DATASET")
 )
 @seed_option
 @click.option(
-    "--images", type=click.IntRange(1), help="Length of the run in real images. [default: preset's]"
+    "--images",
+    type=click.IntRange(1),
+    help="Length of the run in real images shown. "
+    f"[default: {_by_preset(lambda preset: f'{preset.images:,}')}]",
 )
 @click.option(
     "--minutes",
@@ -110,13 +124,14 @@ dataset_argument = click.argument("dataset", metavar="DATASET")
 @click.option(
     "--gamma",
     type=click.FloatRange(0),
-    help="Weight of the gradient penalty. [default: the preset's, or chosen by a short probe]",
+    help="Weight of the gradient penalty. [default: chosen by a short probe, or "
+    f"{DEFAULT_PENALTY:g} in a run too short for one; for paper 0]",
 )
 @click.option(
     "--mismatch",
     type=click.FloatRange(0),
     help="Weight of real images with wrong labels: more for purer classes, less for more variety. "
-    "[default: the preset's]",
+    f"[default: {_by_preset(lambda preset: f'{preset.mismatch:g}')}]",
 )
 @click.option(
     "--size",
@@ -301,7 +316,7 @@ def _checkpoint(folder: RunFolder, wanted: Identity, given: Mapping[str, Any]) -
     stored = checkpoint.identity
     differences = {
         name: (getattr(stored, name), getattr(wanted, name))
-        for name in ("dataset", "dataset_digest", "preset", "seed", "minutes")
+        for name in ("dataset", "preset", "seed", "minutes")
         if _was_given(name)
     } | {
         name: (getattr(stored.config, name), value)
@@ -310,9 +325,18 @@ def _checkpoint(folder: RunFolder, wanted: Identity, given: Mapping[str, Any]) -
     }
     for name, (have, want) in differences.items():
         if have != want:
+            option = {"dataset": "DATASET", "penalty": "--gamma"}.get(name, f"--{name}")
+            there = "not given" if have is None else repr(have)
             raise CheckpointError(
-                f"{folder.checkpoint}: {name} is {have!r} there, but {want!r} was given"
+                f"{folder.checkpoint}: {option} is {there} there, but {want!r} here; give the "
+                "same, or begin another run in another --out"
             )
+    if stored.dataset_digest != wanted.dataset_digest:
+        raise CheckpointError(
+            f"{folder.checkpoint}: the images of {stored.dataset} have changed since: SHA-256 is "
+            f"{stored.dataset_digest[:12]}… there, and {wanted.dataset_digest[:12]}… now; give the "
+            "same ones, or begin another run in another --out"
+        )
     return checkpoint
 
 
@@ -504,7 +528,9 @@ def _shape(images: GeneratorConfig | Dataset) -> str:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--label", multiple=True, required=True, help="Class index or name; may repeat.")
 @click.option("--n", type=click.IntRange(1, 10_000), default=16, help="Images of each label.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG."
+)
 @seed_option
 @click.option("--scale", type=click.IntRange(1, 16), default=1, help="Whole-pixel enlargement.")
 @device_option
@@ -535,8 +561,15 @@ def sample_command(
 
 @main.command("judge")
 @dataset_argument
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--epochs", type=click.IntRange(1), default=EPOCHS)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="The classifier's weights, a safetensors file.",
+)
+@click.option(
+    "--epochs", type=click.IntRange(1), default=EPOCHS, help="Passes over the training images."
+)
 @seed_option
 @device_option
 @data_dir_option
