@@ -2,7 +2,8 @@
 
 Written here and not by an imaging library because every answer is made of it: for a small grey
 image this takes a fraction of the time (`tests/benchmarks`), and its bytes are part of the byte
-contract. The format is the PNG specification, third edition (https://www.w3.org/TR/png-3/).
+contract. The format is the PNG specification, third edition (https://www.w3.org/TR/png-3/); the
+compression is ISA-L's, which takes half as long as zlib's fastest or less.
 """
 
 import json
@@ -10,8 +11,10 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
@@ -19,9 +22,10 @@ Pixels = NDArray[np.uint8]
 RECIPE_KEYWORD = "Recipe"
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {1: 0, 3: 2}  # grey, RGB
-_LEVEL = (
-    1  # generated images hardly compress; higher levels cost far more time than they save bytes
-)
+# Level 1 keeps a table that takes longer to clear than a small image takes to compress.
+_SMALL_BYTES = 4096
+# JSON keeps to ASCII here, so that a class name in any script fits the chunk's Latin-1.
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def encode_png(pixels: Pixels, recipe: Mapping[str, object]) -> bytes:
@@ -32,25 +36,33 @@ def encode_png(pixels: Pixels, recipe: Mapping[str, object]) -> bytes:
         recipe: what the image was made from; written as JSON into a text chunk named `Recipe`.
     """
     height, width, channels = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
     rows = np.zeros((height, 1 + width * channels), dtype=np.uint8)  # filter type 0 before each row
     rows[:, 1:] = pixels.reshape(height, -1)
-    # JSON keeps to ASCII here, so that a class name in any script fits the chunk's Latin-1.
-    text = f"{RECIPE_KEYWORD}\0{json.dumps(recipe, separators=(',', ':'))}".encode("ascii")
+    compressed = isal_zlib.compress(rows, 0)
+    text = f"{RECIPE_KEYWORD}\0{_to_json(recipe)}".encode("ascii")
     return b"".join(
         (
-            _SIGNATURE,
-            _chunk(b"IHDR", header),
+            _head(height, width, channels),
             _chunk(b"tEXt", text),
-            _chunk(b"IDAT", zlib.compress(rows.data, _LEVEL)),
-            _chunk(b"IEND", b""),
+            _chunk(b"IDAT", compressed),
+            _TAIL,
         )
     )
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     checksum = zlib.crc32(data, zlib.crc32(kind))
-    return b"".join((struct.pack(">I", len(data)), kind, data, struct.pack(">I", checksum)))
+    return b"".join((len(data).to_bytes(4), kind, data, checksum.to_bytes(4)))
+
+
+_TAIL = _chunk(b"IEND", b"")
+
+
+@lru_cache(maxsize=256)
+def _head(height: int, width: int, channels: int) -> bytes:
+    """Everything before the first chunk that differs between images of a shape."""
+    header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
+    return _SIGNATURE + _chunk(b"IHDR", header)
 
 
 def contact_sheet(images: Pixels) -> Pixels:
