@@ -43,6 +43,41 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
+Activation = Literal["none", "leaky_relu", "tanh"]
+
+
+class Dense:
+    """A linear layer and the activation after it, as one operation where the device has one.
+
+    oneDNN keeps the weights in the order in which its kernels read them and applies the activation
+    before the sum is rounded; that takes about three quarters of the time of the plain operations.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation) -> None:
+        self._weight, self._bias, self._activation = weight.contiguous(), bias, activation
+        self._packed: Tensor | None = None
+        if weight.device.type == "cpu" and _packs(weight.dtype):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, 64)
+        self._slope = [0.2] if activation == "leaky_relu" else []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, fan_in) to (N, fan_out), of the weights' type."""
+        if self._packed is not None:
+            fused: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self._packed, self._bias, self._activation, self._slope, ""
+            )
+            return fused
+        x = F.linear(x, self._weight, self._bias)
+        if self._activation == "leaky_relu":
+            return F.leaky_relu_(x, 0.2)
+        return x.tanh_() if self._activation == "tanh" else x
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    native = dtype is torch.float32 or has_native_bfloat16(torch.device("cpu"))
+    return torch.backends.mkldnn.is_available() and native
+
+
 class FusedMLP:
     """An `MLPGenerator` in evaluation mode, as linear layers alone.
 
@@ -70,18 +105,21 @@ class FusedMLP:
         latent_dim = generator.config.latent_dim
         embedding = generator.label_embedding.weight.double()  # (classes, embedding_dim)
         table = embedding @ weights[0][:, latent_dim:].T + biases[0]  # (classes, hidden[0])
-        weights[0] = weights[0][:, :latent_dim]
         self.label_bias = table.to(device, dtype).contiguous()
-        self.weights = [w.to(device, dtype).contiguous() for w in weights]
-        self.biases = [b.to(device, dtype).contiguous() for b in biases]
+        self.first = Dense(weights[0][:, :latent_dim].to(device, dtype), None, "none")
+        *hidden, last = [
+            (weight.to(device, dtype), bias.to(device, dtype))
+            for weight, bias in zip(weights[1:], biases[1:], strict=True)
+        ]
+        self.rest = [*(Dense(*layer, "leaky_relu") for layer in hidden), Dense(*last, "tanh")]
 
     def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
         """(N, latent_dim) float32 and (N,) int64 to (N, C * H * W) in [-1, 1]."""
-        x = F.linear(latents.to(self.label_bias.dtype), self.weights[0])
-        x = x.add_(self.label_bias[labels])  # (N, hidden[0])
-        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
-            x = F.linear(F.leaky_relu_(x, 0.2), weight, bias)
-        return x.tanh_()
+        x = self.first(latents.to(self.label_bias.dtype))
+        x = F.leaky_relu_(x.add_(self.label_bias[labels]), 0.2)  # (N, hidden[0])
+        for layer in self.rest:
+            x = layer(x)
+        return x
 
 
 class FusedConv:
@@ -186,7 +224,8 @@ class Engine:
     def _pixels(self, latents: Tensor, labels: Tensor) -> Tensor:
         height, width, channels = self.image_shape
         x = self._network(latents, labels).float()  # (N, C * H * W)
-        x = x.mul_(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+        # To the nearest level: the conversion cuts off what follows the point.
+        x = x.mul_(127.5).add_(128.0).to(torch.uint8)
         x = x.view(-1, channels, height, width).permute(0, 2, 3, 1)
         return x.contiguous()  # (N, H, W, C)
 
