@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 QUANTUM = 16  # rows that a request gives before the next one has its turn
+LEAST_FULL = 64  # rows of a full batch, however few requests wait
 COST_WEIGHT = 0.2  # of the newest batch in the moving average of seconds per row
 MIN_RETRY_AFTER_S = 0.01
 
@@ -96,13 +97,15 @@ class Generated:
 class _Lane:
     """The waiting requests of one engine. It outlives its work, to remember what a row costs."""
 
-    waiting: "deque[_Request]" = field(default_factory=deque)
+    waiting: "deque[Ticket]" = field(default_factory=deque)
     queued_rows: int = 0
     row_s: float | None = None  # seconds per row at full batches; None until one was measured
 
 
 @dataclass(slots=True, eq=False)
-class _Request:
+class Ticket:
+    """A request that was admitted. For callers: cancelling `future` withdraws it."""
+
     engine: Engine
     lane: _Lane
     seeds: NDArray[np.uint64]  # (n,)
@@ -120,7 +123,7 @@ class _Request:
 class _Slice(NamedTuple):
     """Rows start:stop of a request: its part of one batch."""
 
-    request: _Request
+    request: Ticket
     start: int
     stop: int
 
@@ -183,38 +186,45 @@ class Batcher:
         indices: NDArray[np.int64],  # (n,)
         labels: NDArray[np.int64],  # (n,)
     ) -> Generated:
-        """Generate one image per row; called on the event loop. The arrays must not change.
+        """Generate one image per row: `admit`, then `wait`."""
+        return await self.wait(self.admit(engine, seeds, indices, labels))
 
-        Cancelling frees the rows that were not started.
+    async def wait(self, ticket: "Ticket") -> Generated:
+        """The images of an admitted request; called once for each, on the event loop.
+
+        Cancelling this, or the ticket, frees the rows that were not started.
 
         Raises:
-            ValueError: the arrays are not one row each of the right type; nothing was queued.
-            Draining: no new work is taken; nothing was queued.
-            Overloaded: no room, or no time, for the request; nothing was queued.
             DeadlineExceeded: `timeout_s` passed; rows not yet started are never computed.
             ForwardFailed: the engine failed on some of the rows; the others are dropped.
         """
-        _check_rows(seeds, indices, labels)
-        request = self._admit(engine, seeds, indices, labels)
-        future = request.future
+        future = ticket.future
         timer = future.get_loop().call_later(self._timeout_s, self._expire, future)
         try:
             return await future
         finally:
             timer.cancel()
-            if request.next_row < request.rows:
+            if ticket.next_row < ticket.rows:
                 with self._lock:
-                    self._withdraw(request)
+                    self._withdraw(ticket)
             # An exception holds this frame by its traceback, and the future holds the exception.
-            del request, future
+            del ticket, future
 
-    def _admit(
+    def admit(
         self,
         engine: Engine,
         seeds: NDArray[np.uint64],
         indices: NDArray[np.int64],
         labels: NDArray[np.int64],
-    ) -> _Request:
+    ) -> "Ticket":
+        """Queue one row per image; called on the event loop. The arrays must not change.
+
+        Raises:
+            ValueError: the arrays are not one row each of the right type; nothing was queued.
+            Draining: no new work is taken; nothing was queued.
+            Overloaded: no room, or no time, for the request; nothing was queued.
+        """
+        _check_rows(seeds, indices, labels)
         rows = len(seeds)
         future: asyncio.Future[Generated] = asyncio.get_running_loop().create_future()
         now = perf_counter()
@@ -226,14 +236,14 @@ class Batcher:
                 lane = self._lanes[engine] = _Lane()
             self._check_room(lane, rows, now)
 
-            request = _Request(engine, lane, seeds, indices, labels, rows, future, now)
+            ticket = Ticket(engine, lane, seeds, indices, labels, rows, future, now)
             if not self._turns:
                 self._work.notify()
             if not lane.waiting:
                 self._turns.append(lane)
-            lane.waiting.append(request)
+            lane.waiting.append(ticket)
             lane.queued_rows += rows
-        return request
+        return ticket
 
     def _check_room(self, lane: _Lane, rows: int, now: float) -> None:
         """Raise Overloaded unless `rows` more fit the queue and the whole backlog fits the time.
@@ -268,7 +278,7 @@ class Batcher:
 
     # On either thread, under the lock
 
-    def _withdraw(self, request: _Request) -> None:
+    def _withdraw(self, request: Ticket) -> None:
         """Free the rows that were not started. Linear in the queue, but few requests need it."""
         left = request.rows - request.next_row
         if left == 0:
@@ -302,13 +312,14 @@ class Batcher:
                 self._work.wait()
             lane = self._turns.popleft()
             engine = lane.waiting[0].engine
-            batch = _collect(lane, engine.max_batch)
+            full = _full_batch(lane, engine)
+            batch = _collect(lane, full)
             if lane.waiting:
                 self._turns.append(lane)
 
         answers: list[_Answer]
         try:
-            answers = self._forward(engine, lane, batch)
+            answers = self._forward(engine, lane, batch, full)
         except Exception as error:
             answers = self._reject(batch, error)
         if answers:
@@ -318,7 +329,9 @@ class Batcher:
         del answers
         return True
 
-    def _forward(self, engine: Engine, lane: _Lane, batch: list[_Slice]) -> list[_Answer]:
+    def _forward(
+        self, engine: Engine, lane: _Lane, batch: list[_Slice], full: int
+    ) -> list[_Answer]:
         """Run one batch; the answers are those of the requests that it completed."""
         if len(batch) == 1:
             seeds, indices, labels = _columns(batch[0])
@@ -336,7 +349,7 @@ class Batcher:
                 f"the engine returned {pixels.dtype} {pixels.shape} for {rows} rows, "
                 f"expected uint8 ({rows}, H, W, C)"
             )
-        _measure(lane, rows, engine.max_batch, done_at - started_at)
+        _measure(lane, rows, full, done_at - started_at)
         self._observer.batch(rows, done_at - started_at)
         return _scatter(batch, pixels, started_at, done_at)
 
@@ -368,15 +381,24 @@ def _check_rows(
         )
 
 
-def _collect(lane: _Lane, max_batch: int) -> list[_Slice]:
+def _full_batch(lane: _Lane, engine: Engine) -> int:
+    """How many rows the lane's next batch takes at most: a quantum of each request that waits.
+
+    Large batches cost less per row, and with many requests waiting nobody waits longer for them.
+    With few, a request that comes now would: it has to wait for the end of the batch.
+    """
+    return min(engine.max_batch, max(LEAST_FULL, QUANTUM * len(lane.waiting)))
+
+
+def _collect(lane: _Lane, full: int) -> list[_Slice]:
     """Take the lane's next batch by deficit round-robin, one slice per request; under the lock.
 
     A request that the end of the batch cuts off stays at the head with the rest of its credit:
     a fresh quantum would starve the others, the tail would cost it rows.
     """
     waiting = lane.waiting
-    starts: dict[_Request, int] = {}
-    room = max_batch
+    starts: dict[Ticket, int] = {}
+    room = full
     while room and waiting:
         request = waiting[0]
         starts.setdefault(request, request.next_row)
@@ -389,7 +411,7 @@ def _collect(lane: _Lane, max_batch: int) -> list[_Slice]:
         elif not request.credit:
             request.credit = QUANTUM
             waiting.rotate(-1)
-    lane.queued_rows -= max_batch - room
+    lane.queued_rows -= full - room
     return [_Slice(request, start, request.next_row) for request, start in starts.items()]
 
 
@@ -400,7 +422,7 @@ def _columns(part: _Slice) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArr
     return request.seeds[start:stop], request.indices[start:stop], request.labels[start:stop]
 
 
-def _measure(lane: _Lane, rows: int, max_batch: int, forward_s: float) -> None:
+def _measure(lane: _Lane, rows: int, full: int, forward_s: float) -> None:
     """Learn what a row costs while the engine is busy, which only a full batch tells.
 
     A forward of fixed shape takes as long for one row as for all, so a batch with room left only
@@ -409,9 +431,9 @@ def _measure(lane: _Lane, rows: int, max_batch: int, forward_s: float) -> None:
     """
     row_s = forward_s / rows
     if lane.row_s is None:
-        if rows == max_batch:
+        if rows == full:
             lane.row_s = row_s
-    elif rows == max_batch or row_s < lane.row_s:
+    elif rows == full or row_s < lane.row_s:
         lane.row_s += COST_WEIGHT * (row_s - lane.row_s)
 
 
