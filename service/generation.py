@@ -3,12 +3,12 @@
 import asyncio
 import logging
 import math
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from random import getrandbits
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from service.registry import Model, Registry
 from service.settings import MAX_IMAGES
 
 T = TypeVar("T")
+
+_PIXELS_AT_ONCE = 1 << 16
 
 log = logging.getLogger("service")
 
@@ -37,12 +39,14 @@ class Order:
         seed: of all of them.
         labels: (N,) int64 class indices.
         indices: (N,) int64, the number of each image among those of its class.
+        counts: images of each class, by class index.
     """
 
     model: Model
     seed: int
     labels: NDArray[np.int64]
     indices: NDArray[np.int64]
+    counts: dict[int, int]
 
     def recipe(self, position: int) -> dict[str, object]:
         """What the image at a position is made from; by the byte contract, all it is made from."""
@@ -84,6 +88,9 @@ class Generation:
         self._batcher = batcher
         self._metrics = metrics
         self._encoders = encoders
+        self._queue_seconds, self._forward_seconds, self._encode_seconds = (
+            metrics.stage_seconds.labels(stage) for stage in ("queue", "forward", "encode")
+        )
 
     def order(self, *, labels: Iterable[str], n: int, seed: int | None, model: str | None) -> Order:
         """Check a request against the models.
@@ -101,25 +108,31 @@ class Generation:
                 f"{len(wanted)} labels of {n} images each are {n * len(wanted)} images; "
                 f"at most {MAX_IMAGES} are allowed in all",
             )
-        numbers = np.tile(np.arange(n), len(wanted))
-        if len(set(wanted)) != len(wanted):
-            earlier = [wanted[:place].count(label) * n for place, label in enumerate(wanted)]
-            numbers += np.repeat(earlier, n)
         if seed is None:
-            seed = secrets.randbits(53)  # as many as every JSON reader keeps without loss
-        return Order(chosen, seed, np.repeat(np.array(wanted, dtype=np.int64), n), numbers)
+            seed = getrandbits(53)  # as many as every JSON reader keeps without loss
+        counts: dict[int, int] = {}
+        firsts = []  # the number of the first image of each of the wanted labels
+        for label in wanted:
+            firsts.append(counts.get(label, 0))
+            counts[label] = firsts[-1] + n
+        if len(wanted) == 1:
+            rows, numbers = np.full(n, wanted[0]), np.arange(n)
+        else:
+            rows = np.repeat(wanted, n)
+            numbers = (np.array(firsts)[:, None] + np.arange(n)).ravel()
+        return Order(chosen, seed, rows, numbers, counts)
 
-    async def fulfil(self, order: Order) -> Images:
-        """Make an order's images.
+    async def fulfil(self, order: Order, receive: Receive) -> Images:
+        """Make an order's images, unless the client goes away.
 
         Raises:
             Problem: 429 overloaded, 503 draining or failed, 504 past its deadline.
+            Disconnected: nobody waits for them any more.
         """
         seeds = np.full(len(order.labels), order.seed, dtype=np.uint64)
         try:
-            made = await self._batcher.submit(
-                order.model.engine, seeds, order.indices, order.labels
-            )
+            ticket = self._batcher.admit(order.model.engine, seeds, order.indices, order.labels)
+            made = await unless_disconnected(receive, ticket.future, self._batcher.wait(ticket))
         except Overloaded as error:
             seconds = max(1, math.ceil(error.retry_after_s))
             raise self._rejected(
@@ -134,23 +147,29 @@ class Generation:
             raise self._rejected(
                 503, "forward-failed", "The device failed; try again.", 1
             ) from error
-        self._metrics.stage_seconds.labels("queue").observe(made.queue_s)
-        self._metrics.stage_seconds.labels("forward").observe(made.forward_s)
+        self._queue_seconds.observe(made.queue_s)
+        self._forward_seconds.observe(made.forward_s)
         return Images(made.pixels, made.queue_s, made.forward_s)
 
-    async def encode(self, function: Callable[[], T]) -> tuple[T, float]:
-        """Run an encoder off the event loop and the engine's thread; also its time in seconds."""
+    async def encode(self, function: Callable[[], T], *, pixels: int) -> tuple[T, float]:
+        """Run an encoder of so many pixels; also its time in seconds.
+
+        A small one runs at once, because a way through another thread and back takes longer.
+        """
         began = time.perf_counter()
-        encoded = await asyncio.get_running_loop().run_in_executor(self._encoders, function)
+        if pixels <= _PIXELS_AT_ONCE:
+            encoded = function()
+        else:
+            loop = asyncio.get_running_loop()
+            encoded = await loop.run_in_executor(self._encoders, function)
         spent = time.perf_counter() - began
-        self._metrics.stage_seconds.labels("encode").observe(spent)
+        self._encode_seconds.observe(spent)
         return encoded, spent
 
     def count(self, order: Order) -> None:
         """Count the images of an order as sent."""
-        labels, counts = np.unique(order.labels, return_counts=True)
-        for label, count in zip(labels.tolist(), counts.tolist(), strict=True):
-            self._metrics.images.labels(order.model.name, str(label)).inc(count)
+        for label, count in order.counts.items():
+            self._metrics.images.labels(order.model.name, label).inc(count)
 
     def _find(self, name: str | None) -> Model:
         if name is None:
@@ -172,30 +191,63 @@ class Generation:
 
 
 def _label(model: Model, text: str) -> int:
+    known = model.labels.get(text)
+    if known is not None:
+        return known
     try:
         return model.info.label(text)
     except ValueError as error:
         raise wrong_value("label", text, str(error)) from error
 
 
-async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
-    """Await `work`, but cancel it when the client goes away.
+# Hardly any request is under way for longer; a task for each of the others would cost more than
+# what is left to save of their work.
+WATCH_AFTER_S = 0.1
+
+
+async def unless_disconnected(
+    receive: Receive, future: "asyncio.Future[Any]", work: Coroutine[Any, Any, T]
+) -> T:
+    """Await `work`, but cancel the future that it waits for when the client goes away.
+
+    The client is watched from `WATCH_AFTER_S` on.
 
     Raises:
         Disconnected: it did.
     """
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnection(receive))
+    watch = _Watch(receive, future)
+    timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, watch.start)
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Disconnected
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if watch.gone:
+            raise Disconnected from None
+        raise
     finally:
-        watch.cancel()
-        task.cancel()
+        timer.cancel()
+        watch.stop()
 
 
-async def _disconnection(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class _Watch:
+    """Cancels a future when a client goes away."""
+
+    __slots__ = ("_future", "_receive", "_task", "gone")
+
+    def __init__(self, receive: Receive, future: "asyncio.Future[Any]") -> None:
+        self._receive, self._future = receive, future
+        self._task: asyncio.Task[None] | None = None
+        self.gone = False
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._task = asyncio.ensure_future(self._watch())
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = self._future.cancel()

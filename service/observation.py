@@ -3,11 +3,11 @@
 import json
 import logging
 import re
-import secrets
 import time
+from random import getrandbits
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from prometheus_client import Counter, Histogram
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -57,6 +57,7 @@ class Observe:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
+        self._known: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and report when its answer is complete.
@@ -73,11 +74,12 @@ class Observe:
 
         async def observed_send(message: Message) -> None:
             nonlocal status, sent_bytes, started
-            if message["type"] == "http.response.start":
-                status, started = message["status"], True
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
-            elif message["type"] == "http.response.body":
+            if message["type"] == "http.response.body":
                 sent_bytes += len(message.get("body", b""))
+            elif message["type"] == "http.response.start":
+                status, started = message["status"], True
+                id_header = (b"x-request-id", request_id.encode())
+                message["headers"] = [*message.get("headers", ()), id_header]
             await send(message)
 
         self._metrics.requests_in_progress.inc()
@@ -99,8 +101,15 @@ class Observe:
         # The template and not the path: a label may only take values that we chose.
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if route != "unmatched" else "any"
-        self._metrics.requests.labels(route, method, str(status)).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
+        known = self._known.get((route, method, status))
+        if known is None:
+            known = self._known[route, method, status] = (
+                self._metrics.requests.labels(route, method, str(status)),
+                self._metrics.request_seconds.labels(route),
+            )
+        counter, histogram = known
+        counter.inc()
+        histogram.observe(seconds)
         # Probes and scrapes come every few seconds for ever, and would bury the rest.
         level = logging.DEBUG if route in _PROBES else logging.INFO
         if not access_log.isEnabledFor(level):
@@ -121,5 +130,10 @@ class Observe:
 
 def _request_id(scope: Scope) -> str:
     """The caller's own id where it is a harmless one, else a new one."""
-    sent = Headers(scope=scope).get("x-request-id", "")
-    return sent if _SAFE_ID.fullmatch(sent) else secrets.token_hex(8)
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            sent: str = value.decode("latin-1")
+            if _SAFE_ID.fullmatch(sent):
+                return sent
+            break
+    return f"{getrandbits(64):016x}"

@@ -7,13 +7,14 @@ import http
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 MEDIA_TYPE = "application/problem+json"
+_MISSING, _UNKNOWN = "is required", "there is no such parameter"
+_KEPT = {_MISSING, _UNKNOWN}  # said whatever the field
 _SHOWN = 100  # characters of a wrong value that are repeated to whoever sent it
 
 
@@ -73,7 +74,24 @@ def wrong_value(field: str, value: object, message: str, *, status: int = 422) -
     return Problem(status, "invalid-value", f"{field}: {message}", errors=[error])
 
 
-def respond(request: Request, problem: Problem) -> JSONResponse:
+def wrong_values(
+    errors: Sequence[Mapping[str, Any]], allowed: Mapping[str, str] | None = None
+) -> Problem:
+    """A problem with the values that a validation found wrong.
+
+    Args:
+        errors: pydantic's description of each.
+        allowed: what is allowed, by the name of the field, in place of pydantic's own words.
+    """
+    found = [_field_error(each) for each in errors[:20]]
+    for error in found:
+        if error.message not in _KEPT:
+            error.message = (allowed or {}).get(error.field, error.message)
+    detail = "; ".join(f"{each.field}: {each.message}" for each in found[:3])
+    return Problem(422, "invalid-value", detail, errors=found)
+
+
+def respond(request: Request, problem: Problem) -> Response:
     """The answer to a request that ended in a problem."""
     details = ProblemDetails(
         type=f"urn:cgan:problem:{problem.kind}",
@@ -83,8 +101,8 @@ def respond(request: Request, problem: Problem) -> JSONResponse:
         request_id=request.scope.get("state", {}).get("request_id"),
         errors=problem.errors,
     )
-    return JSONResponse(
-        details.model_dump(), problem.status, headers=problem.headers, media_type=MEDIA_TYPE
+    return Response(
+        details.model_dump_json(), problem.status, headers=problem.headers, media_type=MEDIA_TYPE
     )
 
 
@@ -92,17 +110,15 @@ def install(app: FastAPI) -> None:
     """Answer every expected error of an app as a problem; `Observe` answers the others."""
 
     @app.exception_handler(Problem)
-    async def problem(request: Request, error: Problem) -> JSONResponse:
+    async def problem(request: Request, error: Problem) -> Response:
         return respond(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        errors = [_field_error(each) for each in error.errors()[:20]]
-        detail = "; ".join(f"{each.field}: {each.message}" for each in errors[:3])
-        return respond(request, Problem(422, "invalid-value", detail, errors=errors))
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return respond(request, wrong_values(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+    async def plain(request: Request, error: HTTPException) -> Response:
         phrase = http.HTTPStatus(error.status_code).phrase
         kind = phrase.lower().replace(" ", "-")
         return respond(
@@ -123,13 +139,13 @@ def _detail(request: Request, error: HTTPException) -> str:
 
 def _field_error(error: Mapping[str, Any]) -> FieldError:
     where = [str(part) for part in error["loc"] if not isinstance(part, int)]
-    field = where[-1] if len(where) > 1 else ".".join(where)
+    field = where[-1] if where else ""
     message = str(error["msg"])
     value = error["input"]
     if error["type"] == "missing":
-        value, message = None, "is required"
+        value, message = None, _MISSING
     elif error["type"] == "extra_forbidden":
-        message = "there is no such parameter"
+        message = _UNKNOWN
     elif isinstance(value, list):
         value = f"{len(value)} values"
     return FieldError(field=_shorten(field) or "", value=_shorten(value), message=message)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.engine import Engine, EngineError, resolve_dtype
@@ -22,10 +22,24 @@ class Model:
     Attributes:
         name: the stem of the artifact's file name.
         engine: makes its images.
+        labels: the class index that each class name, and each index as a text, stands for.
     """
 
     name: str
     engine: Engine
+    labels: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = self.info.class_names
+        labels = {str(index): index for index in range(len(names))}
+        # A name goes before an index, and the first of equal names before the others.
+        labels |= {name: index for index, name in reversed(list(enumerate(names)))}
+        object.__setattr__(self, "labels", labels)
+
+    @property
+    def identity(self) -> bytes:
+        """The X-Model header: the name, and which file of that name."""
+        return f"{self.name}@sha256:{self.sha256}".encode()
 
     @property
     def info(self) -> ArtifactInfo:

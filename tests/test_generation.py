@@ -64,51 +64,86 @@ def test_an_order_that_cannot_be_made_names_the_field(
     assert caught.value.errors[0].field == field
 
 
-async def never() -> Message:
-    """The messages of a client that stays."""
-    future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+class Client:
+    """The messages of a client: its request, then nothing until it goes away."""
+
+    def __init__(self) -> None:
+        self.watched = 0
+        self.gone = asyncio.Event()
+
+    async def receive(self) -> Message:
+        self.watched += 1
+        if self.watched == 1:
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+
+@pytest.fixture
+def watched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.generation.WATCH_AFTER_S", 0)
+
+
+async def waiting(future: "asyncio.Future[str]") -> str:
     return await future
 
 
-def test_work_is_awaited_while_the_client_stays() -> None:
+def test_work_is_awaited_while_the_client_stays(watched_at_once: None) -> None:
     async def scene() -> str:
-        async def work() -> str:
-            return "done"
-
-        return await unless_disconnected(never, work())
+        client = Client()
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        answer = asyncio.ensure_future(unless_disconnected(client.receive, future, waiting(future)))
+        while client.watched < 2:
+            await asyncio.sleep(0)
+        future.set_result("done")
+        return await answer
 
     assert asyncio.run(scene()) == "done"
 
 
-def test_work_is_cancelled_when_the_client_goes() -> None:
-    cancelled = []
-
-    async def scene() -> None:
-        messages: asyncio.Queue[Message] = asyncio.Queue()
-        messages.put_nowait({"type": "http.request", "body": b"", "more_body": False})
-
-        async def work() -> None:
-            messages.put_nowait({"type": "http.disconnect"})
-            try:
-                await asyncio.get_running_loop().create_future()
-            except asyncio.CancelledError:
-                cancelled.append(True)
-                raise
-
+def test_work_is_cancelled_when_the_client_goes(watched_at_once: None) -> None:
+    async def scene() -> bool:
+        client = Client()
+        client.gone.set()
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         with pytest.raises(Disconnected):
-            await unless_disconnected(messages.get, work())
-        await asyncio.sleep(0)
+            await unless_disconnected(client.receive, future, waiting(future))
+        return future.cancelled()
+
+    assert asyncio.run(scene())
+
+
+def test_a_cancellation_that_is_not_the_clients_stays_one(watched_at_once: None) -> None:
+    async def scene() -> None:
+        client = Client()
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        answer = asyncio.ensure_future(unless_disconnected(client.receive, future, waiting(future)))
+        while client.watched < 2:
+            await asyncio.sleep(0)
+        answer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answer
 
     asyncio.run(scene())
-    assert cancelled == [True]
+
+
+def test_short_work_is_not_watched_and_leaves_no_task_behind() -> None:
+    async def scene() -> None:
+        client = Client()
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        future.set_result("done")
+        assert await unless_disconnected(client.receive, future, waiting(future)) == "done"
+        assert client.watched == 0
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scene())
 
 
 def test_an_error_of_the_work_is_the_callers() -> None:
     async def scene() -> None:
-        async def work() -> None:
-            raise Problem(429, "overloaded", "later")
-
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        future.set_exception(Problem(429, "overloaded", "later"))
         with pytest.raises(Problem, match="later"):
-            await unless_disconnected(never, work())
+            await unless_disconnected(Client().receive, future, waiting(future))
 
     asyncio.run(scene())
