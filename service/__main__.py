@@ -1,6 +1,7 @@
 """The command line: `python -m service`."""
 
 import asyncio
+import gc
 import signal
 import socket
 import sys
@@ -12,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
+from service.connection import JoiningProtocol
 from service.observation import configure_logging
 from service.registry import Registry, load_registry
 from service.settings import Settings, parse_settings
@@ -33,6 +35,7 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
+                http=JoiningProtocol,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -48,6 +51,9 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if not self.started:
             return
+        # What has been loaded stays: looking through it for garbage would hold up every request.
+        gc.collect()
+        gc.freeze()
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         names = ", ".join(self._registry.names)
