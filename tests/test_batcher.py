@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from service import batcher as batcher_module
 from service.batcher import (
+    LEAST_FULL,
     QUANTUM,
     Batcher,
     DeadlineExceeded,
@@ -254,6 +255,44 @@ def test_a_lone_large_request_fills_whole_batches() -> None:
 
     run(scenario)
     assert engine.sizes == [64, 64, 22]
+
+
+def test_a_batch_takes_a_quantum_of_every_request_when_many_wait() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=256, gate=gate)
+    many = 256 // QUANTUM + 4
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = [await admitted(submit(batcher, engine, 0))]
+        await gate.entered()
+        tasks += [
+            await admitted(submit(batcher, engine, seed, n=QUANTUM)) for seed in range(1, many + 1)
+        ]
+        gate.open(3)
+        await asyncio.gather(*tasks)
+
+    run(scenario)
+    assert engine.sizes == [1, 256, 4 * QUANTUM]
+
+
+@pytest.mark.parametrize(("waiting", "size"), [(1, LEAST_FULL), (4, LEAST_FULL), (6, 6 * QUANTUM)])
+def test_few_large_requests_make_small_batches_so_that_a_new_one_waits_less(
+    waiting: int, size: int
+) -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=256, gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = [await admitted(submit(batcher, engine, 0))]
+        await gate.entered()
+        tasks += [
+            await admitted(submit(batcher, engine, seed, n=150)) for seed in range(1, waiting + 1)
+        ]
+        gate.open(1 + 150 * waiting)
+        await asyncio.gather(*tasks)
+
+    run(scenario)
+    assert engine.sizes[1] == size
 
 
 def test_a_small_request_waits_for_one_quantum_of_a_large_one() -> None:
@@ -583,6 +622,28 @@ def test_cancelling_a_queued_request_frees_its_rows_for_another() -> None:
 
     run(scenario, max_queue=10)
     assert engine.batches == [rows_of(0, 1), rows_of(3, 10)]
+
+
+def test_cancelling_a_ticket_withdraws_what_was_queued() -> None:
+    gate = Gate()
+    engine = FakeEngine(gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        running = await admitted(submit(batcher, engine, 0))
+        await gate.entered()
+        numbers = np.arange(5)
+        ticket = batcher.admit(engine, np.zeros(5, np.uint64), numbers, numbers)
+        waiting = await admitted(batcher.wait(ticket))
+        assert batcher.queued_rows == 5
+        ticket.future.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert batcher.queued_rows == 0
+        gate.open()
+        await running
+
+    run(scenario)
+    assert engine.sizes == [1]
 
 
 def test_cancelling_in_flight_leaves_the_neighbours_right() -> None:
