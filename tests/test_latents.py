@@ -36,6 +36,14 @@ def test_a_latent_depends_on_its_seed_and_index_alone() -> None:
         assert (together[row] == alone[0]).all()
 
 
+def test_a_latent_is_the_same_among_hundreds() -> None:
+    seeds, indices = np.arange(200, dtype=np.uint64) * np.uint64(977), np.arange(200)
+    together = draw_latents(seeds, indices, 100)
+    for first in range(0, 200, 7):
+        some = slice(first, first + 3)
+        assert (together[some] == draw_latents(seeds[some], indices[some], 100)).all()
+
+
 def test_other_seeds_and_other_indices_give_other_latents() -> None:
     seeds, indices = np.meshgrid(np.arange(50, dtype=np.uint64), np.arange(50, dtype=np.int64))
     latents = draw_latents(seeds.ravel(), indices.ravel(), 4)
