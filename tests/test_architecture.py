@@ -99,7 +99,9 @@ def test_what_trains_does_not_know_what_watches_it() -> None:
         assert graph[name] == set(), name
     stepping = foundation | {"training.config", "training.data", "training.distributed"}
     assert known("training.loop") <= stepping | {"training.files"}
-    assert known("training.capture") <= stepping | {"training.files", "training.loop"}
+    stepping |= {"training.files", "training.loop"}
+    assert known("training.manual") <= stepping
+    assert known("training.capture") <= stepping | {"training.manual"}
     assert "training.run" not in known("training.probe") | known("training.checkpoint")
     assert not {"training.run", "training.loop"} & known("training.glance")
 

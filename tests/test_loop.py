@@ -247,7 +247,8 @@ def test_a_step_moves_both_networks_and_leaves_the_discriminator_trainable(
     if config.generator == "conv":  # a block that starts as the identity wakes up by and by
         tiny.steps(state, config, 3)
         state.images_seen = 0
-    before = {n: copy.deepcopy(getattr(state, n)) for n in ("generator", "discriminator", "ema")}
+    parts = ["generator", "discriminator", *(["ema"] if config.ema_half_life else [])]
+    before = {n: copy.deepcopy(getattr(state, n)) for n in parts}
 
     train_step(state, DATA, config, used=0.0, penalise=False)
 
@@ -450,13 +451,17 @@ def test_the_half_life_grows_with_the_images_seen_until_it_is_reached() -> None:
         assert averaged(tiny.state(), config, images_seen) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_half_life_of_nothing_is_a_copy() -> None:
-    state = tiny.state(tiny.PAPER)
-    tiny.steps(state, tiny.PAPER, 3)
-    for average, parameter in zip(
-        state.ema.parameters(), state.generator.parameters(), strict=True
-    ):
-        assert torch.equal(average, parameter)
+def test_without_a_half_life_the_average_is_the_generator_of_the_last_log_point() -> None:
+    """Nobody sees it in between, so that a step need not copy it."""
+    state, points = tiny.state(tiny.PAPER), 0
+    for _ in follow(state, tiny.PAPER, log_every=160, stop=lambda: False):
+        points += 1
+        for average, parameter in zip(
+            state.ema.parameters(), state.generator.parameters(), strict=True
+        ):
+            assert torch.equal(average, parameter)
+            assert average.data_ptr() != parameter.data_ptr()
+    assert points == 640 / 160
 
 
 def test_the_average_counts_the_step_that_it_follows() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from training.config import TrainingConfig
 from training.data import Dataset
 from training.loop import Stepper, TrainState, eager_stepper, schedule, update
+from training.manual import ManualStepper
 
 _STEPS_PER_REPLAY = 16
 _WARM_UP_STEPS = 4
@@ -24,7 +25,7 @@ def make_stepper(
     config: TrainingConfig,
     warn: Callable[[str], None],
 ) -> Stepper:
-    """The fastest stepper that the state's device has.
+    """The fastest stepper that there is for these networks on this device.
 
     Args:
         state: of the run.
@@ -32,6 +33,8 @@ def make_stepper(
         config: of the run.
         warn: told the reason, once, where a CUDA device launches every step by itself.
     """
+    if ManualStepper.applies(state, config):
+        return ManualStepper(state, dataset, config)
     if state.rng.device.type != "cuda":
         return eager_stepper(state, dataset, config)
     if state.world.size > 1:

@@ -41,6 +41,8 @@ class TrainState:
     """Everything that a step changes.
 
     Attributes:
+        ema: the average of the generator; without a half-life, what the generator was at the last
+            log point.
         rng: the only source of randomness of the steps, on the device. Every process of a run draws
             the same, and takes its share.
         world: the processes of the run.
@@ -276,6 +278,29 @@ def update(
 def _update_both(
     state: TrainState, dataset: Dataset, config: TrainingConfig, *, penalise: bool
 ) -> Tensor:
+    real, real_labels, latents, fake_labels = draw_batch(state, dataset, config)
+    # (N, C, H, W), shared by both phases
+    fake = state.parallel_generator(latents, fake_labels)
+    labels = torch.cat([real_labels, fake_labels])
+    d_loss, logits, penalty = _update_discriminator(
+        state, config, torch.cat([real, fake.detach()]), labels, penalise=penalise
+    )
+    g_loss = _update_generator(state, config, real, fake, labels)
+    if config.ema_half_life > 0:  # else it is a copy, which `train` makes where one is looked at
+        update_ema(state)
+    real_logits, fake_logits = logits.chunk(2)
+    return torch.stack([d_loss, g_loss, real_logits.mean(), fake_logits.mean(), penalty]).detach()
+
+
+def draw_batch(
+    state: TrainState, dataset: Dataset, config: TrainingConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a step is made of: this process's share of a batch.
+
+    Returns:
+        real images (N, C, H, W) and their labels (N,), latents (N, latent_dim) and the labels (N,)
+        to generate.
+    """
     real, real_labels = sample_batch(dataset, config.batch_size, state.rng, state.world)
     if config.flip:
         real = flip(real, state.rng)
@@ -289,16 +314,7 @@ def _update_both(
                 dataset.num_classes, (config.batch_size,), generator=state.rng, device=device
             )
         )
-    # (N, C, H, W), shared by both phases
-    fake = state.parallel_generator(state.world.share(latents), fake_labels)
-    labels = torch.cat([real_labels, fake_labels])
-    d_loss, logits, penalty = _update_discriminator(
-        state, config, torch.cat([real, fake.detach()]), labels, penalise=penalise
-    )
-    g_loss = _update_generator(state, config, real, fake, labels)
-    update_ema(state)
-    real_logits, fake_logits = logits.chunk(2)
-    return torch.stack([d_loss, g_loss, real_logits.mean(), fake_logits.mean(), penalty]).detach()
+    return real, real_labels, state.world.share(latents), fake_labels
 
 
 def sample_batch(
@@ -489,6 +505,8 @@ def _train_to_log_point(
         due = state.images_seen // log_every > first // log_every
         if due:
             break
+    if config.ema_half_life == 0:
+        update_ema(state)
     means, steps = _means(state, config, totals, first)
     spent = time.perf_counter() - began  # the means have been waited for
     return LogPoint(
