@@ -43,7 +43,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="what to compute in; auto is bfloat16 where the device is built for it"
     )
-    max_batch: int = Field(256, ge=1, le=4096, description="most images of one forward")
+    max_batch: int = Field(
+        256, ge=1, le=4096, description="most images of one forward; 64 where few requests wait"
+    )
     max_queue: int = Field(
         4096,
         ge=MAX_IMAGES,
