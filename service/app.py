@@ -75,12 +75,12 @@ class App(FastAPI):
         return self.openapi_schema
 
 
-def create_app(settings: Settings, registry: Registry) -> FastAPI:
+def create_app(settings: Settings, registry: Registry, metrics: Metrics | None = None) -> FastAPI:
     """An app that serves the models of a registry.
 
     Starting it starts the engine thread; stopping it finishes what was admitted.
     """
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     drain = Drain(metrics)
     batcher = Batcher(settings.max_queue, settings.timeout_ms / 1e3, metrics)
     encoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="encoder")
@@ -92,7 +92,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         batcher.start()
-        metrics.observe_queue(lambda: batcher.queued_rows)
+        metrics.watch(metrics.queue_rows, lambda: batcher.queued_rows)
         metrics.ready.set(1)
         try:
             yield

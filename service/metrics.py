@@ -1,10 +1,19 @@
-"""What Prometheus scrapes: one registry per app, base units, bounded labels, histograms."""
+"""What Prometheus scrapes: one registry per app, base units, bounded labels, histograms.
 
-from collections.abc import Callable
+The instruments of several worker processes live in files of a folder they share, and whichever
+worker is scraped adds up all of them.
+"""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 _SECONDS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
@@ -13,78 +22,164 @@ _SECONDS = (
 _ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 
 
-class Metrics:
-    """The instruments of one app."""
+def share(folder: Path, name: str) -> None:
+    """Let this process count in files of a folder, together with others of other names.
 
-    def __init__(self) -> None:
+    Called before the first instrument is made. The files go by the name instead of the process id,
+    so whoever replaces a process goes on from its counts, and the folder does not grow.
+    """
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    values.ValueClass = values.MultiProcessValue(process_identifier=lambda: name)
+    (folder / f"{name}.pid").write_text(str(os.getpid()))
+
+
+def forget(folder: Path, name: str) -> None:
+    """Take back what only counts while a process lives, now that it has ended."""
+    mark_process_dead(name, folder)
+
+
+class _WorkerProcesses(Collector):
+    """What the operating system knows of each worker, told apart by the label `worker`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for path in sorted(self._folder.glob("[0-9]*.pid")):
+            for found in ProcessCollector(pid=path.read_text, registry=None).collect():
+                family = Metric(found.name, found.documentation, found.type)
+                family = families.setdefault(found.name, family)
+                for sample in found.samples:
+                    family.add_sample(sample.name, {"worker": path.stem}, sample.value)
+        return families.values()
+
+
+class Metrics:
+    """The instruments of one app.
+
+    Args:
+        folder: where several workers share theirs, after `share`; None for a single process.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
+        self._watched: list[tuple[Gauge, Callable[[], float]]] = []
+        self._shared = folder is not None
+        if folder is None:
+            ProcessCollector(registry=self.registry)
+            GCCollector(registry=self.registry)
+            self._make_instruments(self.registry)
+        else:
+            self.registry.register(_WorkerProcesses(folder))
+            MultiProcessCollector(self.registry, folder)
+            self._make_instruments(None)  # the registry has them from the folder
+
+    def _make_instruments(self, registry: CollectorRegistry | None) -> None:
         self.requests = Counter(
             "cgan_requests_total",
             "Requests answered, by route template, method and status.",
             ["route", "method", "status"],
-            registry=self.registry,
+            registry=registry,
         )
         self.request_seconds = Histogram(
             "cgan_request_duration_seconds",
             "Time from a request's arrival to the last byte of its answer.",
             ["route"],
             buckets=_SECONDS,
-            registry=self.registry,
+            registry=registry,
         )
         self.requests_in_progress = Gauge(
-            "cgan_requests_in_progress", "Requests that are being answered.", registry=self.registry
+            "cgan_requests_in_progress",
+            "Requests that are being answered.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self.stage_seconds = Histogram(
             "cgan_stage_duration_seconds",
             "Where an image request spends its time: queue, forward or encode.",
             ["stage"],
             buckets=_SECONDS,
-            registry=self.registry,
+            registry=registry,
         )
         self.batch_rows = Histogram(
             "cgan_batch_rows",
             "Images of each forward.",
             buckets=_ROWS,
-            registry=self.registry,
+            registry=registry,
         )
         self.batch_seconds = Histogram(
             "cgan_batch_duration_seconds",
             "Time of each forward, copies included.",
             buckets=_SECONDS,
-            registry=self.registry,
+            registry=registry,
         )
         self.images = Counter(
             "cgan_images_total",
             "Images sent, by model and class index.",
             ["model", "label"],
-            registry=self.registry,
+            registry=registry,
         )
         self.rejections = Counter(
             "cgan_rejections_total",
             "Image requests that ended without an image, by the kind of problem.",
             ["reason"],
-            registry=self.registry,
+            registry=registry,
         )
         self.queue_rows = Gauge(
-            "cgan_queue_rows", "Images admitted and not yet started.", registry=self.registry
+            "cgan_queue_rows",
+            "Images admitted and not yet started.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self.ready = Gauge(
-            "cgan_ready", "1 while new work is taken, 0 while draining.", registry=self.registry
+            "cgan_ready",
+            "1 while new work is taken, 0 while draining; of several workers, how many take it.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self.model = Gauge(
             "cgan_model_info",
             "Always 1; its labels say which models are loaded.",
             ["model", "sha256", "device", "dtype"],
-            registry=self.registry,
+            registry=registry,
+            multiprocess_mode="livemax",
         )
 
-    def observe_queue(self, rows: Callable[[], float]) -> None:
-        """Read the queue's length whenever it is scraped."""
-        self.queue_rows.set_function(rows)
+    def watch(self, gauge: Gauge, read: Callable[[], float]) -> None:
+        """Let a gauge be read when it is scraped, which costs nothing in between.
+
+        Another worker cannot read it, so `refresh` writes it down where several share metrics.
+        """
+        if self._shared:
+            self._watched.append((gauge, read))
+        else:
+            gauge.set_function(read)
+
+    def refresh(self) -> None:
+        """Write down what is watched, for the workers that do not see it; once a second or so."""
+        for gauge, read in self._watched:
+            gauge.set(read())
 
     def batch(self, rows: int, forward_s: float) -> None:
         """Count one forward."""
         self.batch_rows.observe(rows)
         self.batch_seconds.observe(forward_s)
+
+
+class SupervisorMetrics:
+    """The instruments of a process that keeps several workers running, after `share`."""
+
+    def __init__(self, workers: int) -> None:
+        self.restarts = Counter(
+            "cgan_worker_restarts_total",
+            "Workers that ended while the service went on, and were replaced.",
+            registry=None,
+        )
+        self.workers = Gauge(
+            "cgan_workers",
+            "How many workers there should be.",
+            registry=None,
+            multiprocess_mode="max",
+        )
+        self.workers.set(workers)

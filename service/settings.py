@@ -39,6 +39,13 @@ class Settings(BaseSettings):
         description="name of the model that answers requests which name none; if not given, mnist, "
         "or the first by name where there is no mnist",
     )
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="processes that share the port; each one has its own models, batches and "
+        "queue, and, where there are several GPUs, its own GPU",
+    )
     device: str = Field("auto", description="auto (CUDA, else the CPU), cpu, cuda, or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="what to compute in; auto is bfloat16 where the device is built for it"

@@ -72,6 +72,22 @@ class ServiceProcess:
             self.wait()
 
 
+def refused(*arguments: str) -> str:
+    """What a service that must not start writes to stderr."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "service", "--port", "0", *arguments],
+        cwd=REPOSITORY,
+        env={k: v for k, v in os.environ.items() if not k.startswith("CGAN_")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert ended.stdout == ""
+    return ended.stderr
+
+
 @contextmanager
 def serving(app: FastAPI) -> Iterator[httpx.Client]:
     """An app on a real socket, served by uvicorn in a thread of this process."""

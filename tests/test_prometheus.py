@@ -79,6 +79,16 @@ def test_prometheus_scrapes_the_service_and_knows_its_request_rate(
 
 def test_promtool_finds_nothing_wrong_with_the_metrics(service: ServiceProcess) -> None:
     service.client.post("/generate?label=7&n=4")
+    assert complaints(service) == []
+
+
+def test_promtool_finds_nothing_wrong_with_the_metrics_of_several_workers() -> None:
+    with ServiceProcess("--workers", "2") as several:
+        several.client.post("/generate?label=7&n=4")
+        assert complaints(several) == []
+
+
+def complaints(service: ServiceProcess) -> list[str]:
     checked = subprocess.run(
         ["promtool", "check", "metrics"],
         input=service.client.get("/metrics").text,
@@ -86,10 +96,9 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(service: ServiceProcess) 
         text=True,
         check=False,
     )
-    complaints = [
+    return [
         line
         for line in checked.stderr.splitlines() + checked.stdout.splitlines()
         # The collectors of the client library itself are named by the Prometheus project.
         if not line.startswith(("process_", "python_"))
     ]
-    assert complaints == []

@@ -1,28 +1,9 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.serving import REPOSITORY, ServiceProcess
-
-
-def refused(*arguments: str) -> str:
-    """What a service that must not start writes to stderr."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "service", "--port", "0", *arguments],
-        cwd=REPOSITORY,
-        env={k: v for k, v in os.environ.items() if not k.startswith("CGAN_")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert ended.returncode != 0
-    assert ended.stdout == ""
-    return ended.stderr
+from tests.serving import ServiceProcess, refused
 
 
 def test_it_prints_one_line_with_the_address(bundled: Path) -> None:

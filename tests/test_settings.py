@@ -23,6 +23,7 @@ def test_every_option_is_a_flag_and_a_variable(monkeypatch: pytest.MonkeyPatch) 
         "port": "81",
         "weights": "elsewhere",
         "default_model": "mine",
+        "workers": "3",
         "device": "cpu",
         "dtype": "float32",
         "max_batch": "16",
@@ -50,6 +51,7 @@ def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("--port", "70000", "65535"),
         ("--port", "http", "integer"),
+        ("--workers", "0", "1"),
         ("--max-batch", "0", "1"),
         ("--max-queue", "10", "1024"),
         ("--timeout-ms", "-1", "1"),

@@ -52,6 +52,7 @@ def create_router(metrics: Metrics, draining: Callable[[], bool]) -> APIRouter:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def scrape(request: Request) -> Response:
+        metrics.refresh()
         encode, media_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics.registry), headers={"Content-Type": media_type})
 

@@ -1,0 +1,139 @@
+"""One process that serves: its models, its port, its beginning and its end."""
+
+import asyncio
+import gc
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import prometheus_client
+import uvicorn
+from fastapi import FastAPI
+
+from service.app import create_app
+from service.connection import JoiningProtocol
+from service.observation import configure_logging
+from service.registry import Registry, load_registry
+from service.settings import Settings
+from service.startup import ServiceError, serving
+from training.artifact import ArtifactError
+from training.devices import DeviceError, describe
+
+
+class Server(uvicorn.Server):
+    """Uvicorn with our own beginning and end.
+
+    On SIGTERM or SIGINT readiness falls, requests that were admitted are answered while the port
+    stays open, and the process ends with status 0; a second signal ends it at once.
+
+    Args:
+        app: what is served.
+        settings: say where, unless `run` is given sockets.
+        on_started: called once the port is open.
+        supervised: leave it to a supervisor to end the process at once. Whoever stops a whole group
+            of processes signals a worker as its supervisor does, so a second signal means nothing.
+        every_second: called about that often.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: Settings,
+        on_started: Callable[[], None],
+        *,
+        supervised: bool = False,
+        every_second: Callable[[], None] | None = None,
+    ) -> None:
+        async def on_tick() -> None:
+            if every_second is not None:
+                every_second()
+
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                http=JoiningProtocol,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                timeout_graceful_shutdown=5,
+                callback_notify=on_tick,
+                timeout_notify=0,
+            )
+        )
+        self._app = app
+        self._on_started = on_started
+        self._supervised = supervised
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return host, port
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the port, then say so."""
+        await super().startup(sockets)
+        if not self.started:
+            return
+        # What has been loaded stays: looking through it for garbage would hold up every request.
+        gc.collect()
+        gc.freeze()
+        self._on_started()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Drain on the first signal; uvicorn's own handler would close the port at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        if not self._app.state.drain():
+            self._app.state.drain.begin()
+            self._draining = asyncio.ensure_future(self._drain())
+        elif not self._supervised:
+            self.force_exit = self.should_exit = True
+
+    async def _drain(self) -> None:
+        await self._app.state.batcher.close()
+        self.should_exit = True  # uvicorn now waits for the answers that are still being sent
+
+
+def load(settings: Settings) -> Registry:
+    """Load and check the models of this process, with its log set up.
+
+    Raises:
+        ServiceError: a model or the device cannot be used.
+    """
+    configure_logging(settings.log_level)
+    prometheus_client.disable_created_metrics()  # a second series for each one, which nobody reads
+    try:
+        return load_registry(settings)
+    except (ArtifactError, DeviceError) as error:
+        raise ServiceError(str(error)) from error
+
+
+def serve(settings: Settings, say: Callable[[str], None]) -> int:
+    """Load, check, and only then serve, in this process; returns its exit status.
+
+    Raises:
+        ServiceError: it cannot start.
+    """
+    registry = load(settings)
+    device = describe(registry.default.engine.device)
+    server = Server(
+        create_app(settings, registry),
+        settings,
+        lambda: say(serving(registry.names, server.address, device)),
+    )
+    server.run()
+    return 0 if server.started else 1
