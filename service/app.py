@@ -83,7 +83,8 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics | None =
     metrics = metrics or Metrics()
     drain = Drain(metrics)
     batcher = Batcher(settings.max_queue, settings.timeout_ms / 1e3, metrics)
-    encoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="encoder")
+    cores = max(1, (os.cpu_count() or 1) // settings.workers)
+    encoders = ThreadPoolExecutor(cores, thread_name_prefix="encoder")
     for model in registry:
         engine = model.engine
         dtype = str(engine.dtype).removeprefix("torch.")

@@ -135,11 +135,21 @@ def test_the_precision_is_what_the_device_computes_in(
     assert used == ("bfloat16" if has_native_bfloat16(tiny.CPU) else "float32")
 
 
+def test_a_precision_that_the_device_does_not_compute_in_is_refused(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.__main__.has_native_bfloat16", lambda _: False)
+    said = "--precision: bfloat16 is not what the CPU", "allowed is float32"
+    refused(train(out, "--precision", "bfloat16"), *said, status=2)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "name", "value"),
     [
         (("--gamma", "0.7"), "penalty", 0.7),
         (("--mismatch", "0.4"), "mismatch", 0.4),
+        (("--precision", "float32"), "precision", "float32"),
         (("--flip",), "flip", True),
         ((), "augment", True),  # so few images would be learnt by heart
         (("--no-augment",), "augment", False),

@@ -134,6 +134,13 @@ def _by_preset(default: Callable[[TrainingConfig], str]) -> str:
     f"[default: {_by_preset(lambda preset: f'{preset.mismatch:g}')}]",
 )
 @click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of the matrix products; weights stay in float32. "
+    f"[default: {_by_preset(lambda preset: preset.precision)}, which is float32 on a device that "
+    "does not compute in bfloat16]",
+)
+@click.option(
     "--size",
     type=click.IntRange(MIN_SIZE, MAX_SIZE),
     help="Crop the images of a folder to their middle square, and resize them to so many pixels.",
@@ -166,6 +173,7 @@ def train_command(
     minutes: float | None,
     gamma: float | None,
     mismatch: float | None,
+    precision: str | None,
     size: int | None,
     flip: bool,
     augment: bool | None,
@@ -196,6 +204,7 @@ def train_command(
             "images": images,
             "penalty": gamma,
             "mismatch": mismatch,
+            "precision": precision,
             "flip": flip or None,
             "augment": augment,
         }
@@ -286,7 +295,13 @@ def _configure(
         raise click.UsageError(
             f"{world.size} processes cannot share a batch of {config.batch_size} images evenly."
         )
-    if not has_native_bfloat16(dataset.labels.device):
+    if config.precision == "bfloat16" and not has_native_bfloat16(dataset.labels.device):
+        if "precision" in chosen:
+            raise click.BadParameter(
+                f"bfloat16 is not what {describe(dataset.labels.device)} computes in; allowed is "
+                "float32",
+                param_hint="--precision",
+            )
         config = dataclasses.replace(config, precision="float32")
     return config
 

@@ -78,7 +78,7 @@ PRESETS: dict[str, TrainingConfig] = {
         lr_schedule="constant",
         beta1=0.5,
         beta2=0.999,
-        precision="bfloat16",
+        precision="float32",
         ema_half_life=0.0,
     ),
     # The same generator against a discriminator that sees neighbouring pixels, with the objective
