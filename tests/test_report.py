@@ -183,6 +183,13 @@ def test_images_that_nobody_counted_are_unknown(tmp_path: Path) -> None:
     assert "; unknown real images seen." in render([load_artifact(path)])
 
 
+def test_the_images_of_the_runs_that_a_run_began_with_are_told(tmp_path: Path) -> None:
+    first = {"images_seen": 1500, "began_with": None}
+    second = {"images_seen": 20, "began_with": first}
+    path = tiny.artifact_file(tmp_path / "a.safetensors", training={"began_with": second})
+    assert "images seen, after 20 and 1,500 in runs before it." in render([load_artifact(path)])
+
+
 def test_a_report_is_the_page_and_a_picture_of_each_model(tmp_path: Path) -> None:
     for name in ("a", "b"):
         tiny.artifact_file(tmp_path / f"{name}.safetensors")

@@ -149,6 +149,7 @@ def test_a_precision_that_the_device_does_not_compute_in_is_refused(
     [
         (("--gamma", "0.7"), "penalty", 0.7),
         (("--mismatch", "0.4"), "mismatch", 0.4),
+        (("--batch-size", "8"), "batch_size", 8),
         (("--precision", "float32"), "precision", "float32"),
         (("--flip",), "flip", True),
         ((), "augment", True),  # so few images would be learnt by heart
@@ -347,6 +348,7 @@ def test_a_damaged_checkpoint_is_named(out: Path) -> None:
         (("--gamma", "-1"), ("'--gamma': -1.0",)),
         (("--preset", "paper", "--mismatch", "1"), ("--mismatch: 1 needs", "allowed is 0")),
         (("--images", "0"), ("'--images': 0",)),
+        (("--batch-size", "1"), ("'--batch-size': 1",)),
         (("--minutes", "0"), ("'--minutes': 0.0",)),
         (("--seed", "-1"), ("'--seed': -1",)),
     ],

@@ -134,6 +134,11 @@ def _by_preset(default: Callable[[TrainingConfig], str]) -> str:
     f"[default: {_by_preset(lambda preset: f'{preset.mismatch:g}')}]",
 )
 @click.option(
+    "--batch-size",
+    type=click.IntRange(2),
+    help=f"Images a step. [default: {_by_preset(lambda preset: str(preset.batch_size))}]",
+)
+@click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16"]),
     help="Of the matrix products; weights stay in float32. "
@@ -173,6 +178,7 @@ def train_command(
     minutes: float | None,
     gamma: float | None,
     mismatch: float | None,
+    batch_size: int | None,
     precision: str | None,
     size: int | None,
     flip: bool,
@@ -204,6 +210,7 @@ def train_command(
             "images": images,
             "penalty": gamma,
             "mismatch": mismatch,
+            "batch_size": batch_size,
             "precision": precision,
             "flip": flip or None,
             "augment": augment,

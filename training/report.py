@@ -1,6 +1,8 @@
 """Certificates for people: a table for a terminal, a page for a folder of artifacts."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -172,6 +174,14 @@ def _certificate(artifact: Artifact) -> Certificate | str:
         return "Certified by another version of this code; evaluate it again."
 
 
+def _runs_before(training: Mapping[str, Any]) -> Iterator[int]:
+    """Images seen by the runs that a run began with the networks of, the latest first."""
+    origin = training.get("began_with")
+    while origin is not None:
+        yield origin["images_seen"]
+        origin = origin.get("began_with")
+
+
 def _section(artifact: Artifact) -> str:
     info, name = artifact.info, artifact.path.stem
     network, training = info.network, info.training
@@ -186,6 +196,9 @@ def _section(artifact: Artifact) -> str:
             f" of the data set `{training['dataset']}`, with the preset `{training['preset']}`, in "
             f"{training['elapsed_s'] / 60:.0f} minutes on the device `{training['device']}`"
         )
+    before = list(_runs_before(training))
+    if before:
+        line += f", after {' and '.join(f'{images:,}' for images in before)} in runs before it"
     known = _certificate(artifact)
     if isinstance(known, str):
         figures = [known]

@@ -34,7 +34,7 @@ from training.data import Dataset, default_data_dir, load_dataset
 from training.devices import describe, has_native_bfloat16, resolve_device
 from training.loop import create_state, generator_config
 
-BATCH = 64
+BATCHES = (64, 256)
 
 
 class PerImage(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -84,7 +84,12 @@ def endless(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def plain_loop(
-    dataset: Dataset, device: torch.device, source: torch.utils.data.Dataset[Any], workers: int
+    dataset: Dataset,
+    device: torch.device,
+    source: torch.utils.data.Dataset[Any],
+    *,
+    batch: int,
+    workers: int,
 ) -> Callable[[float], float]:
     """The published loop as a function: seconds to spend -> images per second."""
     state = create_state(
@@ -95,15 +100,15 @@ def plain_loop(
         torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999))
         for network in (discriminator, generator)
     ]
-    loader = DataLoader(source, BATCH, shuffle=True, drop_last=True, num_workers=workers)
+    loader = DataLoader(source, batch, shuffle=True, drop_last=True, num_workers=workers)
     batches = endless(loader)
     loss = nn.BCEWithLogitsLoss()
-    ones, zeros = torch.ones(BATCH, device=device), torch.zeros(BATCH, device=device)
+    ones, zeros = torch.ones(batch, device=device), torch.zeros(batch, device=device)
 
     def step(real: Tensor, labels: Tensor) -> tuple[float, float]:
         real, labels = real.to(device), labels.to(device)
-        wanted = torch.randint(dataset.num_classes, (BATCH,), device=device)
-        fake = generator(torch.randn(BATCH, 100, device=device), wanted)
+        wanted = torch.randint(dataset.num_classes, (batch,), device=device)
+        fake = generator(torch.randn(batch, 100, device=device), wanted)
         discriminator.zero_grad()
         real_loss = loss(discriminator(real, labels), ones)
         fake_loss = loss(discriminator(fake.detach(), wanted), zeros)
@@ -120,7 +125,7 @@ def plain_loop(
         while (spent := time.perf_counter() - began) < seconds:
             step(*next(batches))
             steps += 1
-        return steps * BATCH / spent
+        return steps * batch / spent
 
     return run
 
@@ -151,32 +156,38 @@ def main() -> None:
     options = parser.parse_args()
     device = resolve_device(options.device)
     dataset = load_dataset("mnist", "train", options.data_dir).to(device)
-    paper = dataclasses.replace(PRESETS["paper"], batch_size=BATCH)
-    images = PerImage(dataset)
+    print(f"{describe(device)}, torch {torch.__version__}")
+    for batch in BATCHES:
+        compare(dataset, device, batch, options.rounds, options.seconds)
+
+
+def compare(
+    dataset: Dataset, device: torch.device, batch: int, rounds: int, seconds: float
+) -> None:
+    """Print how fast all loops are at one batch size."""
+    paper = dataclasses.replace(PRESETS["paper"], batch_size=batch)
+    images, ready = PerImage(dataset), ready_made(dataset)
     published = {
-        "published loop": plain_loop(dataset, device, images, 0),
-        "published loop, 4 workers": plain_loop(dataset, device, images, 4),
+        "published loop": plain_loop(dataset, device, images, batch=batch, workers=0),
+        "published loop, 4 workers": plain_loop(dataset, device, images, batch=batch, workers=4),
     }
     loops = {
         **published,
-        "the same, ready-made floats": plain_loop(dataset, device, ready_made(dataset), 0),
-        "preset paper, float32": our_loop(
-            dataset, device, dataclasses.replace(paper, precision="float32")
-        ),
+        "the same, ready-made floats": plain_loop(dataset, device, ready, batch=batch, workers=0),
+        "preset paper, float32": our_loop(dataset, device, paper),
     }
     if has_native_bfloat16(device):
         half = dataclasses.replace(paper, precision="bfloat16")
         loops["preset paper, bfloat16"] = our_loop(dataset, device, half)
-    print(f"{describe(device)}, torch {torch.__version__}, batch {BATCH}")
     speeds: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
         loop(2.0)
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for name, loop in loops.items():
-            speeds[name].append(loop(options.seconds))
+            speeds[name].append(loop(seconds))
     medians = {name: statistics.median(found) for name, found in speeds.items()}
     floors = max(medians[name] for name in published), medians["the same, ready-made floats"]
-    print(f"{'':<28}{'images/s':>10}{'to published':>16}{'to ready-made':>16}")
+    print(f"{f'batch {batch}':<28}{'images/s':>10}{'to published':>16}{'to ready-made':>16}")
     for name, median in medians.items():
         ratios = "".join(f"{median / floor:>15.2f}x" for floor in floors)
         print(f"{name:<28}{median:>10,.0f}{ratios}")
