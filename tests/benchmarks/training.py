@@ -9,8 +9,8 @@ networks here are this project's own, and its defects are left out: labels are d
 classes, weights start as PyTorch starts them. The same loop with images that are float tensors
 beforehand shows how much of the difference is the loading.
 
-Rounds of all are interleaved; printed are medians, in images per second. The ratios are to the
-faster of the published loops, and to the one that has nothing to load.
+All are compared at two batch sizes. Rounds are interleaved; printed are medians, in images per
+second. The ratios are to the faster of the published loops, and to the one that has nothing to load.
 """
 
 import argparse
