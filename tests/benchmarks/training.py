@@ -10,7 +10,7 @@ classes, weights start as PyTorch starts them. The same loop with images that ar
 beforehand shows how much of the difference is the loading.
 
 All are compared at two batch sizes. Rounds are interleaved; printed are medians, in images per
-second. The ratios are to the faster of the published loops, and to the one that has nothing to load.
+second. The ratios are to the faster of the published loops, and to the one with nothing to load.
 """
 
 import argparse
