@@ -1,4 +1,5 @@
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -62,6 +63,21 @@ def test_an_order_that_cannot_be_made_names_the_field(
         generation.order(labels=labels, n=n, seed=1, model=model)
     assert caught.value.status == status
     assert caught.value.errors[0].field == field
+
+
+def test_small_images_are_encoded_at_once_and_large_ones_by_another_thread(
+    generation: Generation,
+) -> None:
+    async def thread(pixels: int) -> threading.Thread:
+        encoded, seconds = await generation.encode(threading.current_thread, pixels=pixels)
+        assert seconds >= 0
+        return encoded
+
+    async def scene() -> None:
+        assert await thread(64 * 28 * 28) is threading.current_thread()
+        assert await thread(1024 * 28 * 28) is not threading.current_thread()
+
+    asyncio.run(scene())
 
 
 class Client:

@@ -233,6 +233,14 @@ def test_a_body_of_unknown_length_is_refused_too(client: httpx.Client) -> None:
     answer = client.post("/generate?label=7", content=iter([b"label=7"]))
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == "body"
+    assert answer.json()["errors"][0]["value"] == "transfer-encoding: chunked"
+
+
+def test_accept_lines_are_one_list(client: httpx.Client) -> None:
+    lines = [("Accept", "text/html"), ("Accept", "application/json;q=0.5"), ("Accept", "image/*")]
+    for sent in (lines, lines[::-1]):
+        answer = client.request("POST", "/generate?label=3", headers=sent)
+        assert answer.headers["Content-Type"] == "image/png"
 
 
 def test_the_limits_themselves_are_allowed(client: httpx.Client) -> None:

@@ -269,10 +269,11 @@ def _read_headers(headers: RawHeaders) -> str | None:
     accept = None
     for name, value in headers:
         if name == b"accept":
-            accept = value.decode("latin-1")
+            more = value.decode("latin-1")
+            accept = more if accept is None else f"{accept}, {more}"  # lines of one list
         elif (name == b"content-length" and value != b"0") or name == b"transfer-encoding":
             message = "no body is allowed; the parameters go into the query string"
-            raise wrong_value("body", f"{value.decode('latin-1')} bytes", message)
+            raise wrong_value("body", (b"%b: %b" % (name, value)).decode("latin-1"), message)
     return accept
 
 
