@@ -25,12 +25,14 @@ class Sample:
 
     Attributes:
         seconds: from the first request to the end of the loop.
+        good: answers with status 200 in that time.
         latencies: of the answers with status 200, in seconds.
         refusals: latencies of the answers with status 429 or 503.
         other: answers with another status, connections that broke, answers that never came.
     """
 
     seconds: float = 0.0
+    good: int = 0
     latencies: list[float] = field(default_factory=list)
     refusals: list[float] = field(default_factory=list)
     other: int = 0
@@ -38,7 +40,7 @@ class Sample:
     @property
     def rate(self) -> float:
         """Good answers a second."""
-        return len(self.latencies) / self.seconds
+        return self.good / self.seconds
 
     def percentile(self, percent: int) -> float:
         """A percentile of the good answers' latencies, in milliseconds."""
@@ -127,6 +129,7 @@ async def closed_loop(
         nonlocal running
         now = perf_counter()
         sample.count(status, now - connection.due)
+        sample.good += status == 200
         if now < end and not connection.closed:
             connection.send(next(requests), now)
             return
@@ -148,21 +151,32 @@ async def closed_loop(
 
 
 async def open_loop(
-    port: int, requests: Iterator[bytes], *, rate: float, seconds: float, connections: int
+    port: int,
+    requests: Iterator[bytes],
+    *,
+    rate: float,
+    seconds: float,
+    connections: int,
+    warmup_s: float = 1.0,
 ) -> Sample:
     """Requests at fixed times, whether or not the earlier ones are answered.
 
     Latency counts from the time a request was due, so what waits here for a free connection is part
-    of it. The rate is that of the good answers while requests were coming.
+    of it. The first `warmup_s` do not count: the server is still busy with so many new connections.
+    After that every request that was due in `seconds` counts, and is waited for; the rate is that
+    of the good answers that came in them.
     """
     sample = Sample(seconds=seconds)
-    free: deque[Connection] = deque()
+    free: list[Connection] = []  # the last one used is the next one used, as in clients' pools
     waiting: deque[float] = deque()
-    end = 0.0
+    counted, end = 0, 0.0
 
     def done(connection: Connection, status: int) -> None:
+        nonlocal counted
         now = perf_counter()
-        if now < end:
+        sample.good += status == 200 and end - seconds <= now < end
+        if end - seconds <= connection.due < end:
+            counted -= 1
             sample.count(status, now - connection.due)
         if connection.closed:
             return
@@ -171,24 +185,27 @@ async def open_loop(
         else:
             free.append(connection)
 
-    opened = [await _connect(port, done) for _ in range(connections)]
-    free.extend(opened)
+    free.extend([await _connect(port, done) for _ in range(connections)])
+    opened = list(free)
     began = perf_counter()
-    end = began + seconds
+    end = began + warmup_s + seconds
     for number in itertools.count():
         due = began + number / rate
         if due >= end:
             break
+        counted += due >= end - seconds
         while (left := due - perf_counter()) > 0.0:
             # A timer is only right to a millisecond or so; this core has nothing else to do.
             await asyncio.sleep(left - 0.002 if left > 0.003 else 0)
         if number % 16 == 0:
             await asyncio.sleep(0)  # behind time or not, answers must be read
         if free:
-            free.popleft().send(next(requests), due)
+            free.pop().send(next(requests), due)
         else:
             waiting.append(due)
-    await asyncio.sleep(max(0.0, end - perf_counter()))
+    while counted and perf_counter() < end + 60.0:
+        await asyncio.sleep(0.01)
+    sample.other += counted
     for connection in opened:
         connection.busy = False
         assert connection.transport is not None
