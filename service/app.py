@@ -75,6 +75,13 @@ class App(FastAPI):
         return self.openapi_schema
 
 
+def available_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def create_app(settings: Settings, registry: Registry, metrics: Metrics | None = None) -> FastAPI:
     """An app that serves the models of a registry.
 
@@ -82,8 +89,10 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics | None =
     """
     metrics = metrics or Metrics()
     drain = Drain(metrics)
-    batcher = Batcher(settings.max_queue, settings.timeout_ms / 1e3, metrics)
-    cores = max(1, (os.cpu_count() or 1) // settings.workers)
+    cores = max(1, available_cores() // settings.workers)
+    # A GPU computes without this process's core, which waits for it on a thread.
+    threaded = cores > 1 or any(model.engine.device.type != "cpu" for model in registry)
+    batcher = Batcher(settings.max_queue, settings.timeout_ms / 1e3, metrics, threaded=threaded)
     encoders = ThreadPoolExecutor(cores, thread_name_prefix="encoder")
     for model in registry:
         engine = model.engine

@@ -1,12 +1,14 @@
 """Merges the rows of concurrent requests into batches for an engine.
 
 A row is one image to generate: (seed, index, label). Requests are admitted on the event loop and
-computed on one thread, named "engine", which takes whatever waits as soon as it is free: nothing
+computed turn by turn, each of which takes whatever waits as soon as the last one is done: nothing
 here sleeps, polls or holds a batch back in the hope of more.
 
-A turn of the thread:
+    wait for work -> collect a batch, small requests first -> forward -> scatter -> answer
 
-    wait for work -> collect one engine's batch, round-robin -> forward -> scatter -> answer
+Turns run on one thread, named "engine". Where the process has a single core and the engine computes
+on it, that thread could only take the core from the event loop, and be interrupted by every arrival
+in turn; there the event loop takes the turns itself, when it has nothing else to do.
 
 The lock covers the queue only. It is held to admit, to collect and to withdraw, never during a
 forward. Futures belong to the event loop and are only ever touched there.
@@ -25,10 +27,17 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-QUANTUM = 16  # rows that a request gives before the next one has its turn
-LEAST_FULL = 64  # rows of a full batch, however few requests wait
-COST_WEIGHT = 0.2  # of the newest batch in the moving average of seconds per row
+from service.faults import CorruptRows, DeviceLost, OutOfMemory
+
+SMALL = 16  # rows of a small request at most
+GROWTH = 4  # rows by which every request that waits makes the next batch larger
+SHORT_S = 0.0015  # about how long a forward takes while few requests wait
+COST_WEIGHT = 0.2  # of the newest batch in the moving averages of seconds per row
+HASTE = 0.8  # of the time it may take, a request is expected to need at most so much: rates vary
 MIN_RETRY_AFTER_S = 0.01
+# On the event loop, what was answered is sent within so many of its rounds, and what has arrived by
+# then is admitted within `QUIET_ROUNDS` of the last arrival.
+SENDING_ROUNDS, QUIET_ROUNDS = 3, 2
 
 _UINT64, _INT64 = np.dtype(np.uint64), np.dtype(np.int64)
 
@@ -52,6 +61,12 @@ class Engine(Protocol):
 
         The returned array is the caller's own: the answers are views of it, so the engine must
         never write to it again. The arguments are only lent for the call and are not written to.
+
+        Raises:
+            OutOfMemory: fewer rows may fit.
+            CorruptRows: some rows are wrong, the others are in the exception.
+            DeviceLost: it will never compute again.
+            Exception: anything else failed this batch, and says nothing of the next one.
         """
         ...
 
@@ -60,7 +75,11 @@ class Observer(Protocol):
     """Where the batcher reports what the metrics count."""
 
     def batch(self, rows: int, forward_s: float) -> None:
-        """One forward succeeded; called on the engine thread, so it must be quick."""
+        """One forward succeeded; called between two forwards, so it must be quick."""
+        ...
+
+    def wasted(self, rows: int) -> None:
+        """Rows were computed that nobody waits for any more; from any thread."""
         ...
 
 
@@ -71,8 +90,8 @@ class Draining(Exception):
 class Overloaded(Exception):
     """The request would not fit, or not in time; worth another try after `retry_after_s`."""
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
+    def __init__(self, queued_rows: int, retry_after_s: float) -> None:
+        super().__init__(queued_rows, retry_after_s)  # words would take longer than the refusal
         self.retry_after_s = retry_after_s
 
 
@@ -95,11 +114,30 @@ class Generated:
 
 @dataclass(slots=True, eq=False)
 class _Lane:
-    """The waiting requests of one engine. It outlives its work, to remember what a row costs."""
+    """The waiting requests of one engine. It outlives its work, to remember what a row costs.
 
-    waiting: "deque[Ticket]" = field(default_factory=deque)
-    queued_rows: int = 0
-    row_s: float | None = None  # seconds per row at full batches; None until one was measured
+    Small requests go before large ones, which take long anyway. While both wait, each kind has
+    half of every batch, and within its kind a request is served in the order of arrival: what
+    comes later never takes time from what was promised to be done by its deadline.
+    """
+
+    small: "deque[Ticket]" = field(default_factory=deque)  # of at most SMALL rows
+    large: "deque[Ticket]" = field(default_factory=deque)
+    small_rows: int = 0  # queued
+    queued_rows: int = 0  # of small and large ones
+    # Seconds per row while batches are full, of the forward alone and of all that happens from one
+    # batch to the next; None until measured.
+    forward_row_s: float | None = None
+    row_s: float | None = None
+
+    def finish_s(self, rows: int) -> float:
+        """How long it will take until another request is done; 0 where nothing is known."""
+        if rows <= SMALL:
+            rows += self.small_rows
+            rows += min(rows, self.queued_rows - self.small_rows)  # of large ones, in turn
+        else:
+            rows = 2 * (rows + self.queued_rows - self.small_rows)  # small ones may come
+        return rows * (self.row_s or 0.0)
 
 
 @dataclass(slots=True, eq=False)
@@ -113,9 +151,11 @@ class Ticket:
     labels: NDArray[np.int64]  # (n,)
     rows: int
     future: "asyncio.Future[Generated]"
+    timeout_s: float
     admitted_at: float
     next_row: int = 0  # the first row that was not yet put into a batch
-    credit: int = QUANTUM  # rows it may still give before it goes to the tail
+    filled: int = 0  # rows that were computed while somebody waited for them
+    gone: bool = False  # nobody waits any more, or one of its rows failed
     first_forward_at: float = 0.0
     pixels: NDArray[np.uint8] | None = None  # (n, H, W, C), only when more than one batch fills it
 
@@ -128,50 +168,73 @@ class _Slice(NamedTuple):
     stop: int
 
 
-_Answer = tuple["asyncio.Future[Generated]", Generated | ForwardFailed]
+_Answer = tuple["asyncio.Future[Generated]", Generated | ForwardFailed | DeviceLost]
 
 
 class Batcher:
-    """Admits requests on the event loop and runs their rows, batch by batch, on one thread.
+    """Admits requests on the event loop and runs their rows, batch by batch.
 
     Args:
-        max_queue: rows, over all engines, that may be admitted and not yet started.
+        max_queue: rows, over all engines, that may be admitted and not yet started; small requests
+            may exceed it by an eighth.
         timeout_s: the longest that a request may take from admission to its last row.
-        observer: told of every successful forward.
+        observer: told of every successful forward, and of what was computed in vain.
+        threaded: whether turns run on a thread of their own, or on the event loop.
     """
 
-    def __init__(self, max_queue: int, timeout_s: float, observer: Observer) -> None:
+    def __init__(
+        self, max_queue: int, timeout_s: float, observer: Observer, *, threaded: bool = True
+    ) -> None:
         self._max_queue = max_queue
         self._timeout_s = timeout_s
         self._observer = observer
+        self._threaded = threaded
         self._thread: threading.Thread | None = None
         self._stopped = asyncio.Event()
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # notified when an empty queue gets work
         # Under the lock:
         self._accepting = False
+        self._lost: DeviceLost | None = None
         self._lanes: WeakKeyDictionary[Engine, _Lane] = WeakKeyDictionary()
         self._turns: deque[_Lane] = deque()  # the lanes with work, the next one first
-        # Written by the engine thread alone, as are the costs of the lanes; read for estimates.
+        # Written between forwards alone, as are the costs of the lanes; read for estimates.
         self._running_until = 0.0  # when the current batch should be done, by perf_counter
+        self._ready_at = 0.0  # since when there was work and no forward
+        # On the event loop alone, where it takes the turns:
+        self._rounds_left = 0  # of the event loop, before the next turn
+        self._turning = False
 
     # On the event loop
 
-    def start(self) -> None:
-        """Start the engine thread; called once, on the event loop that will submit."""
-        loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, args=(loop,), name="engine", daemon=True)
+    def start(self, on_lost: Callable[[DeviceLost], object] | None = None) -> None:
+        """Begin to take work; called once, on the event loop that will submit.
+
+        Args:
+            on_lost: called on the event loop when an engine says that its device is lost. Nothing
+                is admitted from then on, and all that waited has been rejected.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._on_lost = on_lost
         self._accepting = True
-        self._thread.start()
+        if self._threaded:
+            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            self._thread.start()
 
     async def close(self) -> None:
-        """Refuse new work, finish what was admitted, and end the thread."""
+        """Refuse new work, finish what was admitted, and end."""
         with self._lock:
             self._accepting = False
             self._work.notify()
         if self._thread is not None:
             await self._stopped.wait()
             self._thread.join()  # has only to return: its last act was to say that it stopped
+        elif self._turning:
+            await self._stopped.wait()
+
+    def lose(self, error: DeviceLost) -> None:
+        """Reject all that waits, and whatever comes, because a device computes wrong images."""
+        _answer(self._lose([], error))
 
     @property
     def queued_rows(self) -> int:
@@ -195,18 +258,22 @@ class Batcher:
         Cancelling this, or the ticket, frees the rows that were not started.
 
         Raises:
-            DeadlineExceeded: `timeout_s` passed; rows not yet started are never computed.
+            DeadlineExceeded: its time passed; rows not yet started are never computed.
             ForwardFailed: the engine failed on some of the rows; the others are dropped.
+            DeviceLost: the engine's device is lost, with all that waited for it.
         """
         future = ticket.future
-        timer = future.get_loop().call_later(self._timeout_s, self._expire, future)
+        timer = self._loop.call_later(ticket.timeout_s, self._expire, ticket)
         try:
-            return await future
+            generated = await future
+        except BaseException:
+            with self._lock:
+                self._withdraw(ticket)
+            raise
+        else:
+            return generated
         finally:
             timer.cancel()
-            if ticket.next_row < ticket.rows:
-                with self._lock:
-                    self._withdraw(ticket)
             # An exception holds this frame by its traceback, and the future holds the exception.
             del ticket, future
 
@@ -216,123 +283,195 @@ class Batcher:
         seeds: NDArray[np.uint64],
         indices: NDArray[np.int64],
         labels: NDArray[np.int64],
+        timeout_s: float | None = None,
     ) -> "Ticket":
         """Queue one row per image; called on the event loop. The arrays must not change.
 
+        Args:
+            engine: computes them.
+            seeds: (n,), n >= 1.
+            indices: (n,).
+            labels: (n,).
+            timeout_s: the longest that it may take, if that is shorter than the batcher's own.
+
         Raises:
             ValueError: the arrays are not one row each of the right type; nothing was queued.
+            DeviceLost: nothing can be computed any more; nothing was queued.
             Draining: no new work is taken; nothing was queued.
             Overloaded: no room, or no time, for the request; nothing was queued.
         """
         _check_rows(seeds, indices, labels)
         rows = len(seeds)
-        future: asyncio.Future[Generated] = asyncio.get_running_loop().create_future()
+        if timeout_s is None or timeout_s > self._timeout_s:
+            timeout_s = self._timeout_s
         now = perf_counter()
         with self._lock:
             if not self._accepting:
-                raise Draining("no new work is taken")
+                raise self._lost or Draining("no new work is taken")
             lane = self._lanes.get(engine)
             if lane is None:
                 lane = self._lanes[engine] = _Lane()
-            self._check_room(lane, rows, now)
+            self._check_room(lane, rows, timeout_s, now)
 
-            ticket = Ticket(engine, lane, seeds, indices, labels, rows, future, now)
-            if not self._turns:
+            future: asyncio.Future[Generated] = self._loop.create_future()
+            ticket = Ticket(engine, lane, seeds, indices, labels, rows, future, timeout_s, now)
+            if not self._turns and self._threaded:
                 self._work.notify()
-            if not lane.waiting:
+            if not lane.queued_rows:
                 self._turns.append(lane)
-            lane.waiting.append(ticket)
+            if rows <= SMALL:
+                lane.small.append(ticket)
+                lane.small_rows += rows
+            else:
+                lane.large.append(ticket)
             lane.queued_rows += rows
+            if not self._threaded:
+                self._await_quiet(lane.queued_rows < engine.max_batch)
         return ticket
 
-    def _check_room(self, lane: _Lane, rows: int, now: float) -> None:
-        """Raise Overloaded unless `rows` more fit the queue and the whole backlog fits the time.
+    def _check_room(self, lane: _Lane, rows: int, timeout_s: float, now: float) -> None:
+        """Raise Overloaded unless `rows` more fit the queue and can be done in time.
 
         With an empty queue the time does not count: only trying corrects an estimate that is
         too slow. A request of more than `max_queue` rows never fits.
         """
-        queued = 0
-        backlog_s = 0.0
-        for other in self._turns:
-            queued += other.queued_rows
-            backlog_s += other.queued_rows * (other.row_s or 0.0)
-        excess = queued + rows - self._max_queue
+        queued = sum(other.queued_rows for other in self._turns)
+        if not queued and rows <= self._max_queue:
+            return
+        room = self._max_queue + (self._max_queue // 8 if rows <= SMALL else 0) - queued
+        busy = len(self._turns) + (lane not in self._turns)  # lanes that take turns
         running_s = max(0.0, self._running_until - now)
-        late_s = running_s + backlog_s + rows * (lane.row_s or 0.0) - self._timeout_s
-        if excess <= 0 and (late_s <= 0.0 or not queued):
+        late_s = running_s + busy * lane.finish_s(rows) - HASTE * timeout_s
+        if rows <= room and late_s <= 0.0:
             return
 
         room_s = self._timeout_s  # by then all that waits now is answered or gone
+        backlog_s = sum(other.queued_rows * (other.row_s or 0.0) for other in self._turns)
         if backlog_s > 0.0:
+            excess = rows - room
             fits_s = running_s + backlog_s * min(1.0, excess / queued) if excess > 0 else 0.0
             room_s = min(room_s, max(fits_s, late_s))
-        raise Overloaded(
-            f"{queued} rows are queued (at most {self._max_queue}), about {backlog_s:.2f} s of "
-            f"work (at most {self._timeout_s:g} s): no room for {rows} more",
-            retry_after_s=max(room_s, MIN_RETRY_AFTER_S),
-        )
+        raise Overloaded(queued, max(room_s, MIN_RETRY_AFTER_S))
 
-    def _expire(self, future: "asyncio.Future[Generated]") -> None:
-        if not future.done():
-            future.set_exception(DeadlineExceeded(f"not complete within {self._timeout_s:g} s"))
+    def _expire(self, ticket: "Ticket") -> None:
+        if not ticket.future.done():
+            late = DeadlineExceeded(f"not complete within {ticket.timeout_s:g} s")
+            ticket.future.set_exception(late)
+
+    # On the event loop, where it takes the turns
+
+    def _await_quiet(self, more_fits: bool) -> None:
+        if not self._turning:
+            self._turning = True
+            self._ready_at = perf_counter()
+            self._rounds_left = QUIET_ROUNDS
+            self._loop.call_soon(self._pass_round)
+        elif more_fits and self._rounds_left < QUIET_ROUNDS:
+            self._rounds_left = QUIET_ROUNDS
+
+    def _pass_round(self) -> None:
+        """Take a turn when the loop has sent what was answered, and nothing more has come.
+
+        Once a full batch waits, what comes does not hold it back.
+        """
+        self._rounds_left -= 1
+        if self._rounds_left <= 0:
+            if not self._turns:  # withdrawn, or done
+                self._turning = False
+                if not self._accepting:
+                    self._stopped.set()
+                return
+            self._take_turn()
+            self._rounds_left = SENDING_ROUNDS
+        self._loop.call_soon(self._pass_round)
 
     # On either thread, under the lock
 
     def _withdraw(self, request: Ticket) -> None:
         """Free the rows that were not started. Linear in the queue, but few requests need it."""
+        if request.gone:
+            return
+        request.gone = True
+        if request.filled:
+            self._observer.wasted(request.filled)
         left = request.rows - request.next_row
         if left == 0:
             return
         request.next_row = request.rows
         lane = request.lane
         lane.queued_rows -= left
-        lane.waiting.remove(request)
-        if not lane.waiting:
+        if request.rows <= SMALL:
+            lane.small_rows -= left
+            lane.small.remove(request)
+        else:
+            lane.large.remove(request)
+        if not lane.queued_rows and lane in self._turns:
             self._turns.remove(lane)
 
-    # On the engine thread
+    # Where the engine runs
 
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _run(self) -> None:
         try:
-            while self._take_turn(loop) and not loop.is_closed():
-                pass
+            while not self._loop.is_closed() and self._wait_for_work():
+                self._take_turn()
         finally:
-            _call_soon(loop, self._stopped.set)
+            self._on_loop(self._stopped.set)
 
-    def _take_turn(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Wait for work and run one batch; False once drained.
-
-        No local of a turn is alive during the wait of the next one, so an idle thread keeps
-        neither an engine nor pixels in memory.
-        """
+    def _wait_for_work(self) -> bool:
+        """False once drained."""
         with self._lock:
             while not self._turns:
                 if not self._accepting:
                     return False
                 self._work.wait()
+                self._ready_at = perf_counter()
+        return True
+
+    def _take_turn(self) -> None:
+        """Run one batch, if there is any work.
+
+        No local of a turn is alive during the wait of the next one, so an idle thread keeps
+        neither an engine nor pixels in memory.
+        """
+        with self._lock:
+            if not self._turns:
+                return
             lane = self._turns.popleft()
-            engine = lane.waiting[0].engine
+            engine = (lane.small or lane.large)[0].engine
             full = _full_batch(lane, engine)
             batch = _collect(lane, full)
-            if lane.waiting:
+            if lane.queued_rows:
                 self._turns.append(lane)
 
-        answers: list[_Answer]
-        try:
-            answers = self._forward(engine, lane, batch, full)
-        except Exception as error:
-            answers = self._reject(batch, error)
+        answers = self._compute(engine, lane, batch, full)
         if answers:
-            _call_soon(loop, _answer, answers)
+            self._on_loop(_answer, answers)
         # A failure holds this frame by its traceback; it is not to hold itself by the batch.
         batch.clear()
         del answers
-        return True
+
+    def _compute(
+        self, engine: Engine, lane: _Lane, batch: list[_Slice], full: int, *, again: bool = False
+    ) -> list[_Answer]:
+        """Run one batch; the answers are those of the requests that it completed or failed."""
+        try:
+            return self._forward(engine, lane, batch, full)
+        except OutOfMemory as error:
+            halves = () if again else _halve(batch)
+            if not halves:
+                return self._reject(batch, error)
+            answers: list[_Answer] = []
+            for half in halves:
+                answers += self._compute(engine, lane, half, full, again=True)
+            return answers
+        except DeviceLost as error:
+            return self._lose(batch, error)
+        except Exception as error:
+            return self._reject(batch, error)
 
     def _forward(
         self, engine: Engine, lane: _Lane, batch: list[_Slice], full: int
     ) -> list[_Answer]:
-        """Run one batch; the answers are those of the requests that it completed."""
         if len(batch) == 1:
             seeds, indices, labels = _columns(batch[0])
         else:
@@ -341,17 +480,38 @@ class Batcher:
         rows = len(seeds)
 
         started_at = perf_counter()
-        self._running_until = started_at + rows * (lane.row_s or 0.0)
-        pixels = engine(seeds, indices, labels)  # (B, H, W, C)
+        self._running_until = started_at + rows * (lane.forward_row_s or 0.0)
+        corrupt: CorruptRows | None = None
+        try:
+            pixels = engine(seeds, indices, labels)  # (B, H, W, C)
+        except CorruptRows as error:
+            corrupt, pixels = error, error.pixels
         done_at = perf_counter()
         if pixels.ndim != 4 or len(pixels) != rows or pixels.dtype != np.uint8:
             raise ValueError(
                 f"the engine returned {pixels.dtype} {pixels.shape} for {rows} rows, "
                 f"expected uint8 ({rows}, H, W, C)"
             )
-        _measure(lane, rows, full, done_at - started_at)
-        self._observer.batch(rows, done_at - started_at)
-        return _scatter(batch, pixels, started_at, done_at)
+        forward_s = done_at - started_at
+        lane.forward_row_s = _measure(lane.forward_row_s, rows, full, forward_s)
+        lane.row_s = _measure(lane.row_s, rows, full, done_at - self._ready_at)
+        self._ready_at = done_at
+        self._observer.batch(rows, forward_s)
+        answers = [] if corrupt is None else self._reject(_hit(batch, corrupt.rows), corrupt)
+        self._count(batch)
+        return answers + _scatter(batch, pixels, started_at, done_at)
+
+    def _count(self, batch: list[_Slice]) -> None:
+        """Tell the rows that somebody still waits for from the others."""
+        wasted = 0
+        with self._lock:
+            for request, start, stop in batch:
+                if request.gone:
+                    wasted += stop - start
+                else:
+                    request.filled += stop - start
+        if wasted:
+            self._observer.wasted(wasted)
 
     def _reject(self, batch: list[_Slice], error: Exception) -> list[_Answer]:
         answers: list[_Answer] = []
@@ -363,6 +523,29 @@ class Batcher:
             failure.__cause__ = error
             answers.append((request.future, failure))
         return answers
+
+    def _lose(self, batch: list[_Slice], error: DeviceLost) -> list[_Answer]:
+        requests = {request for request, _, _ in batch}
+        with self._lock:
+            if self._lost is None and self._on_lost is not None:
+                self._on_loop(self._on_lost, error)
+            self._accepting, self._lost = False, error
+            self._work.notify()
+            for lane in self._turns:
+                requests.update(lane.small, lane.large)
+            for request in requests:
+                self._withdraw(request)
+        return [(request.future, DeviceLost(str(error))) for request in requests]
+
+    def _on_loop(self, callback: Callable[..., object], *args: object) -> None:
+        if not self._threaded:
+            callback(*args)
+            return
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            if not self._loop.is_closed():  # closed: nobody is left to be told
+                raise
 
 
 def _check_rows(
@@ -382,37 +565,72 @@ def _check_rows(
 
 
 def _full_batch(lane: _Lane, engine: Engine) -> int:
-    """How many rows the lane's next batch takes at most: a quantum of each request that waits.
+    """How many rows the lane's next batch takes at most.
 
     Large batches cost less per row, and with many requests waiting nobody waits longer for them.
-    With few, a request that comes now would: it has to wait for the end of the batch.
+    With few, a request that comes now would: it has to wait for the end of the batch. No small
+    rest is left over, which would take about as long as a batch.
     """
-    return min(engine.max_batch, max(LEAST_FULL, QUANTUM * len(lane.waiting)))
+    short = int(SHORT_S / lane.forward_row_s) if lane.forward_row_s else SMALL
+    waiting = len(lane.small) + len(lane.large)
+    full = max(SMALL, short, GROWTH * waiting)
+    if full < lane.queued_rows <= full + full // 2:
+        full = lane.queued_rows
+    return min(engine.max_batch, full)
 
 
 def _collect(lane: _Lane, full: int) -> list[_Slice]:
-    """Take the lane's next batch by deficit round-robin, one slice per request; under the lock.
-
-    A request that the end of the batch cuts off stays at the head with the rest of its credit:
-    a fresh quantum would starve the others, the tail would cost it rows.
-    """
-    waiting = lane.waiting
+    """Take the lane's next batch, one slice per request; under the lock."""
     starts: dict[Ticket, int] = {}
-    room = full
-    while room and waiting:
+    small = _take(lane.small, full - full // 2 if lane.large else full, starts)
+    large = _take(lane.large, full - small, starts)
+    small += _take(lane.small, full - small - large, starts)
+    lane.small_rows -= small
+    lane.queued_rows -= small + large
+    return [_Slice(request, start, request.next_row) for request, start in starts.items()]
+
+
+def _take(waiting: "deque[Ticket]", room: int, starts: dict[Ticket, int]) -> int:
+    """Rows that requests give in turn, up to `room`; notes the first row of each."""
+    left = room
+    while left and waiting:
         request = waiting[0]
         starts.setdefault(request, request.next_row)
-        rows = min(room, request.credit, request.rows - request.next_row)
-        room -= rows
+        rows = min(left, request.rows - request.next_row)
+        left -= rows
         request.next_row += rows
-        request.credit -= rows
         if request.next_row == request.rows:
             waiting.popleft()
-        elif not request.credit:
-            request.credit = QUANTUM
-            waiting.rotate(-1)
-    lane.queued_rows -= full - room
-    return [_Slice(request, start, request.next_row) for request, start in starts.items()]
+    return room - left
+
+
+def _halve(batch: list[_Slice]) -> tuple[list[_Slice], ...]:
+    """A batch as two of half the rows; nothing where there is only one row."""
+    middle = sum(stop - start for _, start, stop in batch) // 2
+    if not middle:
+        return ()
+    first: list[_Slice] = []
+    second: list[_Slice] = []
+    for request, start, stop in batch:
+        cut = min(stop, start + middle)
+        middle -= cut - start
+        if cut > start:
+            first.append(_Slice(request, start, cut))
+        if stop > cut:
+            second.append(_Slice(request, cut, stop))
+    return first, second
+
+
+def _hit(batch: list[_Slice], rows: NDArray[np.bool_]) -> list[_Slice]:
+    """The slices of a batch that have any of some rows (B,)."""
+    hit: list[_Slice] = []
+    offset = 0
+    for part in batch:
+        end = offset + part.stop - part.start
+        if rows[offset:end].any():
+            hit.append(part)
+        offset = end
+    return hit
 
 
 def _columns(part: _Slice) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
@@ -422,19 +640,19 @@ def _columns(part: _Slice) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArr
     return request.seeds[start:stop], request.indices[start:stop], request.labels[start:stop]
 
 
-def _measure(lane: _Lane, rows: int, full: int, forward_s: float) -> None:
+def _measure(row_s: float | None, rows: int, full: int, spent_s: float) -> float | None:
     """Learn what a row costs while the engine is busy, which only a full batch tells.
 
     A forward of fixed shape takes as long for one row as for all, so a batch with room left only
     says that a row costs no more than this. Without that, light traffic would look like a slow
     engine and the first burst would be refused.
     """
-    row_s = forward_s / rows
-    if lane.row_s is None:
-        if rows == full:
-            lane.row_s = row_s
-    elif rows == full or row_s < lane.row_s:
-        lane.row_s += COST_WEIGHT * (row_s - lane.row_s)
+    newest_s = spent_s / rows
+    if row_s is None:
+        return newest_s if rows == full else None
+    if rows == full or newest_s < row_s:
+        return row_s + COST_WEIGHT * (newest_s - row_s)
+    return row_s
 
 
 def _scatter(
@@ -446,6 +664,8 @@ def _scatter(
     for request, start, stop in batch:
         part = pixels[offset : offset + stop - start]
         offset += stop - start
+        if request.gone:
+            continue
         if start == 0:
             request.first_forward_at = started_at
         if stop - start == request.rows:
@@ -466,17 +686,7 @@ def _answer(answers: list[_Answer]) -> None:
     for future, outcome in answers:
         if future.done():  # cancelled, or its deadline passed
             continue
-        if isinstance(outcome, ForwardFailed):
-            future.set_exception(outcome)
-        else:
+        if isinstance(outcome, Generated):
             future.set_result(outcome)
-
-
-def _call_soon(
-    loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object
-) -> None:
-    try:
-        loop.call_soon_threadsafe(callback, *args)
-    except RuntimeError:
-        if not loop.is_closed():  # closed: nobody is left to be told
-            raise
+        else:
+            future.set_exception(outcome)

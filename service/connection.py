@@ -1,13 +1,16 @@
-"""HTTP/1.1 connections that send an answer's head and body together.
+"""HTTP/1.1 connections, as uvicorn's, with what serving images needs beyond.
 
-Uvicorn writes the two as they come, which is one more system call, one more packet, and one more
-time that the client wakes up, for every answer.
+An answer's head and body are sent together: uvicorn writes the two as they come, which is one more
+system call, one more packet, and one more time that the client wakes up, for every answer. And a
+request is told at once when its client has gone, instead of asking for it in a task of its own.
 """
 
 import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.generation import CLIENT, Client
 
 
 class JoiningTransport:
@@ -40,8 +43,21 @@ class JoiningTransport:
 
 
 class JoiningProtocol(HttpToolsProtocol):
-    """Uvicorn's HTTP protocol over a `JoiningTransport`."""
+    """Uvicorn's HTTP protocol over a `JoiningTransport`, with a `Client`."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin a connection."""
+        self._client = Client()
         super().connection_made(JoiningTransport(transport, self.loop))  # type: ignore[arg-type]
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        super().on_message_begin()
+        self.scope[CLIENT] = self._client  # type: ignore[literal-required]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """End the connection, and the request that was being answered."""
+        super().connection_lost(error)
+        self._client.gone = True
+        if self._client.on_gone is not None:
+            self._client.on_gone()

@@ -6,9 +6,10 @@ Warm-up compares the rewritten network with the artifact's own and proves that a
 depend on its batch; an engine that fails either does not serve.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from service.faults import CorruptRows, DeviceLost, OutOfMemory
 from service.latents import draw_latents
 from training.artifact import Artifact
 from training.devices import has_native_bfloat16
@@ -29,11 +31,37 @@ _ROW_MULTIPLE = 8
 # By how many levels of 255 the served pixels may differ, on average, from the artifact's own
 # float32 forward, which is not rounded to levels. A network folded wrongly is off by tens of them.
 _TOLERANCE = {torch.float32: 0.5, torch.bfloat16: 1.5}
-_KNOWN_SEED = 0
+_KNOWN_SEED, _KNOWN = 0, 8  # seed and number of the images that prove a device
+
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class EngineError(Exception):
     """The engine cannot serve: warm-up found a wrong image."""
+
+
+class Known(NamedTuple):
+    """Rows, and the pixels (N, H, W, C) that they have to give."""
+
+    seeds: NDArray[np.uint64]
+    indices: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    pixels: NDArray[np.uint8]
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """PyTorch's exceptions as ours."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(str(error)) from error
+    except torch.AcceleratorError as error:
+        raise DeviceLost(str(error)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # the CPU's allocator has no type for it
+            raise OutOfMemory(str(error)) from error
+        raise
 
 
 def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
@@ -168,6 +196,7 @@ class Engine:
         dtype: what it computes in.
         max_batch: most rows a call takes.
         image_shape: (H, W, C).
+        known: a few images that are not to change, by which the device can be proved later.
     """
 
     def __init__(
@@ -187,10 +216,10 @@ class Engine:
         self.image_shape = (network.image_size, network.image_size, network.channels)
         self._latent_dim = network.latent_dim
         self._network = fuse(artifact.generator, device=device, dtype=dtype)
-        self._forward: Callable[[Tensor, Tensor], Tensor] = self._eager
+        self._forward: Forward = self._eager
         if device.type == "cuda":
             self._forward = _Captured(self._pixels, max_batch, network.latent_dim, device)
-        self._check()
+        self.known = self._check()
 
     def __call__(
         self,
@@ -207,29 +236,39 @@ class Engine:
 
         Returns:
             (B, H, W, C) uint8, owned by the caller.
+
+        Raises:
+            OutOfMemory: so many rows do not fit.
+            CorruptRows: some rows are not numbers.
+            DeviceLost: the device failed, and this process cannot use it any more.
         """
         latents = draw_latents(seeds, indices, self._latent_dim)
-        with torch.inference_mode():
-            pixels = self._forward(torch.from_numpy(latents), torch.from_numpy(labels))
-        return pixels.numpy()
+        with _faults(), torch.inference_mode():
+            found = self._forward(torch.from_numpy(latents), torch.from_numpy(labels))
+        pixels, finite = (each.numpy() for each in found)
+        if not finite.all():
+            raise CorruptRows(pixels, ~finite)
+        return pixels
 
-    def _eager(self, latents: Tensor, labels: Tensor) -> Tensor:
+    def _eager(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         rows = len(labels)
         missing = -rows % _ROW_MULTIPLE
         if missing:
             latents = F.pad(latents, (0, 0, 0, missing))
             labels = F.pad(labels, (0, missing))
-        return self._pixels(latents, labels)[:rows]
+        pixels, finite = self._pixels(latents, labels)
+        return pixels[:rows], finite[:rows]
 
-    def _pixels(self, latents: Tensor, labels: Tensor) -> Tensor:
+    def _pixels(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         height, width, channels = self.image_shape
         x = self._network(latents, labels).float()  # (N, C * H * W)
+        finite = x.sum(1).isfinite()  # (N,): between -1 and 1 only what is no number spoils a sum
         # To the nearest level: the conversion cuts off what follows the point.
         x = x.mul_(127.5).add_(128.0).to(torch.uint8)
         x = x.view(-1, channels, height, width).permute(0, 2, 3, 1)
-        return x.contiguous()  # (N, H, W, C)
+        return x.contiguous(), finite  # (N, H, W, C)
 
-    def _check(self) -> None:
+    def _check(self) -> Known:
         """Warm every batch shape up, and prove the two things that an answer relies on."""
         labels = np.arange(self.max_batch, dtype=np.int64) % self.artifact.info.network.num_classes
         indices = np.arange(self.max_batch, dtype=np.int64)
@@ -250,6 +289,7 @@ class Engine:
             raise EngineError(
                 f"the known images differ from the artifact's by {difference:.2f} levels on average"
             )
+        return Known(seeds[:_KNOWN], indices[:_KNOWN], labels[:_KNOWN], known[:_KNOWN].copy())
 
 
 class _Captured:
@@ -261,7 +301,7 @@ class _Captured:
 
     def __init__(
         self,
-        function: Callable[[Tensor, Tensor], Tensor],
+        function: Forward,
         rows: int,
         latent_dim: int,
         device: torch.device,
@@ -275,15 +315,17 @@ class _Captured:
                 function(self._latents, self._labels)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=self._stream):
-                self._pixels = function(self._latents, self._labels)
-        self._host = torch.empty(self._pixels.shape, dtype=torch.uint8, pin_memory=True)
+                self._results = function(self._latents, self._labels)
+        self._host = [torch.empty_like(each, device="cpu").pin_memory() for each in self._results]
 
-    def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         rows = len(labels)
         with torch.cuda.stream(self._stream):
             self._latents[:rows].copy_(latents)
             self._labels[:rows].copy_(labels)
             self._graph.replay()
-            self._host[:rows].copy_(self._pixels[:rows], non_blocking=True)
+            for host, result in zip(self._host, self._results, strict=True):
+                host[:rows].copy_(result[:rows], non_blocking=True)
         self._stream.synchronize()
-        return self._host[:rows].clone()  # the pinned buffer is written again by the next batch
+        # The pinned buffers are written again by the next batch.
+        return self._host[0][:rows].clone(), self._host[1][:rows].clone()

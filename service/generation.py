@@ -4,17 +4,25 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from random import getrandbits
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from starlette.types import Receive
 
-from service.batcher import Batcher, DeadlineExceeded, Draining, ForwardFailed, Overloaded
+from service.batcher import (
+    Batcher,
+    DeadlineExceeded,
+    Draining,
+    ForwardFailed,
+    Generated,
+    Overloaded,
+    Ticket,
+)
+from service.faults import DeviceLost
 from service.metrics import Metrics
 from service.problems import Problem, wrong_value
 from service.registry import Model, Registry
@@ -24,6 +32,8 @@ T = TypeVar("T")
 
 # What holds up the event loop for about 0.1 ms: a sheet of 64 images of 28x28 pixels.
 _PIXELS_AT_ONCE = 1 << 16
+
+CLIENT = "client_of_connection"  # key of the scope, for a `Client`
 
 log = logging.getLogger("service")
 
@@ -69,6 +79,21 @@ class Images:
     pixels: NDArray[np.uint8]
     queue_s: float
     forward_s: float
+
+
+class Client:
+    """Whoever waits for the answers of a connection; in the scope under `CLIENT`.
+
+    Attributes:
+        gone: whether it hung up.
+        on_gone: called when it does; set by the request that is being answered.
+    """
+
+    __slots__ = ("gone", "on_gone")
+
+    def __init__(self) -> None:
+        self.gone = False
+        self.on_gone: Callable[[], object] | None = None
 
 
 class Disconnected(Exception):  # noqa: N818  (an event, not a fault)
@@ -123,8 +148,13 @@ class Generation:
             numbers = (np.array(firsts)[:, None] + np.arange(n)).ravel()
         return Order(chosen, seed, rows, numbers, counts)
 
-    async def fulfil(self, order: Order, receive: Receive) -> Images:
+    async def fulfil(self, order: Order, client: Client, timeout_s: float | None = None) -> Images:
         """Make an order's images, unless the client goes away.
+
+        Args:
+            order: what is wanted.
+            client: who waits.
+            timeout_s: how long, if that is shorter than the service lets a request take.
 
         Raises:
             Problem: 429 overloaded, 503 draining or failed, 504 past its deadline.
@@ -132,17 +162,23 @@ class Generation:
         """
         seeds = np.full(len(order.labels), order.seed, dtype=np.uint64)
         try:
-            ticket = self._batcher.admit(order.model.engine, seeds, order.indices, order.labels)
-            made = await unless_disconnected(receive, ticket.future, self._batcher.wait(ticket))
+            ticket = self._batcher.admit(
+                order.model.engine, seeds, order.indices, order.labels, timeout_s
+            )
+            made = await self._wait(ticket, client)
         except Overloaded as error:
             seconds = max(1, math.ceil(error.retry_after_s))
             raise self._rejected(
                 429, "overloaded", f"Too much waits already; try again in {seconds} s.", seconds
-            ) from error
-        except Draining as error:
-            raise self._rejected(503, "draining", "The service is shutting down.", 1) from error
+            ) from None
+        except Draining:
+            raise self._rejected(503, "draining", "The service is shutting down.", 1) from None
         except DeadlineExceeded as error:
-            raise self._rejected(504, "deadline-exceeded", "The images took too long.") from error
+            raise self._rejected(504, "deadline-exceeded", f"The images were {error}.") from None
+        except DeviceLost as error:
+            raise self._rejected(
+                503, "device-lost", "The device failed; the service starts again.", 1
+            ) from error
         except ForwardFailed as error:
             log.exception("a forward failed")
             raise self._rejected(
@@ -151,6 +187,20 @@ class Generation:
         self._queue_seconds.observe(made.queue_s)
         self._forward_seconds.observe(made.forward_s)
         return Images(made.pixels, made.queue_s, made.forward_s)
+
+    async def _wait(self, ticket: Ticket, client: Client) -> Generated:
+        """The images of a ticket, which is cancelled when the client goes away."""
+        client.on_gone = ticket.future.cancel
+        if client.gone:
+            ticket.future.cancel()
+        try:
+            return await self._batcher.wait(ticket)
+        except asyncio.CancelledError:
+            if client.gone:
+                raise Disconnected from None
+            raise
+        finally:
+            client.on_gone = None
 
     async def encode(self, function: Callable[[], T], *, pixels: int) -> tuple[T, float]:
         """Run an encoder of so many pixels; also its time in seconds.
@@ -168,8 +218,11 @@ class Generation:
         self._encode_seconds.observe(spent)
         return encoded, spent
 
-    def count(self, order: Order) -> None:
-        """Count the images of an order as sent."""
+    def count(self, order: Order, client: Client) -> None:
+        """Count the images of an order, as sent unless nobody takes them."""
+        if client.gone:
+            self._metrics.wasted(len(order.labels))
+            return
         for label, count in order.counts.items():
             self._metrics.images.labels(order.model.name, label).inc(count)
 
@@ -200,56 +253,3 @@ def _label(model: Model, text: str) -> int:
         return model.info.label(text)
     except ValueError as error:
         raise wrong_value("label", text, str(error)) from error
-
-
-# Hardly any request is under way for longer; a task for each of the others would cost more than
-# what is left to save of their work.
-WATCH_AFTER_S = 0.1
-
-
-async def unless_disconnected(
-    receive: Receive, future: "asyncio.Future[Any]", work: Coroutine[Any, Any, T]
-) -> T:
-    """Await `work`, but cancel the future that it waits for when the client goes away.
-
-    The client is watched from `WATCH_AFTER_S` on.
-
-    Raises:
-        Disconnected: it did.
-    """
-    watch = _Watch(receive, future)
-    timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, watch.start)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if watch.gone:
-            raise Disconnected from None
-        raise
-    finally:
-        timer.cancel()
-        watch.stop()
-
-
-class _Watch:
-    """Cancels a future when a client goes away."""
-
-    __slots__ = ("_future", "_receive", "_task", "gone")
-
-    def __init__(self, receive: Receive, future: "asyncio.Future[Any]") -> None:
-        self._receive, self._future = receive, future
-        self._task: asyncio.Task[None] | None = None
-        self.gone = False
-
-    def start(self) -> None:
-        """Begin to watch."""
-        self._task = asyncio.ensure_future(self._watch())
-
-    def stop(self) -> None:
-        """Watch no longer."""
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.gone = self._future.cancel()

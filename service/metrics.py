@@ -126,6 +126,11 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self.wasted_images = Counter(
+            "cgan_wasted_images_total",
+            "Images computed for nobody: the client went away, or its deadline passed.",
+            registry=registry,
+        )
         self.queue_rows = Gauge(
             "cgan_queue_rows",
             "Images admitted and not yet started.",
@@ -160,6 +165,10 @@ class Metrics:
         """Write down what is watched, for the workers that do not see it; once a second or so."""
         for gauge, read in self._watched:
             gauge.set(read())
+
+    def wasted(self, rows: int) -> None:
+        """Count images that were computed and are not sent."""
+        self.wasted_images.inc(rows)
 
     def batch(self, rows: int, forward_s: float) -> None:
         """Count one forward."""

@@ -4,6 +4,7 @@ A problem says what is wrong in words a caller can act on; nothing internal ever
 """
 
 import http
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.types import Scope, Send
 
 MEDIA_TYPE = "application/problem+json"
+_MEDIA_TYPE = MEDIA_TYPE.encode()
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _MISSING, _UNKNOWN = "is required", "there is no such parameter"
 _KEPT = {_MISSING, _UNKNOWN}  # said whatever the field
 _SHOWN = 100  # characters of a wrong value that are repeated to whoever sent it
@@ -91,19 +95,33 @@ def wrong_values(
     return Problem(422, "invalid-value", detail, errors=found)
 
 
+def describe(problem: Problem, scope: Scope) -> bytes:
+    """The body of an answer to a request that ended in a problem: a `ProblemDetails`."""
+    details = {
+        "type": f"urn:cgan:problem:{problem.kind}",
+        "title": problem.kind.replace("-", " ").capitalize(),
+        "status": problem.status,
+        "detail": problem.detail,
+        "request_id": scope.get("state", {}).get("request_id"),
+        "errors": [error.model_dump() for error in problem.errors],
+    }
+    return _to_json(details).encode()
+
+
 def respond(request: Request, problem: Problem) -> Response:
     """The answer to a request that ended in a problem."""
-    details = ProblemDetails(
-        type=f"urn:cgan:problem:{problem.kind}",
-        title=problem.kind.replace("-", " ").capitalize(),
-        status=problem.status,
-        detail=problem.detail,
-        request_id=request.scope.get("state", {}).get("request_id"),
-        errors=problem.errors,
-    )
-    return Response(
-        details.model_dump_json(), problem.status, headers=problem.headers, media_type=MEDIA_TYPE
-    )
+    body = describe(problem, request.scope)
+    return Response(body, problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
+
+
+async def refuse(problem: Problem, scope: Scope, send: Send) -> None:
+    """Answer with a problem, past the framework, which an overloaded service has no time for."""
+    body = describe(problem, scope)
+    headers = [(b"content-type", _MEDIA_TYPE), (b"content-length", b"%d" % len(body))]
+    for name, value in problem.headers.items():
+        headers.append((name.lower().encode(), value.encode()))
+    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def install(app: FastAPI) -> None:

@@ -7,6 +7,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 MAX_IMAGES = 1024  # of one request
+MAX_TIMEOUT_MS = 600_000
 
 _BUNDLED = Path(__file__).parent.parent / "weights"
 
@@ -62,7 +63,7 @@ class Settings(BaseSettings):
     timeout_ms: int = Field(
         10_000,
         ge=1,
-        le=600_000,
+        le=MAX_TIMEOUT_MS,
         description="milliseconds that a request may take; what cannot make it is refused",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -16,6 +16,8 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from service.connection import JoiningProtocol
+
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -91,7 +93,9 @@ def refused(*arguments: str) -> str:
 @contextmanager
 def serving(app: FastAPI) -> Iterator[httpx.Client]:
     """An app on a real socket, served by uvicorn in a thread of this process."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, http=JoiningProtocol, log_config=None, access_log=False)
+    )
     started = threading.Event()
 
     async def run() -> None:

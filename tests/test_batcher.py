@@ -7,32 +7,40 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from numpy.typing import NDArray
 
 from service import batcher as batcher_module
 from service.batcher import (
-    LEAST_FULL,
-    QUANTUM,
+    GROWTH,
+    HASTE,
+    SENDING_ROUNDS,
+    SHORT_S,
+    SMALL,
     Batcher,
     DeadlineExceeded,
     Draining,
     ForwardFailed,
     Generated,
     Overloaded,
+    Ticket,
 )
+from service.faults import CorruptRows, DeviceLost, OutOfMemory
 
 T = TypeVar("T")
 Row = tuple[int, int, int]  # (seed, index, label)
 
 PATIENCE_S = 30.0  # a hung test fails by it; no test passes by it
 POISON = 666  # the label that makes a forward fail
+CORRUPT = 667  # the label of rows that are not numbers
 
 
 def picture(row: Row) -> NDArray[np.uint8]:
@@ -64,15 +72,18 @@ class Gate:
 class FakeEngine:
     """Writes each row into its pixels, and remembers its batches."""
 
-    def __init__(self, max_batch: int = 64, gate: Gate | None = None) -> None:
+    def __init__(
+        self, max_batch: int = 64, gate: Gate | None = None, thread: str = "engine"
+    ) -> None:
         self.max_batch = max_batch
         self.gate = gate
+        self.thread = thread
         self.batches: list[list[Row]] = []
 
     def __call__(
         self, seeds: NDArray[np.uint64], indices: NDArray[np.int64], labels: NDArray[np.int64]
     ) -> NDArray[np.uint8]:
-        assert threading.current_thread().name == "engine"
+        assert threading.current_thread().name == self.thread
         assert seeds.dtype == np.uint64
         assert indices.dtype == labels.dtype == np.int64
         batch = list(zip(seeds.tolist(), indices.tolist(), labels.tolist(), strict=True))
@@ -94,8 +105,13 @@ class Recorder:
 
     batches: list[tuple[int, float]] = field(default_factory=list)
 
+    wasted_rows: int = 0
+
     def batch(self, rows: int, forward_s: float) -> None:
         self.batches.append((rows, forward_s))
+
+    def wasted(self, rows: int) -> None:
+        self.wasted_rows += rows
 
 
 class FakeClock:
@@ -138,13 +154,14 @@ def run(
     max_queue: int = 1024,
     timeout_s: float = PATIENCE_S,
     observer: Recorder | None = None,
+    threaded: bool = True,
 ) -> T:
     """Run a scenario on an event loop, with a batcher that is drained after it."""
 
     async def main() -> T:
         mishaps: list[dict[str, Any]] = []  # what asyncio would only have logged
         asyncio.get_running_loop().set_exception_handler(lambda _, what: mishaps.append(what))
-        batcher = Batcher(max_queue, timeout_s, observer or Recorder())
+        batcher = Batcher(max_queue, timeout_s, observer or Recorder(), threaded=threaded)
         batcher.start()
         result = await scenario(batcher)
         assert batcher.queued_rows == 0
@@ -247,37 +264,20 @@ def test_a_batch_never_exceeds_what_the_engine_takes() -> None:
     run(scenario)
 
 
-def test_a_lone_large_request_fills_whole_batches() -> None:
-    engine = FakeEngine(max_batch=64)
+def test_a_lone_large_request_is_split_into_batches_that_take_a_moment(clock: FakeClock) -> None:
+    engine = TimedEngine(clock, row_s=SHORT_S / 32.5)
 
     async def scenario(batcher: Batcher) -> None:
         assert_is_own(await submit(batcher, engine, 1, n=150), rows_of(1, 150))
 
     run(scenario)
-    assert engine.sizes == [64, 64, 22]
+    # Before anything is known it gives a quantum, and no small rest is left over.
+    assert engine.sizes == [SMALL, 32, 32, 32, 38]
 
 
-def test_a_batch_takes_a_quantum_of_every_request_when_many_wait() -> None:
-    gate = Gate()
-    engine = FakeEngine(max_batch=256, gate=gate)
-    many = 256 // QUANTUM + 4
-
-    async def scenario(batcher: Batcher) -> None:
-        tasks = [await admitted(submit(batcher, engine, 0))]
-        await gate.entered()
-        tasks += [
-            await admitted(submit(batcher, engine, seed, n=QUANTUM)) for seed in range(1, many + 1)
-        ]
-        gate.open(3)
-        await asyncio.gather(*tasks)
-
-    run(scenario)
-    assert engine.sizes == [1, 256, 4 * QUANTUM]
-
-
-@pytest.mark.parametrize(("waiting", "size"), [(1, LEAST_FULL), (4, LEAST_FULL), (6, 6 * QUANTUM)])
-def test_few_large_requests_make_small_batches_so_that_a_new_one_waits_less(
-    waiting: int, size: int
+@pytest.mark.parametrize(("waiting", "size"), [(1, SMALL), (4, SMALL), (9, 9 * GROWTH)])
+def test_batches_grow_with_the_requests_that_wait_and_not_with_their_rows(
+    clock: FakeClock, waiting: int, size: int
 ) -> None:
     gate = Gate()
     engine = FakeEngine(max_batch=256, gate=gate)
@@ -286,52 +286,63 @@ def test_few_large_requests_make_small_batches_so_that_a_new_one_waits_less(
         tasks = [await admitted(submit(batcher, engine, 0))]
         await gate.entered()
         tasks += [
-            await admitted(submit(batcher, engine, seed, n=150)) for seed in range(1, waiting + 1)
+            await admitted(submit(batcher, engine, seed, n=90)) for seed in range(1, waiting + 1)
         ]
-        gate.open(1 + 150 * waiting)
+        gate.open(1 + 90 * waiting)
         await asyncio.gather(*tasks)
 
     run(scenario)
     assert engine.sizes[1] == size
 
 
-def test_a_small_request_waits_for_one_quantum_of_a_large_one() -> None:
+def test_a_small_request_goes_before_what_is_left_of_a_large_one() -> None:
     gate = Gate()
-    engine = FakeEngine(max_batch=QUANTUM, gate=gate)
+    engine = FakeEngine(max_batch=SMALL, gate=gate)
 
     async def scenario(batcher: Batcher) -> None:
-        large = await admitted(submit(batcher, engine, 1, n=5 * QUANTUM))
+        large = await admitted(submit(batcher, engine, 1, n=5 * SMALL))
         await gate.entered()
         small = await admitted(submit(batcher, engine, 2))
-        gate.open(3)
+        gate.open(2)
         assert_is_own(await small, rows_of(2, 1))
         assert not large.done()
-        gate.open(3)
-        assert_is_own(await large, rows_of(1, 5 * QUANTUM))
+        gate.open(4)
+        assert_is_own(await large, rows_of(1, 5 * SMALL))
 
     run(scenario)
-    own = rows_of(1, 5 * QUANTUM)
-    # The head gives its quantum, the small one its row, and the head the rest of that batch.
-    assert engine.batches[1] == own[QUANTUM : 2 * QUANTUM]
-    assert engine.batches[2][0] == (2, 0, 7)
-    assert engine.batches[2][1:] == own[2 * QUANTUM : 3 * QUANTUM - 1]
+    assert engine.batches[1] == rows_of(2, 1) + rows_of(1, 5 * SMALL)[SMALL : 2 * SMALL - 1]
 
 
-def test_large_requests_share_the_batches_evenly_even_when_these_cut_a_quantum() -> None:
+def test_small_requests_leave_half_of_every_batch_to_a_large_one() -> None:
     gate = Gate()
-    engine = FakeEngine(max_batch=QUANTUM + QUANTUM // 2, gate=gate)
+    engine = FakeEngine(max_batch=SMALL, gate=gate)
 
     async def scenario(batcher: Batcher) -> None:
         tasks = [await admitted(submit(batcher, engine, 0))]
         await gate.entered()
-        tasks += [await admitted(submit(batcher, engine, seed, n=6 * QUANTUM)) for seed in (1, 2)]
-        gate.open(9)
+        tasks.append(await admitted(submit(batcher, engine, 1, n=3 * SMALL)))
+        tasks += [await admitted(submit(batcher, engine, 2, n=SMALL)) for _ in range(9)]
+        gate.open(40)
         await asyncio.gather(*tasks)
 
     run(scenario)
-    shared = [row for batch in engine.batches[1:5] for row in batch]
-    assert [sum(row[0] == seed for row in shared) for seed in (1, 2)] == [3 * QUANTUM, 3 * QUANTUM]
-    assert sum(engine.sizes) == 1 + 12 * QUANTUM
+    shares = [sum(row[0] == 1 for row in batch) for batch in engine.batches]
+    assert shares[:8] == [0] + 6 * [SMALL // 2] + [0]
+
+
+def test_large_requests_are_served_in_the_order_of_arrival() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=SMALL, gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = [await admitted(submit(batcher, engine, 0))]
+        await gate.entered()
+        tasks += [await admitted(submit(batcher, engine, seed, n=2 * SMALL)) for seed in (1, 2)]
+        gate.open(5)
+        await asyncio.gather(*tasks)
+
+    run(scenario)
+    assert [batch[0][0] for batch in engine.batches] == [0, 1, 1, 2, 2]
 
 
 def test_two_engines_never_mix_in_a_batch_and_take_turns() -> None:
@@ -398,7 +409,7 @@ def test_rows_beyond_the_bound_are_refused_and_nothing_is_queued() -> None:
         await gate.entered()
         tasks.append(await admitted(submit(batcher, engine, 1, n=8)))
         with pytest.raises(Overloaded) as refusal:
-            await submit(batcher, engine, 2, n=3)
+            await submit(batcher, engine, 2, n=4)  # 12 rows; an eighth more is for small ones
         assert batcher.queued_rows == 8
         # Nothing was measured yet: all that is certain is that none waits beyond its deadline.
         assert refusal.value.retry_after_s == PATIENCE_S
@@ -425,8 +436,8 @@ def test_a_full_queue_says_when_there_will_be_room(clock: FakeClock) -> None:
         await asyncio.gather(*tasks)
         return refusal.value.retry_after_s
 
-    # The batch of 10 that runs takes 1 s, and then 5 of the 18 must have made room.
-    assert run(scenario, max_queue=20) == pytest.approx(1.0 + 5 * 0.1)
+    # The batch of 10 that runs takes 1 s, and then 3 of the 18 must have made room: 22 may wait.
+    assert run(scenario, max_queue=20) == pytest.approx(1.0 + 3 * 0.1)
 
 
 def test_what_cannot_finish_in_time_is_refused_and_told_when_it_could(clock: FakeClock) -> None:
@@ -441,13 +452,13 @@ def test_what_cannot_finish_in_time_is_refused_and_told_when_it_could(clock: Fak
         clock.now_s += 4.0  # of the 10 s that the running batch takes
         with pytest.raises(Overloaded) as refusal:
             await submit(batcher, engine, 3, n=20)
-        tasks.append(await admitted(submit(batcher, engine, 4, n=16)))  # 6 + 8 + 16 s: just fits
+        tasks.append(await admitted(submit(batcher, engine, 4, n=9)))  # 6 + 8 + 9 s: just fits
         gate.open(4)
         await asyncio.gather(*tasks)
         return refusal.value.retry_after_s
 
-    # 6 s of the running batch, 8 s of what waits and 20 s of its own, against 30 s.
-    assert run(scenario, timeout_s=30.0) == pytest.approx(6 + 8 + 20 - 30)
+    # 6 s of the running batch, and 20 s of its own, of which small ones may take half the engine.
+    assert run(scenario, timeout_s=30.0) == pytest.approx(6 + 2 * 20 - HASTE * 30)
 
 
 def test_each_engine_is_reckoned_at_its_own_rate(clock: FakeClock) -> None:
@@ -463,11 +474,11 @@ def test_each_engine_is_reckoned_at_its_own_rate(clock: FakeClock) -> None:
         tasks.append(await admitted(submit(batcher, fast, 2, n=500)))
         tasks.append(await admitted(submit(batcher, slow, 3, n=20)))
         with pytest.raises(Overloaded):
-            await submit(batcher, slow, 4, n=10)
+            await submit(batcher, slow, 4, n=25)
         gate.open(51)
         await asyncio.gather(*tasks)
 
-    run(scenario, timeout_s=30.0)
+    run(scenario, timeout_s=200.0)
     assert slow.sizes == [10, 10, 10]
 
 
@@ -508,6 +519,22 @@ def test_light_traffic_corrects_an_estimate_that_is_too_slow(clock: FakeClock) -
 
     run(scenario, timeout_s=30.0)
     assert engine.sizes[-3:] == [1, 10, 10]
+
+
+def test_what_happens_between_two_forwards_counts_as_well(clock: FakeClock) -> None:
+    engine = TimedEngine(clock, max_batch=10, row_s=0.1)
+    engine.thread = "MainThread"
+
+    async def scenario(batcher: Batcher) -> None:
+        task = await admitted(submit(batcher, engine, 0, n=100))
+        while len(engine.batches) < 5:
+            clock.now_s += 3.0  # as if the event loop had so much else to do
+            await asyncio.sleep(0)
+        with pytest.raises(Overloaded):  # 20 s by the forwards alone
+            await submit(batcher, engine, 1, n=50)
+        await task
+
+    run(scenario, timeout_s=50.0, threaded=False)
 
 
 def test_an_idle_batcher_tries_even_when_its_estimate_says_no(clock: FakeClock) -> None:
@@ -611,7 +638,7 @@ def test_cancelling_a_queued_request_frees_its_rows_for_another() -> None:
         await gate.entered()
         gone = await admitted(submit(batcher, engine, 1, n=10))
         with pytest.raises(Overloaded):
-            await submit(batcher, engine, 2)
+            await submit(batcher, engine, 2, n=2)
         gone.cancel()
         await asyncio.wait([gone])
         assert batcher.queued_rows == 0
@@ -823,136 +850,354 @@ def test_the_thread_ends_quietly_when_the_event_loop_closes_under_it() -> None:
     assert engine.sizes == [1]
 
 
+# Faults
+
+
+class FaultyEngine(FakeEngine):
+    """Fails as told, and otherwise works."""
+
+    def __init__(self, max_batch: int = 64, gate: Gate | None = None, *, memory_rows: int = 64):
+        super().__init__(max_batch, gate)
+        self.memory_rows = memory_rows
+        self.lost = False
+
+    def __call__(
+        self, seeds: NDArray[np.uint64], indices: NDArray[np.int64], labels: NDArray[np.int64]
+    ) -> NDArray[np.uint8]:
+        pixels = super().__call__(seeds, indices, labels)
+        if self.lost:
+            raise DeviceLost("the device fell off the bus")
+        if len(seeds) > self.memory_rows:
+            raise OutOfMemory(f"{len(seeds)} rows")
+        corrupt = labels == CORRUPT
+        if corrupt.any():
+            raise CorruptRows(pixels, corrupt)
+        return pixels
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_tried_again_as_two_halves() -> None:
+    gate = Gate()
+    engine = FaultyEngine(gate=gate, memory_rows=5)
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = [await admitted(submit(batcher, engine, 0))]
+        await gate.entered()
+        tasks += [await admitted(submit(batcher, engine, seed, n=3)) for seed in (1, 2, 3)]
+        gate.open(4)
+        for seed, answer in enumerate(await asyncio.gather(*tasks)):
+            assert_is_own(answer, rows_of(seed, 3 if seed else 1))
+
+    run(scenario)
+    assert engine.sizes == [1, 9, 4, 5]
+
+
+def test_what_does_not_fit_as_a_half_either_fails_alone() -> None:
+    gate = Gate()
+    engine = FaultyEngine(gate=gate, memory_rows=4)
+
+    async def scenario(batcher: Batcher) -> None:
+        blocker = await admitted(submit(batcher, engine, 0))
+        await gate.entered()
+        lucky = await admitted(submit(batcher, engine, 1, n=2))
+        unlucky = await admitted(submit(batcher, engine, 2, n=7))
+        gate.open(4)
+        await blocker
+        assert_is_own(await lucky, rows_of(1, 2))
+        with pytest.raises(ForwardFailed) as failure:
+            await unlucky
+        assert isinstance(failure.value.__cause__, OutOfMemory)
+
+    recorder = Recorder()
+    run(scenario, observer=recorder)
+    assert engine.sizes == [1, 9, 4, 5]
+    assert recorder.wasted_rows == 2  # of the unlucky one, in the first half
+
+
+def test_a_corrupt_row_fails_its_own_request_only() -> None:
+    gate = Gate()
+    engine = FaultyEngine(gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        blocker = await admitted(submit(batcher, engine, 0))
+        await gate.entered()
+        left = await admitted(submit(batcher, engine, 1, n=2))
+        corrupt = await admitted(submit(batcher, engine, 2, n=2, label=CORRUPT))
+        right = await admitted(submit(batcher, engine, 3, n=2))
+        gate.open(2)
+        await blocker
+        assert_is_own(await left, rows_of(1, 2))
+        assert_is_own(await right, rows_of(3, 2))
+        with pytest.raises(ForwardFailed) as failure:
+            await corrupt
+        assert "2 of 6 rows are not numbers" in str(failure.value.__cause__)
+
+    recorder = Recorder()
+    run(scenario, observer=recorder)
+    assert recorder.wasted_rows == 2
+
+
+def test_a_lost_device_rejects_everything_at_once_and_for_good() -> None:
+    gate = Gate()
+    engine, other = FaultyEngine(max_batch=4, gate=gate), FakeEngine()
+    told: list[DeviceLost] = []
+
+    async def main() -> None:
+        batcher = Batcher(1024, PATIENCE_S, Recorder())
+        batcher.start(told.append)
+        tasks = [await admitted(submit(batcher, engine, 1, n=9))]
+        await gate.entered()
+        tasks += [await admitted(submit(batcher, each, 2, n=5)) for each in (engine, other)]
+        engine.lost = True
+        gate.open()
+        for answer in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(answer, DeviceLost)
+        assert batcher.queued_rows == 0
+        with pytest.raises(DeviceLost, match="fell off the bus"):
+            await submit(batcher, other, 3)
+        await asyncio.wait_for(batcher.close(), PATIENCE_S)
+
+    asyncio.run(main())
+    assert [str(each) for each in told] == ["the device fell off the bus"]
+    assert engine.sizes == [4]
+    assert other.sizes == []
+
+
+def test_what_was_computed_for_nobody_is_counted() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=4, gate=gate)
+    recorder = Recorder()
+
+    async def scenario(batcher: Batcher) -> None:
+        gone = await admitted(submit(batcher, engine, 1, n=11))
+        await gate.entered()
+        gate.open()
+        await gate.entered()  # four are done, four are under way, three wait
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert recorder.wasted_rows == 4
+        gate.open()
+        gate.open()
+        await submit(batcher, engine, 2)
+
+    run(scenario, observer=recorder)
+    assert recorder.wasted_rows == 8
+    assert engine.sizes == [4, 4, 1]
+
+
+def test_a_request_may_allow_less_time_than_the_batcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+    engine = FakeEngine(gate=gate)
+
+    async def scenario(batcher: Batcher) -> None:
+        running = await admitted(submit(batcher, engine, 0))
+        await gate.entered()
+        numbers = np.arange(2)
+        tickets = [
+            batcher.admit(engine, np.zeros(2, np.uint64), numbers, numbers, timeout_s)
+            for timeout_s in (1.0, 2.0, 10 * PATIENCE_S)
+        ]
+        hurried, patient, stubborn = [await admitted(batcher.wait(each)) for each in tickets]
+        await let_pass(1.5, monkeypatch)
+        assert isinstance(hurried.exception(), DeadlineExceeded)
+        assert not patient.done()
+        assert tickets[2].timeout_s == PATIENCE_S
+        gate.open(2)
+        await asyncio.gather(running, patient, stubborn)
+
+    run(scenario)
+    assert engine.sizes == [1, 4]
+
+
+# On the event loop
+
+
+def test_without_a_thread_what_came_in_one_round_rides_together() -> None:
+    engine = FakeEngine(thread="MainThread")
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = [await admitted(submit(batcher, engine, seed)) for seed in range(5)]
+        assert engine.batches == []
+        for seed, answer in enumerate(await asyncio.gather(*tasks)):
+            assert_is_own(answer, rows_of(seed, 1))
+
+    run(scenario, threaded=False)
+    assert engine.sizes == [5]
+
+
+def test_without_a_thread_the_loop_turns_between_two_batches() -> None:
+    engine = FakeEngine(max_batch=4, thread="MainThread")
+    rounds: list[int] = []
+
+    async def scenario(batcher: Batcher) -> None:
+        task = await admitted(submit(batcher, engine, 1, n=12))
+        while not task.done():
+            rounds.append(len(engine.batches))
+            await asyncio.sleep(0)
+
+    run(scenario, threaded=False)
+    counts = Counter(rounds)
+    assert counts[1] == counts[2] == SENDING_ROUNDS
+
+
+def test_without_a_thread_a_full_batch_waits_for_nothing_more() -> None:
+    engine = FakeEngine(max_batch=4, thread="MainThread")
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = []
+        for seed in range(50):  # one more in every round
+            tasks.append(await admitted(submit(batcher, engine, seed)))
+        assert engine.batches
+        await asyncio.gather(*tasks)
+
+    run(scenario, threaded=False)
+
+
+def test_without_a_thread_draining_finishes_what_was_admitted() -> None:
+    engine = FakeEngine(max_batch=4, thread="MainThread")
+
+    async def scenario(batcher: Batcher) -> None:
+        task = await admitted(submit(batcher, engine, 1, n=10))
+        await batcher.close()
+        with pytest.raises(Draining):
+            await submit(batcher, engine, 2)
+        assert_is_own(await task, rows_of(1, 10))
+
+    run(scenario, threaded=False)
+
+
 # Anything at all
 
 
-@dataclass
-class Submit:
-    engine: int
-    n: int
-    poisoned: bool
+class Anything(RuleBasedStateMachine):
+    """Random arrivals, departures, failures and deadlines, a round of the event loop at a time.
 
+    Without the engine's thread everything that happens is in the rules; the thread runs the same
+    turns.
+    """
 
-@dataclass
-class Cancel:
-    request: int
+    MAX_QUEUE, MAX_BATCH, MEMORY_ROWS = 48, 12, 9
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.late_s = 0.0
+        clock = self.loop.time
+        self.loop.time = lambda: clock() + self.late_s  # type: ignore[method-assign]
+        self.mishaps: list[dict[str, Any]] = []
+        self.loop.set_exception_handler(lambda _, what: self.mishaps.append(what))
+        self.recorder = Recorder()
+        self.engines = [
+            FaultyEngine(self.MAX_BATCH, memory_rows=self.MEMORY_ROWS) for _ in range(2)
+        ]
+        for engine in self.engines:
+            engine.thread = "MainThread"
+        self.tasks: list[asyncio.Task[Generated]] = []
+        self.rows: list[list[Row]] = []
+        self.deadlines: list[float] = []
+        self.cancelled: set[int] = set()
+        self.loop.run_until_complete(self.begin())
 
-@dataclass
-class Forward:
-    pass
+    async def begin(self) -> None:
+        self.batcher = Batcher(self.MAX_QUEUE, 10.0, self.recorder, threaded=False)
+        self.batcher.start()
 
+    @rule(
+        engine=st.integers(0, 1),
+        n=st.one_of(st.integers(1, 4), st.integers(1, 40)),
+        label=st.sampled_from([*range(8), POISON, CORRUPT]),
+        timeout_s=st.sampled_from([1.0, 5.0, 10.0]),
+    )
+    def submit(self, engine: int, n: int, label: int, timeout_s: float) -> None:
+        seed = len(self.tasks)
+        bound = self.MAX_QUEUE + (self.MAX_QUEUE // 8 if n <= SMALL else 0)
+        seeds, labels = np.full(n, seed, np.uint64), np.full(n, label)
 
-Step = Submit | Cancel | Forward
+        async def admit() -> Ticket | None:
+            fits = self.batcher.queued_rows + n <= bound
+            with nullcontext() if fits else pytest.raises(Overloaded):
+                return self.batcher.admit(
+                    self.engines[engine], seeds, np.arange(n), labels, timeout_s
+                )
+            return None
 
-STEPS = st.lists(
-    st.one_of(
-        st.builds(
-            Submit,
-            engine=st.integers(0, 1),
-            n=st.one_of(st.integers(1, 4), st.integers(1, 40)),
-            poisoned=st.integers(0, 9).map(lambda number: number == 0),
-        ),
-        st.builds(Cancel, st.integers(0, 29)),
-        st.builds(Forward),
-    ),
-    max_size=30,
-)
-MAX_QUEUE, MAX_BATCH = 48, 12
-
-
-class World:
-    """Takes random steps in lockstep with the engine thread, which forwards when told to."""
-
-    def __init__(self, batcher: Batcher) -> None:
-        self.batcher = batcher
-        self.gate = Gate()
-        self.engines = [FakeEngine(MAX_BATCH, self.gate) for _ in range(2)]
-        self.requests: list[tuple[asyncio.Task[Generated], list[Row]]] = []
-        self.begun_at_cancel: dict[int, int] = {}  # by the number of the request, which is its seed
-        self.running = False
-
-    async def take(self, step: Step) -> None:
-        match step:
-            case Submit():
-                await self.submit(step)
-            case Cancel(any_number) if self.requests:
-                number = any_number % len(self.requests)
-                task, _ = self.requests[number]
-                if task.cancel():
-                    await asyncio.wait([task])
-                    self.begun_at_cancel[number] = len(self.gate.begun)
-            case Forward() if self.running:
-                await self.forward()
-        assert self.batcher.queued_rows == self.rows_not_begun() <= MAX_QUEUE
-
-    async def submit(self, step: Submit) -> None:
-        seed, label = len(self.requests), POISON if step.poisoned else step.engine
-        fits = self.batcher.queued_rows + step.n <= MAX_QUEUE
-        task = await admitted(submit(self.batcher, self.engines[step.engine], seed, step.n, label))
-        if not fits:
-            assert isinstance(task.exception(), Overloaded)
+        ticket = self.loop.run_until_complete(admit())
+        if ticket is None:
             return
-        self.requests.append((task, rows_of(seed, step.n, label)))
-        if not self.running:
-            await self.gate.entered()
-            self.running = True
+        self.tasks.append(self.loop.create_task(self.batcher.wait(ticket)))
+        self.rows.append(rows_of(seed, n, label))
+        self.deadlines.append(self.late_s + timeout_s)
+        self.round()
 
-    async def forward(self) -> None:
-        """Let the running forward finish, and wait for what follows from it."""
-        self.gate.open()
-        self.running = False
-        if self.rows_not_begun():
-            await self.gate.entered()
-            self.running = True
-        elif pending := [task for task, _ in self.requests if not task.done()]:
-            await asyncio.wait(pending, timeout=PATIENCE_S)
+    @rule()
+    def round(self) -> None:
+        self.loop.call_soon(self.loop.stop)
+        self.loop.run_forever()
 
-    def rows_not_begun(self) -> int:
-        """Rows that wait for a forward, by the engines' account."""
-        begun = Counter(row[0] for batch in self.gate.begun for row in batch)
-        ended = self.gate.begun[:-1] if self.running else self.gate.begun
-        dropped = {row[0] for batch in ended if failed(batch) for row in batch}
-        dropped |= self.begun_at_cancel.keys()
-        return sum(
-            len(rows) - begun[seed]
-            for seed, (_, rows) in enumerate(self.requests)
-            if seed not in dropped
+    @precondition(lambda self: self.tasks)
+    @rule(number=st.integers(0, 99))
+    def cancel(self, number: int) -> None:
+        number %= len(self.tasks)
+        if self.tasks[number].cancel():
+            self.cancelled.add(number)
+        self.round()
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 5.0]))
+    def let_pass(self, seconds: float) -> None:
+        self.late_s += seconds
+        self.round()
+
+    @invariant()
+    def the_queue_keeps_its_bound(self) -> None:
+        assert self.batcher.queued_rows <= self.MAX_QUEUE + self.MAX_QUEUE // 8
+
+    def teardown(self) -> None:
+        try:
+            for _ in range(10 * sum(map(len, self.rows)) + 10):  # nobody waits for ever
+                self.round()
+            for seed in range(len(self.tasks)):
+                self.check(seed)
+            self.check_accounts()
+            self.loop.run_until_complete(self.batcher.close())
+            assert not self.mishaps
+        finally:
+            self.loop.close()
+
+    def check(self, seed: int) -> None:
+        """It was answered, with its own rows unless it had a reason not to be."""
+        task, rows = self.tasks[seed], self.rows[seed]
+        assert task.done()
+        if task.cancelled():
+            assert seed in self.cancelled
+            return
+        error = task.exception()
+        if error is None:
+            assert_is_own(task.result(), rows)
+        elif isinstance(error, DeadlineExceeded):
+            assert self.deadlines[seed] <= self.late_s + 1.0  # the clock itself runs on as well
+        else:
+            assert isinstance(error, ForwardFailed)
+            batches = [each for engine in self.engines for each in engine.batches]
+            own = [each for each in batches if any(row[0] == seed for row in each)]
+            match error.__cause__:
+                case OutOfMemory():
+                    assert any(len(each) > self.MEMORY_ROWS for each in own)
+                case CorruptRows():
+                    assert rows[0][2] == CORRUPT
+                case ArithmeticError():
+                    assert any(row[2] == POISON for each in own for row in each)
+                case other:
+                    raise AssertionError(other)
+
+    def check_accounts(self) -> None:
+        """Every row that was computed went to whoever asked for it, or is known to be wasted."""
+        answered = sum(
+            len(rows)
+            for task, rows in zip(self.tasks, self.rows, strict=True)
+            if not task.cancelled() and task.exception() is None
         )
-
-    def check_answers(self) -> None:
-        """Every request was answered with its own rows, unless it had a reason not to be."""
-        begun = self.gate.begun
-        computed = [row for batch in begun for row in batch]
-        assert len(computed) == len(set(computed))
-        assert all(len(batch) <= MAX_BATCH for batch in begun)
-        failures = {row[0] for batch in begun if failed(batch) for row in batch}
-        for seed, (task, rows) in enumerate(self.requests):
-            if seed in self.begun_at_cancel:
-                assert task.cancelled()
-                later = begun[self.begun_at_cancel[seed] :]
-                assert seed not in {row[0] for batch in later for row in batch}
-            elif seed in failures:
-                assert isinstance(task.exception(), ForwardFailed)
-            else:
-                assert_is_own(task.result(), rows)
+        computed = sum(rows for rows, _ in self.recorder.batches)
+        assert computed == answered + self.recorder.wasted_rows
 
 
-def failed(batch: list[Row]) -> bool:
-    return any(label == POISON for _, _, label in batch)
-
-
-@settings(derandomize=True, max_examples=100, deadline=None)
-@given(STEPS)
-def test_every_request_is_answered_once_with_its_own_rows_whatever_happens(
-    steps: list[Step],
-) -> None:
-    async def scenario(batcher: Batcher) -> None:
-        world = World(batcher)
-        for step in steps:
-            await world.take(step)
-        while world.running:
-            await world.take(Forward())
-        world.check_answers()
-
-    run(scenario, max_queue=MAX_QUEUE)
+Anything.TestCase.settings = settings(derandomize=True, max_examples=100, deadline=None)
+TestAnything = Anything.TestCase

@@ -1,14 +1,15 @@
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from starlette.types import Message
+from torch import Tensor
 
 from service.batcher import Batcher
 from service.engine import Engine
-from service.generation import Disconnected, Generation, unless_disconnected
+from service.generation import Client, Disconnected, Generation, Images
 from service.metrics import Metrics
 from service.problems import Problem
 from service.registry import Model, Registry
@@ -80,86 +81,66 @@ def test_small_images_are_encoded_at_once_and_large_ones_by_another_thread(
     asyncio.run(scene())
 
 
-class Client:
-    """The messages of a client: its request, then nothing until it goes away."""
+class Scene:
+    """An order that waits for an engine, and whoever waits for it."""
 
-    def __init__(self) -> None:
-        self.watched = 0
-        self.gone = asyncio.Event()
+    def __init__(self, generation: Generation) -> None:
+        self.gate = threading.Event()
+        engine = generation.registry.default.engine
+        forward = engine._forward
 
-    async def receive(self) -> Message:
-        self.watched += 1
-        if self.watched == 1:
-            return {"type": "http.request", "body": b"", "more_body": False}
-        await self.gone.wait()
-        return {"type": "http.disconnect"}
+        def held(latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            assert self.gate.wait(60)
+            return forward(latents, labels)
 
+        engine._forward = held
+        self.generation, self.client = generation, Client()
 
-@pytest.fixture
-def watched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.generation.WATCH_AFTER_S", 0)
-
-
-async def waiting(future: "asyncio.Future[str]") -> str:
-    return await future
-
-
-def test_work_is_awaited_while_the_client_stays(watched_at_once: None) -> None:
-    async def scene() -> str:
-        client = Client()
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        answer = asyncio.ensure_future(unless_disconnected(client.receive, future, waiting(future)))
-        while client.watched < 2:
+    async def play(self, act: Callable[["asyncio.Task[Images]"], object]) -> Images:
+        """Act while the engine is held, then let it go on."""
+        batcher = self.generation._batcher
+        batcher.start()
+        order = self.generation.order(labels=["cat"], n=40, seed=1, model=None)
+        task = asyncio.ensure_future(self.generation.fulfil(order, self.client))
+        await asyncio.sleep(0)
+        try:
+            act(task)
             await asyncio.sleep(0)
-        future.set_result("done")
-        return await answer
-
-    assert asyncio.run(scene()) == "done"
-
-
-def test_work_is_cancelled_when_the_client_goes(watched_at_once: None) -> None:
-    async def scene() -> bool:
-        client = Client()
-        client.gone.set()
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        with pytest.raises(Disconnected):
-            await unless_disconnected(client.receive, future, waiting(future))
-        return future.cancelled()
-
-    assert asyncio.run(scene())
+        finally:
+            self.gate.set()
+            await batcher.close()
+        return await task
 
 
-def test_a_cancellation_that_is_not_the_clients_stays_one(watched_at_once: None) -> None:
-    async def scene() -> None:
-        client = Client()
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        answer = asyncio.ensure_future(unless_disconnected(client.receive, future, waiting(future)))
-        while client.watched < 2:
-            await asyncio.sleep(0)
-        answer.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await answer
-
-    asyncio.run(scene())
+def test_an_order_is_fulfilled_while_its_client_stays(generation: Generation) -> None:
+    scene = Scene(generation)
+    images = asyncio.run(scene.play(lambda _: None))
+    assert images.pixels.shape == (40, 12, 12, 1)
+    assert scene.client.on_gone is None
 
 
-def test_short_work_is_not_watched_and_leaves_no_task_behind() -> None:
-    async def scene() -> None:
-        client = Client()
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        future.set_result("done")
-        assert await unless_disconnected(client.receive, future, waiting(future)) == "done"
-        assert client.watched == 0
-        assert asyncio.all_tasks() == {asyncio.current_task()}
+def test_an_order_is_dropped_when_its_client_goes(generation: Generation) -> None:
+    scene = Scene(generation)
 
-    asyncio.run(scene())
+    def leave(_: object) -> None:
+        scene.client.gone = True
+        assert scene.client.on_gone is not None
+        scene.client.on_gone()
+        assert generation._batcher.queued_rows <= 40
+
+    with pytest.raises(Disconnected):
+        asyncio.run(scene.play(leave))
+    assert generation._batcher.queued_rows == 0
 
 
-def test_an_error_of_the_work_is_the_callers() -> None:
-    async def scene() -> None:
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        future.set_exception(Problem(429, "overloaded", "later"))
-        with pytest.raises(Problem, match="later"):
-            await unless_disconnected(Client().receive, future, waiting(future))
+def test_a_client_that_went_before_gets_nothing_made(generation: Generation) -> None:
+    scene = Scene(generation)
+    scene.client.gone = True
+    with pytest.raises(Disconnected):
+        asyncio.run(scene.play(lambda _: None))
 
-    asyncio.run(scene())
+
+def test_a_cancellation_that_is_not_the_clients_stays_one(generation: Generation) -> None:
+    scene = Scene(generation)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(scene.play(lambda task: task.cancel()))

@@ -267,7 +267,9 @@ def test_the_schema_describes_the_front_door(client: httpx.Client) -> None:
     schema = client.get("/openapi.json").json()
     operation = schema["paths"]["/generate"]["post"]
     parameters = {each["name"]: each for each in operation["parameters"]}
-    assert parameters.keys() == {"label", "n", "seed", "model", "format", "scale"}
+    assert parameters.keys() == {
+        *("label", "n", "seed", "model", "format", "scale", "timeout_ms"),
+    }
     assert parameters["label"]["required"] is True
     assert parameters["n"]["schema"]["maximum"] == 1024
     assert operation["responses"]["200"]["content"].keys() == {

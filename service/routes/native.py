@@ -10,17 +10,17 @@ from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl
 
 import mimeparse
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import Receive, Scope, Send
 
-from service.generation import Disconnected, Generation, Images, Order
+from service.generation import CLIENT, Client, Disconnected, Generation, Images, Order
 from service.png import contact_sheet, encode_png, enlarge
 from service.problems import MEDIA_TYPE as PROBLEM_TYPE
-from service.problems import Problem, ProblemDetails, respond, wrong_value, wrong_values
+from service.problems import Problem, ProblemDetails, refuse, wrong_value, wrong_values
 from service.registry import Model
-from service.settings import MAX_IMAGES
+from service.settings import MAX_IMAGES, MAX_TIMEOUT_MS
 
 RawHeaders = list[tuple[bytes, bytes]]
 Format = Literal["png", "zip", "json"]
@@ -59,6 +59,13 @@ class GenerateQuery(BaseModel):
     model: str | None = Field(None, description="name of a model; the default one if not given")
     format: Format | None = Field(None, description="goes before the Accept header")
     scale: int = Field(1, ge=1, le=16, description="enlarge by whole pixels")
+    timeout_ms: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_TIMEOUT_MS,
+        description="milliseconds until the images are of no use; what cannot be made by then is "
+        "refused, and the service may allow less",
+    )
 
 
 # Whichever way a value is wrong, the error says what is allowed.
@@ -68,6 +75,7 @@ _ALLOWED = {
     "seed": f"must be an integer from 0 to {MAX_SEED}",
     "format": f"must be one of {', '.join(MEDIA_TYPES)}",
     "scale": "must be an integer from 1 to 16",
+    "timeout_ms": f"must be an integer from 1 to {MAX_TIMEOUT_MS}",
 }
 
 
@@ -186,9 +194,9 @@ class FrontDoor:
         """Answer one request."""
         scope["route"] = self  # its path is what metrics and the log go by
         try:
-            headers, body = await self._generate(scope, receive)
+            headers, body = await self._generate(scope)
         except Problem as problem:
-            await respond(Request(scope), problem)(scope, receive, send)
+            await refuse(problem, scope, send)
             return
         except Disconnected:
             await Response(status_code=CLIENT_GONE)(scope, receive, send)
@@ -196,18 +204,20 @@ class FrontDoor:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _generate(self, scope: Scope, receive: Receive) -> tuple[RawHeaders, bytes]:
+    async def _generate(self, scope: Scope) -> tuple[RawHeaders, bytes]:
         generation = self._generation
         accept = _read_headers(scope["headers"])
         query = parse_query(scope["query_string"])
         chosen = query.format or negotiate(accept)
         order = generation.order(labels=query.label, n=query.n, seed=query.seed, model=query.model)
         pixels = _count_pixels(order, query.scale)
-        images = await generation.fulfil(order, receive)
+        client: Client = scope.get(CLIENT) or Client()
+        timeout_s = None if query.timeout_ms is None else query.timeout_ms / 1e3
+        images = await generation.fulfil(order, client, timeout_s)
         body, encode_s = await generation.encode(
             _encoder(chosen, order, images, query.scale), pixels=pixels
         )
-        generation.count(order)
+        generation.count(order, client)
         return _headers(chosen, order, images, encode_s, len(body)), body
 
 
