@@ -2,17 +2,20 @@
 
 import asyncio
 import gc
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import prometheus_client
 import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.connection import JoiningProtocol
+from service.connection import SWEEP_S, JoiningProtocol, Terms, make_room, sweep
 from service.observation import configure_logging
 from service.registry import Registry, load_registry
 from service.settings import Settings
@@ -20,12 +23,16 @@ from service.startup import ServiceError, serving
 from training.artifact import ArtifactError
 from training.devices import DeviceError, describe
 
+# For requests that are on their way when the port closes: time to arrive and to be answered.
+_LAST_MOMENT_S = 0.2
+
 
 class Server(uvicorn.Server):
     """Uvicorn with our own beginning and end.
 
-    On SIGTERM or SIGINT readiness falls, requests that were admitted are answered while the port
-    stays open, and the process ends with status 0; a second signal ends it at once.
+    On SIGTERM or SIGINT readiness falls, requests are served on for the drain delay, those that
+    were admitted are answered while the port stays open, and the process ends with status 0; a
+    second signal ends it at once.
 
     Args:
         app: what is served.
@@ -49,12 +56,17 @@ class Server(uvicorn.Server):
             if every_second is not None:
                 every_second()
 
+        self._terms = Terms(
+            app.state.refusal, settings.client_timeout_s, make_room(settings.max_connections)
+        )
+        http: Any = partial(JoiningProtocol, self._terms)
         super().__init__(
             uvicorn.Config(
                 app,
                 host=settings.host,
                 port=settings.port,
-                http=JoiningProtocol,
+                http=http,
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -65,6 +77,7 @@ class Server(uvicorn.Server):
             )
         )
         self._app = app
+        self._drain_delay_s = settings.drain_delay_ms / 1e3
         self._on_started = on_started
         self._supervised = supervised
 
@@ -82,7 +95,18 @@ class Server(uvicorn.Server):
         # What has been loaded stays: looking through it for garbage would hold up every request.
         gc.collect()
         gc.freeze()
+        self._sweep()
         self._on_started()
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        sweep(self._connections, loop.time())
+        loop.call_later(SWEEP_S, self._sweep)
+
+    @property
+    def _connections(self) -> set[JoiningProtocol]:
+        connections: Any = self.server_state.connections  # uvicorn knows only its own protocols
+        return connections  # type: ignore[no-any-return]
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -101,11 +125,22 @@ class Server(uvicorn.Server):
             self._app.state.drain.begin()
             self._draining = asyncio.ensure_future(self._drain())
         elif not self._supervised:
-            self.force_exit = self.should_exit = True
+            os._exit(0)  # whatever a thread is at; nothing is written that could be left in pieces
 
     async def _drain(self) -> None:
+        self._terms.draining = True  # so that clients that keep connections go elsewhere
+        for connection in self._connections:
+            connection.drain()
+        await asyncio.sleep(self._drain_delay_s)
         await self._app.state.batcher.close()
         self.should_exit = True  # uvicorn now waits for the answers that are still being sent
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the port, a moment later what is idle, and wait for what is not."""
+        for each in (*self.servers, *(sockets or ())):
+            each.close()
+        await asyncio.sleep(_LAST_MOMENT_S)
+        await super().shutdown(sockets)
 
 
 def load(settings: Settings) -> Registry:

@@ -66,6 +66,26 @@ class Settings(BaseSettings):
         le=MAX_TIMEOUT_MS,
         description="milliseconds that a request may take; what cannot make it is refused",
     )
+    client_timeout_s: float = Field(
+        20.0,
+        ge=1.0,
+        le=3600.0,
+        description="seconds that a client may take to send a whole request, to read more of an "
+        "answer, or to ask again on an open connection",
+    )
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        le=1_000_000,
+        description="most connections at a time; one beyond that is answered 503 and closed",
+    )
+    drain_delay_ms: int = Field(
+        0,
+        ge=0,
+        le=600_000,
+        description="milliseconds to serve on after SIGTERM, with readiness off, for a load "
+        "balancer to notice",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe messages to log; info has a line per request"
     )

@@ -16,6 +16,12 @@ class Transport:
     def write(self, data: bytes) -> None:
         self.calls.append(data)
 
+    def write_eof(self) -> None:
+        self.calls.append("end")
+
+    def resume_reading(self) -> None:
+        self.calls.append("read on")
+
     def close(self) -> None:
         self.calls.append("close")
         self.closing = True
@@ -52,7 +58,17 @@ def test_closing_sends_first_what_is_left() -> None:
         joining.write(b"last words")
         joining.close()
 
-    assert calls_after(act) == [b"last words", "close"]
+    assert calls_after(act) == [b"last words", "read on", "end"]
+
+
+def test_nothing_is_sent_after_the_end() -> None:
+    def act(joining: JoiningTransport) -> None:
+        joining.close()
+        joining.close()
+        joining.write(b"too late")
+        assert joining.is_closing()
+
+    assert calls_after(act) == ["read on", "end"]
 
 
 def test_nothing_is_sent_to_a_client_that_has_gone() -> None:

@@ -29,6 +29,9 @@ def test_every_option_is_a_flag_and_a_variable(monkeypatch: pytest.MonkeyPatch) 
         "max_batch": "16",
         "max_queue": "2048",
         "timeout_ms": "500",
+        "client_timeout_s": "2.5",
+        "max_connections": "100",
+        "drain_delay_ms": "3000",
         "log_level": "error",
     }
     assert values.keys() == Settings.model_fields.keys()
@@ -55,6 +58,9 @@ def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ("--max-batch", "0", "1"),
         ("--max-queue", "10", "1024"),
         ("--timeout-ms", "-1", "1"),
+        ("--client-timeout-s", "0.5", "1"),
+        ("--max-connections", "0", "1"),
+        ("--drain-delay-ms", "-1", "0"),
         ("--dtype", "int8", "'auto', 'float32' or 'bfloat16'"),
         ("--log-level", "loud", "'debug'"),
     ],
