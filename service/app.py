@@ -14,7 +14,6 @@ from starlette.types import Receive, Scope, Send
 
 from service import problems
 from service.batcher import Batcher
-from service.connection import refuse
 from service.generation import Generation
 from service.metrics import Metrics
 from service.observation import Observe
@@ -73,6 +72,9 @@ class App(FastAPI):
                 description=self.description,
                 routes=[native.front_door_schema(), *self.routes],
             )
+            for operations in self.openapi_schema["paths"].values():
+                for operation in operations.values():
+                    operation["responses"] = problems.OF_THE_WIRE | operation["responses"]
         return self.openapi_schema
 
 
@@ -115,7 +117,7 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics | None =
     app = App(title="cgan-service", description=DESCRIPTION, version="0.1.0", lifespan=lifespan)
     app.state.drain = drain
     app.state.batcher = batcher
-    app.state.refusal = Observe(refuse, metrics)  # of what never becomes a request
+    app.state.refusal = Observe(problems.refuse, metrics)  # of what never becomes a request
     problems.install(app)
     generation = Generation(registry, batcher, metrics, encoders)
     front_door = FrontDoor(generation)

@@ -14,13 +14,12 @@ from typing import Any
 
 import httptools
 import uvicorn
-from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from service.generation import CLIENT, Client
-from service.problems import Problem, respond
+from service.problems import Problem
 
 MAX_TARGET_BYTES = 1 << 14  # 16 KiB: 1024 labels with long names
 MAX_HEAD_BYTES = 1 << 16
@@ -52,11 +51,6 @@ class Terms:
     client_timeout_s: float
     max_connections: int
     draining: bool = False
-
-
-async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with the problem of a scope; an ASGI application."""
-    await respond(Request(scope), scope["problem"])(scope, receive, send)
 
 
 class JoiningTransport:

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.types import Scope, Send
+from starlette.types import Receive, Scope, Send
 
 MEDIA_TYPE = "application/problem+json"
 _MEDIA_TYPE = MEDIA_TYPE.encode()
@@ -69,6 +69,20 @@ class Problem(Exception):  # noqa: N818  (the name of RFC 9457)
         self.headers = dict(headers or {})
 
 
+OF_THE_WIRE: dict[str, Any] = {
+    status: {
+        "description": words,
+        "content": {MEDIA_TYPE: {"schema": ProblemDetails.model_json_schema()}},
+    }
+    for status, words in {
+        "400": "This is no HTTP/1.1 request",
+        "408": "The request was not complete in time",
+        "413": "The body is too large",
+        "414": "The target is too long",
+        "431": "The head is too large",
+    }.items()
+}  # in the schema of every operation, for whatever is asked may be asked so
+
 INTERNAL_ERROR = Problem(500, "internal-error", "The service failed; it was logged by this id.")
 
 
@@ -114,7 +128,7 @@ def respond(request: Request, problem: Problem) -> Response:
     return Response(body, problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
 
 
-async def refuse(problem: Problem, scope: Scope, send: Send) -> None:
+async def answer(problem: Problem, scope: Scope, send: Send) -> None:
     """Answer with a problem, past the framework, which an overloaded service has no time for."""
     body = describe(problem, scope)
     headers = [(b"content-type", _MEDIA_TYPE), (b"content-length", b"%d" % len(body))]
@@ -122,6 +136,11 @@ async def refuse(problem: Problem, scope: Scope, send: Send) -> None:
         headers.append((name.lower().encode(), value.encode()))
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def refuse(scope: Scope, _receive: Receive, send: Send) -> None:
+    """Answer with the problem of a scope; an ASGI application."""
+    await answer(scope["problem"], scope, send)
 
 
 def install(app: FastAPI) -> None:

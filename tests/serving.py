@@ -16,8 +16,6 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from service.connection import JoiningProtocol
-
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -94,7 +92,7 @@ def refused(*arguments: str) -> str:
 def serving(app: FastAPI) -> Iterator[httpx.Client]:
     """An app on a real socket, served by uvicorn in a thread of this process."""
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, http=JoiningProtocol, log_config=None, access_log=False)
+        uvicorn.Config(app, port=0, http=http, log_config=None, access_log=False)
     )
     started = threading.Event()
 

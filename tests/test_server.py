@@ -5,7 +5,6 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from service.connection import make_room
 from tests.conftest import make_artifact
 from tests.serving import ServiceProcess
-from tests.wire import PATIENCE_S, Client, address, drain
+from tests.wire import PATIENCE_S, Client, address, drain, wait_until
 
 TARGET = "/generate?label=cat&n=64&format=zip"
 COMPLETE, REFUSED, UNREACHABLE = "complete", "refused with 503", "no connection"
@@ -24,12 +23,6 @@ COMPLETE, REFUSED, UNREACHABLE = "complete", "refused with 503", "no connection"
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_artifact(tmp_path_factory.mktemp("weights") / "small.safetensors"))
-
-
-def wait_until(reached: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not reached():
-        assert time.monotonic() < deadline, f"never happened: {what}"
 
 
 def get(service: ServiceProcess, path: str) -> httpx.Response:

@@ -5,7 +5,7 @@ import json
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from typing import Any, cast
@@ -44,12 +44,17 @@ class Client:
     """A connection, and all that came over it."""
 
     service: ServiceProcess
+    window: int | None = None  # bytes that may wait here to be read; None: as many as usual
     received: bytearray = field(default_factory=bytearray)
     ended: bool = False  # by the service
     was_reset: bool = False
 
     def __post_init__(self) -> None:
-        self.socket = socket.create_connection(address(self.service), timeout=PATIENCE_S)
+        self.socket = socket.socket()
+        self.socket.settimeout(PATIENCE_S)
+        if self.window is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.window)
+        self.socket.connect(address(self.service))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, data: bytes) -> None:
@@ -79,6 +84,12 @@ class Client:
     def answers(self) -> list[Answer]:
         """All answers, which have to be complete."""
         return parse(bytes(self.received))
+
+
+def wait_until(reached: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not reached():
+        assert time.monotonic() < deadline, f"never happened: {what}"
 
 
 def address(service: ServiceProcess) -> tuple[str, int]:

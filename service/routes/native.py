@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from service.generation import CLIENT, Client, Disconnected, Generation, Images, Order
 from service.png import contact_sheet, encode_png, enlarge
 from service.problems import MEDIA_TYPE as PROBLEM_TYPE
-from service.problems import Problem, ProblemDetails, refuse, wrong_value, wrong_values
+from service.problems import Problem, ProblemDetails, answer, wrong_value, wrong_values
 from service.registry import Model
 from service.settings import MAX_IMAGES, MAX_TIMEOUT_MS
 
@@ -196,7 +196,7 @@ class FrontDoor:
         try:
             headers, body = await self._generate(scope)
         except Problem as problem:
-            await refuse(problem, scope, send)
+            await answer(problem, scope, send)
             return
         except Disconnected:
             await Response(status_code=CLIENT_GONE)(scope, receive, send)
