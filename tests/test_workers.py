@@ -192,6 +192,35 @@ def test_a_killed_worker_is_replaced_while_the_others_serve(artifact: Path) -> N
         assert service.wait() == 0
 
 
+def test_what_was_counted_stays_and_what_was_under_way_goes_with_a_killed_worker(
+    artifact: Path,
+) -> None:
+    with ServiceProcess("--workers", "2", "--weights", str(artifact)) as service:
+        killed, other = pids(service)
+        for pid in (other, killed):  # so that both of them count
+            with stopped(pid):
+                ask(service, "/generate?label=cat&n=10")
+        before = counters(service)
+        assert before["cgan_images_total"] == 20
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: bool(logged(service, "a worker ended")), "the end is logged")
+        wait_for(service, "cgan_ready", 1)
+        pids(service, 3)
+        wait_for(service, "cgan_ready", 2)
+        after = counters(service)
+        assert {name for name, value in before.items() if after[name] < value} == set()
+        assert after["cgan_worker_restarts_total"] == 1
+
+
+def counters(service: ServiceProcess) -> dict[str, float]:
+    """Everything that only ever grows."""
+    with httpx.Client(base_url=service.client.base_url, timeout=60) as client:
+        found = samples(client)
+    names = {name for name, _ in found if name.startswith("cgan_")}
+    ends = ("_total", "_sum", "_count", "_bucket")
+    return {name: total(found, name) for name in names if name.endswith(ends)}
+
+
 def test_a_worker_told_to_stop_drains_and_is_replaced(artifact: Path) -> None:
     with ServiceProcess("--workers", "2", "--weights", str(artifact)) as service:
         os.kill(pids(service)[0], signal.SIGTERM)
