@@ -18,7 +18,7 @@ from service.generation import Generation
 from service.metrics import Metrics
 from service.observation import Observe
 from service.registry import Registry
-from service.routes import native, operations
+from service.routes import native, operations, pages
 from service.routes.native import FrontDoor
 from service.settings import Settings
 
@@ -114,7 +114,14 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics | None =
             await batcher.close()
             await asyncio.to_thread(encoders.shutdown)
 
-    app = App(title="cgan-service", description=DESCRIPTION, version="0.1.0", lifespan=lifespan)
+    app = App(
+        title="cgan-service",
+        description=DESCRIPTION,
+        version="0.1.0",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.drain = drain
     app.state.batcher = batcher
     app.state.refusal = Observe(problems.refuse, metrics)  # of what never becomes a request
@@ -125,5 +132,6 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics | None =
     app.router.routes.append(Route(FrontDoor.path, front_door, methods=["POST"]))  # else 405
     app.include_router(native.create_router(generation))
     app.include_router(operations.create_router(metrics, drain))
+    app.include_router(pages.create_router())
     app.add_middleware(Observe, metrics=metrics)
     return app

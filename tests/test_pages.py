@@ -1,0 +1,66 @@
+"""What a browser is given, and what it is told not to do."""
+
+import re
+
+import httpx
+import pytest
+
+from tests.serving import ServiceProcess
+
+
+@pytest.fixture
+def client(service: ServiceProcess) -> httpx.Client:
+    return service.client
+
+
+def test_the_documentation_comes_from_the_service_alone(client: httpx.Client) -> None:
+    page = client.get("/docs")
+    assert page.headers["Content-Type"] == "text/html; charset=utf-8"
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    assert "docs/swagger-ui-bundle.js" in addresses
+    for address in addresses:
+        if address.startswith("data:"):
+            continue
+        found = client.get(page.url.join(address))
+        assert found.status_code == 200, address
+        assert "//" not in address
+        assert found.headers["X-Content-Type-Options"] == "nosniff"
+    assert 'url: "openapi.json"' in client.get("/docs/start.js").text
+    assert client.get("/openapi.json").json()["paths"].keys() >= {"/generate", "/models"}
+    assert client.get("/redoc").status_code == 404
+
+
+def test_a_page_runs_no_script_that_the_service_did_not_send(client: httpx.Client) -> None:
+    page = client.get("/docs")
+    policy = dict(
+        part.strip().partition(" ")[::2]
+        for part in page.headers["Content-Security-Policy"].split(";")
+    )
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == "'self'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert re.findall(r"<script>|<script [^>]*>[^<]|\son\w+=|<style", page.text) == []
+    assert page.headers["X-Content-Type-Options"] == "nosniff"
+    assert page.headers["Referrer-Policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("path", ["/docs", "/models", "/openapi.json", "/no"])
+def test_no_other_origin_is_let_in(client: httpx.Client, path: str) -> None:
+    origin = {"Origin": "http://elsewhere.example"}
+    preflight = {**origin, "Access-Control-Request-Method": "POST"}
+    for answer in (
+        client.get(path, headers=origin),
+        client.options(path, headers=preflight),
+        client.options("/generate", headers=preflight),
+        client.post("/generate?label=7", headers=origin),
+    ):
+        assert [name for name in answer.headers if name.startswith("access-control")] == []
+
+
+@pytest.mark.parametrize("path", ["/docs", "/livez", "/metrics", "/no", "/generate"])
+def test_no_answer_says_what_it_is_made_of(client: httpx.Client, path: str) -> None:
+    answer = client.get(path)
+    assert "server" not in answer.headers
+    assert "x-powered-by" not in answer.headers
+    if answer.is_error:
+        assert not re.search(r"uvicorn|starlette|fastapi|python|\d\.\d", answer.text, re.IGNORECASE)
