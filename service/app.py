@@ -5,6 +5,7 @@ import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from service import problems
+from service.access import Access, create_grants
 from service.batcher import Batcher
 from service.generation import Generation
 from service.metrics import Metrics
@@ -85,10 +87,21 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def create_app(settings: Settings, registry: Registry, metrics: Metrics | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    registry: Registry,
+    metrics: Metrics | None = None,
+    folder: Path | None = None,
+) -> FastAPI:
     """An app that serves the models of a registry.
 
     Starting it starts the engine thread; stopping it finishes what was admitted.
+
+    Args:
+        settings: what the command line said.
+        registry: the models.
+        metrics: its instruments; made here if not given.
+        folder: where several workers share what each key has used; None for a single process.
     """
     metrics = metrics or Metrics()
     drain = Drain(metrics)
@@ -128,10 +141,13 @@ def create_app(settings: Settings, registry: Registry, metrics: Metrics | None =
     problems.install(app)
     generation = Generation(registry, batcher, metrics, encoders)
     front_door = FrontDoor(generation)
-    app.front_door = Observe(front_door, metrics)
+    grants = create_grants(settings, metrics, folder)
+    app.front_door = Observe(Access(front_door, grants) if grants else front_door, metrics)
     app.router.routes.append(Route(FrontDoor.path, front_door, methods=["POST"]))  # else 405
     app.include_router(native.create_router(generation))
     app.include_router(operations.create_router(metrics, drain))
     app.include_router(pages.create_router())
+    if grants:
+        app.add_middleware(Access, grants=grants)
     app.add_middleware(Observe, metrics=metrics)
     return app

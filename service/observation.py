@@ -125,6 +125,8 @@ class Observe:
             "duration_ms": round(1e3 * seconds, 3),
             "client": client[0] if client else None,
         }
+        if "key" in scope["state"]:
+            fields["key"] = scope["state"]["key"]  # its name
         access_log.log(level, "request", extra={"fields": fields})
 
 

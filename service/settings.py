@@ -1,10 +1,12 @@
 """Every option of the service, once: as a flag, as an environment variable, and in the help."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic import Field, PlainValidator, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
+
+from service.keys import Key, parse_keys, read_keys, require_distinct
 
 MAX_IMAGES = 1024  # of one request
 MAX_TIMEOUT_MS = 600_000
@@ -26,6 +28,7 @@ class Settings(BaseSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
         env_ignore_empty=True,
+        hide_input_in_errors=True,  # it may hold a key
     )
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
@@ -86,9 +89,48 @@ class Settings(BaseSettings):
         description="milliseconds to serve on after SIGTERM, with readiness off, for a load "
         "balancer to notice",
     )
+    api_keys: Annotated[tuple[Key, ...], NoDecode, PlainValidator(parse_keys)] = Field(
+        (),
+        validate_default=False,
+        description="name:secret,name:secret and so on: who may use the service. Whoever lists the "
+        "machine's processes can read a flag, so give the variable, or better a file",
+    )
+    api_keys_file: Annotated[tuple[Key, ...], NoDecode, PlainValidator(read_keys)] = Field(
+        (),
+        validate_default=False,
+        description="file with a key a line, name:secret or name:secret:images-per-second; # "
+        "begins a comment",
+    )
+    images_per_second: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="most images a second of each API key, over all workers; no limit if not given",
+    )
+    burst_images: int = Field(
+        MAX_IMAGES,
+        ge=1,
+        le=1_000_000,
+        description="most images that an API key with a limit may have at once, after a pause",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe messages to log; info has a line per request"
     )
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """All API keys; where there are none, everybody is let in."""
+        return self.api_keys + self.api_keys_file
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        require_distinct(self.keys)
+        if self.images_per_second is not None and not self.keys:
+            raise ValueError(
+                "--images-per-second (or CGAN_IMAGES_PER_SECOND): is a limit of each API key, so "
+                "--api-keys or --api-keys-file must be given too"
+            )
+        return self
 
 
 def parse_settings(arguments: list[str]) -> Settings:
@@ -109,5 +151,9 @@ def parse_settings(arguments: list[str]) -> Settings:
 def _describe(error: object) -> str:
     assert isinstance(error, dict)
     name = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error" and not name:
+        return str(error["ctx"]["error"])
     flag, variable = f"--{name.replace('_', '-')}", f"CGAN_{name.upper()}"
+    if error["type"] == "value_error":  # our own words, which never hold a secret
+        return f"{flag} (or {variable}): {error['ctx']['error']}"
     return f"{flag} (or {variable}): {error['msg']}, not {error['input']!r}"

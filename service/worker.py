@@ -49,7 +49,7 @@ def _serve(report: Callable[[object], None]) -> None:
     metrics = Metrics(folder)
     device = describe(registry.default.engine.device)
     server = Server(
-        create_app(settings, registry, metrics),
+        create_app(settings, registry, metrics, folder),
         settings,
         lambda: report({"names": registry.names, "device": device}),
         supervised=True,

@@ -17,7 +17,11 @@ def test_a_newcomer_is_served_the_bundled_models_on_port_8000() -> None:
     assert (settings.weights / "mnist.safetensors").exists()
 
 
-def test_every_option_is_a_flag_and_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_is_a_flag_and_a_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"bob:{'b' * 16}\n")
     values = {
         "host": "0.0.0.0",
         "port": "81",
@@ -32,6 +36,10 @@ def test_every_option_is_a_flag_and_a_variable(monkeypatch: pytest.MonkeyPatch) 
         "client_timeout_s": "2.5",
         "max_connections": "100",
         "drain_delay_ms": "3000",
+        "api_keys": f"alice:{'a' * 16}",
+        "api_keys_file": str(keys),
+        "images_per_second": "2.5",
+        "burst_images": "100",
         "log_level": "error",
     }
     assert values.keys() == Settings.model_fields.keys()
@@ -61,6 +69,8 @@ def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ("--client-timeout-s", "0.5", "1"),
         ("--max-connections", "0", "1"),
         ("--drain-delay-ms", "-1", "0"),
+        ("--images-per-second", "0", "greater than 0"),
+        ("--burst-images", "0", "1"),
         ("--dtype", "int8", "'auto', 'float32' or 'bfloat16'"),
         ("--log-level", "loud", "'debug'"),
     ],

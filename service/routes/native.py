@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import Receive, Scope, Send
 
+from service.access import charge
 from service.generation import CLIENT, Client, Disconnected, Generation, Images, Order
 from service.png import contact_sheet, encode_png, enlarge
 from service.problems import MEDIA_TYPE as PROBLEM_TYPE
@@ -149,10 +150,11 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         "content": {PROBLEM_TYPE: {"schema": ProblemDetails.model_json_schema()}},
     }
     for status, words in {
+        401: "No API key, or a wrong one, where the service has any",
         404: "Unknown model",
         406: "No format that the Accept header allows",
         422: "A wrong value; the body names the field and what is allowed",
-        429: "Overloaded; Retry-After says when to come back",
+        429: "Overloaded, or over the limit of the API key; Retry-After says when to come back",
         503: "Shutting down, or the device failed",
         504: "The images took longer than the service allows",
     }.items()
@@ -211,6 +213,7 @@ class FrontDoor:
         chosen = query.format or negotiate(accept)
         order = generation.order(labels=query.label, n=query.n, seed=query.seed, model=query.model)
         pixels = _count_pixels(order, query.scale)
+        charge(scope, len(order.labels))
         client: Client = scope.get(CLIENT) or Client()
         timeout_s = None if query.timeout_ms is None else query.timeout_ms / 1e3
         images = await generation.fulfil(order, client, timeout_s)
