@@ -145,8 +145,10 @@ def create_app(
     app.front_door = Observe(Access(front_door, grants) if grants else front_door, metrics)
     app.router.routes.append(Route(FrontDoor.path, front_door, methods=["POST"]))  # else 405
     app.include_router(native.create_router(generation))
-    app.include_router(operations.create_router(metrics, drain))
+    app.include_router(operations.create_router(drain))
     app.include_router(pages.create_router())
+    if settings.metrics_port is None:
+        app.include_router(operations.create_metrics_router(metrics.registry, metrics.refresh))
     if grants:
         app.add_middleware(Access, grants=grants)
     app.add_middleware(Observe, metrics=metrics)

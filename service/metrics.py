@@ -38,6 +38,14 @@ def forget(folder: Path, name: str) -> None:
     mark_process_dead(name, folder)
 
 
+def shared_registry(folder: Path) -> CollectorRegistry:
+    """What all processes that share a folder count, added up."""
+    registry = CollectorRegistry()
+    registry.register(_WorkerProcesses(folder))
+    MultiProcessCollector(registry, folder)
+    return registry
+
+
 class _WorkerProcesses(Collector):
     """What the operating system knows of each worker, told apart by the label `worker`."""
 
@@ -63,7 +71,7 @@ class Metrics:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = CollectorRegistry() if folder is None else shared_registry(folder)
         self._watched: list[tuple[Gauge, Callable[[], float]]] = []
         self._shared = folder is not None
         if folder is None:
@@ -71,8 +79,6 @@ class Metrics:
             GCCollector(registry=self.registry)
             self._make_instruments(self.registry)
         else:
-            self.registry.register(_WorkerProcesses(folder))
-            MultiProcessCollector(self.registry, folder)
             self._make_instruments(None)  # the registry has them from the folder
 
     def _make_instruments(self, registry: CollectorRegistry | None) -> None:

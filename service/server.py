@@ -16,10 +16,12 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.connection import SWEEP_S, JoiningProtocol, Terms, make_room, sweep
+from service.metrics import Metrics
 from service.observation import configure_logging
 from service.registry import Registry, load_registry
+from service.scrape import open_metrics_port
 from service.settings import Settings
-from service.startup import ServiceError, serving
+from service.startup import Address, ServiceError, address_of, serving
 from training.artifact import ArtifactError
 from training.devices import DeviceError, describe
 
@@ -41,6 +43,8 @@ class Server(uvicorn.Server):
         supervised: leave it to a supervisor to end the process at once. Whoever stops a whole group
             of processes signals a worker as its supervisor does, so a second signal means nothing.
         every_second: called about that often.
+        metrics: served on the port that the settings name for them, if they name one; None leaves
+            it to a supervisor.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Server(uvicorn.Server):
         *,
         supervised: bool = False,
         every_second: Callable[[], None] | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         async def on_tick() -> None:
             if every_second is not None:
@@ -78,17 +83,30 @@ class Server(uvicorn.Server):
         )
         self._app = app
         self._drain_delay_s = settings.drain_delay_ms / 1e3
+        self._settings = settings
+        self._metrics = metrics
+        self._metrics_server: asyncio.Server | None = None
         self._on_started = on_started
         self._supervised = supervised
 
     @property
-    def address(self) -> tuple[str, int]:
+    def address(self) -> Address:
         """Where it listens."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return host, port
+        return address_of(self.servers[0])
+
+    @property
+    def metrics_address(self) -> Address | None:
+        """Where it serves metrics alone, if anywhere."""
+        return None if self._metrics_server is None else address_of(self._metrics_server)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the port, then say so."""
+        """Open the ports, then say so.
+
+        Raises:
+            ServiceError: the port of the metrics is taken.
+        """
+        if self._metrics is not None and self._settings.metrics_port is not None:
+            self._metrics_server = await open_metrics_port(self._settings, self._metrics.registry)
         await super().startup(sockets)
         if not self.started:
             return
@@ -141,6 +159,8 @@ class Server(uvicorn.Server):
             each.close()
         await asyncio.sleep(_LAST_MOMENT_S)
         await super().shutdown(sockets)
+        if self._metrics_server is not None:
+            self._metrics_server.close()
 
 
 def load(settings: Settings) -> Registry:
@@ -165,10 +185,12 @@ def serve(settings: Settings, say: Callable[[str], None]) -> int:
     """
     registry = load(settings)
     device = describe(registry.default.engine.device)
+    metrics = Metrics()
     server = Server(
-        create_app(settings, registry),
+        create_app(settings, registry, metrics),
         settings,
-        lambda: say(serving(registry.names, server.address, device)),
+        lambda: say(serving(registry.names, server.address, device, server.metrics_address)),
+        metrics=metrics,
     )
     server.run()
     return 0 if server.started else 1

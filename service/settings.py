@@ -89,6 +89,13 @@ class Settings(BaseSettings):
         description="milliseconds to serve on after SIGTERM, with readiness off, for a load "
         "balancer to notice",
     )
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65_535,
+        description="port for /metrics alone, at the same address, which the other port then has "
+        "not; 0 takes a free one",
+    )
     api_keys: Annotated[tuple[Key, ...], NoDecode, PlainValidator(parse_keys)] = Field(
         (),
         validate_default=False,

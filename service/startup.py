@@ -1,14 +1,29 @@
 """What a service says when it serves, and when it cannot."""
 
+import asyncio
 from collections.abc import Sequence
+
+Address = tuple[str, int]
 
 
 class ServiceError(Exception):
     """The service cannot start or cannot go on; says why to whoever started it."""
 
 
-def serving(names: Sequence[str], address: tuple[str, int], devices: str) -> str:
+def serving(
+    names: Sequence[str], address: Address, devices: str, metrics: Address | None = None
+) -> str:
     """The line that says what is served, and where."""
+    line = f"Serving {', '.join(names)} at {_url(address)} on {devices}"
+    return line if metrics is None else f"{line}, metrics at {_url(metrics)}/metrics"
+
+
+def address_of(server: asyncio.Server) -> Address:
+    """Where a server listens."""
+    host, port = server.sockets[0].getsockname()[:2]
+    return host, port
+
+
+def _url(address: Address) -> str:
     host, port = address
-    host = f"[{host}]" if ":" in host else host
-    return f"Serving {', '.join(names)} at http://{host}:{port} on {devices}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

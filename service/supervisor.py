@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.metrics import SupervisorMetrics, forget, share
+from service.metrics import SupervisorMetrics, forget, share, shared_registry
 from service.observation import configure_logging
 from service.settings import Settings
-from service.startup import ServiceError, serving
+from service.startup import ServiceError, address_of, serving
 
 STABLE_S = 30.0  # a worker that served for so long did not die of how it was started
 MAX_EARLY_ENDS = 5  # so many workers may end before that, in a row, and are replaced
@@ -55,7 +55,12 @@ async def _supervise(
         )
     except OSError as error:
         raise ServiceError(str(error)) from error
-    supervisor = Supervisor(settings.workers, arguments, folder, port, say)
+    metrics_port = None
+    if settings.metrics_port is not None:
+        from service.scrape import open_metrics_port  # noqa: PLC0415  (most need no FastAPI here)
+
+        metrics_port = await open_metrics_port(settings, shared_registry(folder))
+    supervisor = Supervisor(settings.workers, arguments, folder, port, say, metrics_port)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.on_signal)
     await supervisor.run()
@@ -86,6 +91,7 @@ class Supervisor:
         folder: where the workers share their metrics.
         port: the bound sockets they share.
         say: told where the service is, once every worker serves.
+        metrics_port: where this process serves the metrics of all of them, if anywhere.
     """
 
     def __init__(
@@ -95,12 +101,14 @@ class Supervisor:
         folder: Path,
         port: asyncio.Server,
         say: Callable[[str], None],
+        metrics_port: asyncio.Server | None = None,
     ) -> None:
         self._count = count
         self._arguments = arguments
         self._folder = folder
         self._port = port
         self._say = say
+        self._metrics_address = None if metrics_port is None else address_of(metrics_port)
         self._metrics = SupervisorMetrics(count)
         self._workers: dict[int, _Worker] = {}
         self._early_ends: Counter[int] = Counter()  # by worker, since one was stable
@@ -167,10 +175,10 @@ class Supervisor:
         if self._started or len(reports) < self._count:
             return
         self._started = True
-        host, port = self._port.sockets[0].getsockname()[:2]
         devices = " and ".join(dict.fromkeys(report["device"] for report in reports))
         where = f"{devices} ({self._count} workers)"
-        self._say(serving(worker.report["names"], (host, port), where))
+        address = address_of(self._port)
+        self._say(serving(worker.report["names"], address, where, self._metrics_address))
 
     def _on_end(self, index: int, worker: _Worker, status: int) -> None:
         cause = worker.report.get("error") or _in_words(status)

@@ -9,12 +9,16 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
+
+from service.connection import JoiningProtocol, Terms
 
 REPOSITORY = Path(__file__).parent.parent
 

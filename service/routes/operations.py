@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, Field
 
-from service.metrics import Metrics
 from service.problems import MEDIA_TYPE as PROBLEM_TYPE
 from service.problems import Problem, ProblemDetails
 
@@ -18,8 +18,8 @@ class Health(BaseModel):
     status: str = Field(examples=["ready"])
 
 
-def create_router(metrics: Metrics, draining: Callable[[], bool]) -> APIRouter:
-    """The routes of this module."""
+def create_router(draining: Callable[[], bool]) -> APIRouter:
+    """The root and the health checks."""
     router = APIRouter()
 
     @router.get("/", include_in_schema=False)
@@ -45,6 +45,15 @@ def create_router(metrics: Metrics, draining: Callable[[], bool]) -> APIRouter:
             raise Problem(503, "draining", "The service is shutting down.")
         return Health(status="ready")
 
+    return router
+
+
+def create_metrics_router(
+    registry: CollectorRegistry, refresh: Callable[[], None] | None = None
+) -> APIRouter:
+    """What Prometheus scrapes; `refresh` is called before."""
+    router = APIRouter()
+
     @router.get(
         "/metrics",
         summary="Metrics for Prometheus",
@@ -52,8 +61,9 @@ def create_router(metrics: Metrics, draining: Callable[[], bool]) -> APIRouter:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def scrape(request: Request) -> Response:
-        metrics.refresh()
+        if refresh is not None:
+            refresh()
         encode, media_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(metrics.registry), headers={"Content-Type": media_type})
+        return Response(encode(registry), headers={"Content-Type": media_type})
 
     return router
