@@ -3,7 +3,7 @@
 import sys
 
 from service.settings import Settings, parse_settings
-from service.startup import ServiceError
+from service.startup import ServiceError, printable
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
     try:
         return _run(settings)
     except ServiceError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 1
 
 

@@ -10,6 +10,13 @@ class ServiceError(Exception):
     """The service cannot start or cannot go on; says why to whoever started it."""
 
 
+def printable(text: str) -> str:
+    """A text as one line for a terminal: the name of a file can hold any character."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
 def serving(
     names: Sequence[str], address: Address, devices: str, metrics: Address | None = None
 ) -> str:

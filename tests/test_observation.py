@@ -1,8 +1,10 @@
 import json
 import logging
+import socket
+from pathlib import Path
 
 from service.observation import JSONFormatter
-from tests.serving import ServiceProcess
+from tests.serving import ServiceProcess, refused
 
 
 def test_a_request_is_one_line_with_its_id() -> None:
@@ -39,6 +41,48 @@ def test_a_log_line_cannot_be_forged() -> None:
         service.signal()
         service.wait()
     assert all(json.loads(line)["level"] == "info" for line in service.errors)
+
+
+def test_raw_bytes_in_a_request_stay_on_their_line(bundled: Path) -> None:
+    """Past a client that would escape them; what is no request at all is uvicorn's to warn of."""
+    forged = b'\n{"level": "error", "message": "forged"}\n'
+    requests = [
+        b"GET /a\x1b[31mb\x7f HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /%0A%7B%1B%00%C2%85%E2%80%A8 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /generate?label=%0a%1b&\xff\x85=\xc2\x85 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /no HTTP/1.1\r\nHost: x\r\nX-Request-ID: \x1b[31m\xc2\x85\r\n\r\n",
+        b"GET /no HTTP/1.1\r\nHost: x\r\nX-Request-ID: a" + forged + b"\r\n\r\n",
+        b"GET /no HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: \x1bws\r\n\r\n",
+        b"GET /no" + forged + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01" + forged,
+    ]
+    with ServiceProcess("--weights", str(bundled), "--log-level", "debug") as service:
+        address = (service.client.base_url.host, service.client.base_url.port or 0)
+        for each in requests:
+            with socket.create_connection(address, timeout=60) as connection:
+                connection.sendall(each)
+                assert connection.recv(1 << 16).startswith(b"HTTP/1.1 4")
+        service.signal()
+        assert service.wait() == 0
+    lines = [json.loads(line) for line in service.errors]
+    assert {line["level"] for line in lines} <= {"debug", "info", "warning"}
+    assert "uvicorn.error" in {line["logger"] for line in lines}
+    for line in service.errors:
+        assert line.endswith("}\n")
+        assert line[:-1].isascii()
+        assert line[:-1].isprintable()
+
+
+def test_a_path_with_a_newline_does_not_make_a_second_line(tmp_path: Path) -> None:
+    path = tmp_path / "a\n\x1b[31mb.safetensors"
+    path.write_bytes(b"nothing")
+    for workers in ("1", "2"):
+        message = refused("--weights", str(path), "--workers", workers)
+        assert "a\\n\\x1b[31mb.safetensors" in message
+        assert all(
+            line.isprintable() and (line.startswith((str(tmp_path), "{")))
+            for line in message.splitlines()
+        )
 
 
 def test_probes_and_scrapes_are_logged_at_debug_only() -> None:
