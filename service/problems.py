@@ -69,10 +69,17 @@ class Problem(Exception):  # noqa: N818  (the name of RFC 9457)
         self.headers = dict(headers or {})
 
 
+def schema() -> dict[str, Any]:
+    """The JSON schema of an error, which stands on its own wherever it is put."""
+    whole = ProblemDetails.model_json_schema()
+    whole["properties"]["errors"]["items"] = whole.pop("$defs")["FieldError"]
+    return whole
+
+
 OF_THE_WIRE: dict[str, Any] = {
     status: {
         "description": words,
-        "content": {MEDIA_TYPE: {"schema": ProblemDetails.model_json_schema()}},
+        "content": {MEDIA_TYPE: {"schema": schema()}},
     }
     for status, words in {
         "400": "This is no HTTP/1.1 request",

@@ -1,5 +1,6 @@
 """What a browser is given, and what it is told not to do."""
 
+import json
 import re
 
 import httpx
@@ -42,6 +43,17 @@ def test_a_page_runs_no_script_that_the_service_did_not_send(client: httpx.Clien
     assert re.findall(r"<script>|<script [^>]*>[^<]|\son\w+=|<style", page.text) == []
     assert page.headers["X-Content-Type-Options"] == "nosniff"
     assert page.headers["Referrer-Policy"] == "no-referrer"
+
+
+def test_every_reference_in_the_schema_leads_somewhere(client: httpx.Client) -> None:
+    """Where one does not, the page begins with an error."""
+    whole = client.get("/openapi.json").json()
+    found = re.findall(r'"\$ref": ?"#/([^"]+)"', json.dumps(whole))
+    assert found
+    for reference in found:
+        part = whole
+        for name in reference.split("/"):
+            part = part[name]
 
 
 @pytest.mark.parametrize("path", ["/docs", "/models", "/openapi.json", "/no"])

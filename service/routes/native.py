@@ -19,7 +19,7 @@ from service.access import charge
 from service.generation import CLIENT, Client, Disconnected, Generation, Images, Order
 from service.png import contact_sheet, encode_png, enlarge
 from service.problems import MEDIA_TYPE as PROBLEM_TYPE
-from service.problems import Problem, ProblemDetails, answer, wrong_value, wrong_values
+from service.problems import Problem, answer, schema, wrong_value, wrong_values
 from service.registry import Model
 from service.settings import MAX_IMAGES, MAX_TIMEOUT_MS
 
@@ -147,7 +147,7 @@ class ModelList(BaseModel):
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {
         "description": words,
-        "content": {PROBLEM_TYPE: {"schema": ProblemDetails.model_json_schema()}},
+        "content": {PROBLEM_TYPE: {"schema": schema()}},
     }
     for status, words in {
         401: "No API key, or a wrong one, where the service has any",

@@ -9,7 +9,7 @@ from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, Field
 
 from service.problems import MEDIA_TYPE as PROBLEM_TYPE
-from service.problems import Problem, ProblemDetails
+from service.problems import Problem, schema
 
 
 class Health(BaseModel):
@@ -36,7 +36,7 @@ def create_router(draining: Callable[[], bool]) -> APIRouter:
         responses={
             503: {
                 "description": "Shutting down",
-                "content": {PROBLEM_TYPE: {"schema": ProblemDetails.model_json_schema()}},
+                "content": {PROBLEM_TYPE: {"schema": schema()}},
             }
         },
     )
