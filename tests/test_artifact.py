@@ -118,9 +118,10 @@ def test_it_is_a_plain_safetensors_file_that_describes_itself(path: Path) -> Non
 
 
 def test_other_contents_are_another_model(path: Path) -> None:
-    before = load_artifact(path).sha256
-    rewrite(path, describe=lambda it: it.update(images_seen=it["images_seen"] + 1))
-    assert load_artifact(path).sha256 != before
+    before = load_artifact(path)
+    seen_more = replace(before.info, images_seen=before.info.images_seen + 1)
+    save_artifact(path, before.generator, seen_more)
+    assert load_artifact(path).sha256 != before.sha256
 
 
 def test_what_is_not_finite_is_not_written_and_the_old_file_stays(path: Path) -> None:
@@ -181,6 +182,43 @@ def test_no_flipped_bit_in_the_header_makes_anything_but_a_refusal_or_a_valid_ar
     assert refused > 0.7 * length / 7
 
 
+def header_length(data: bytes) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+@pytest.mark.parametrize("bit", [0, 3, 22, 31])
+def test_a_flipped_bit_in_the_weights_is_told_though_every_value_is_finite(
+    path: Path, bit: int
+) -> None:
+    data = bytearray(path.read_bytes())
+    for position in (header_length(data), header_length(data) + 400, len(data) - 4):
+        wrong = data.copy()
+        wrong[position + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(wrong)
+        assert refusal(path) == "is damaged: its contents are not the ones that were written"
+
+
+def test_a_flipped_bit_in_a_class_name_is_told(path: Path) -> None:
+    data = path.read_bytes()
+    name = tiny.CLASS_NAMES[0].encode()
+    flipped = bytes([name[0] ^ 1]) + name[1:]
+    assert data.count(name) == 1
+    path.write_bytes(data.replace(name, flipped))
+    assert refusal(path) == "is damaged: its contents are not the ones that were written"
+
+
+def test_an_artifact_from_before_there_was_a_digest_is_valid(path: Path) -> None:
+    rewrite(path, describe=lambda it: it.pop("contents_sha256"))
+    assert load_artifact(path).info.class_names == tiny.CLASS_NAMES
+
+
+def test_a_digest_of_numbered_entries_is_of_what_is_read_back(tmp_path: Path) -> None:
+    """JSON has no numbers for names, and their order as texts is another one."""
+    info = replace(INFO, certificate={"per_class": {2: 0.5, 10: 0.25}})
+    save_artifact(tmp_path / "a", build_generator(tiny.NETWORK), info)
+    assert load_artifact(tmp_path / "a").info.certificate == {"per_class": {"2": 0.5, "10": 0.25}}
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=60), st.booleans())
 def test_no_bytes_at_all_make_anything_but_a_refusal(
@@ -201,6 +239,10 @@ HEADERS: list[tuple[bytes, str]] = [
     (b'{"__metadata__": {"artifact": 5}}', "no artifact: it has no description"),
     (b'{"__metadata__": {"artifact": "{"}}', "description: Invalid JSON"),
     (b'{"__metadata__": {"artifact": "[]"}}', "description: "),
+    (
+        b'{"__metadata__": {"artifact": "%b1%b"}}' % (b'{\\"training\\":' * 500, b"}" * 500),
+        "description: ",
+    ),
 ]
 
 
@@ -279,6 +321,18 @@ def test_what_is_no_ordinary_file_is_refused_without_waiting_for_it(tmp_path: Pa
 def test_an_unreadable_file_is_named(path: Path) -> None:
     path.chmod(0)
     assert refusal(path) == "cannot be read: Permission denied"
+
+
+def test_links_that_lead_in_a_circle_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert refusal(tmp_path / "a") == "cannot be read: Too many levels of symbolic links"
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
+def test_a_file_that_nobody_can_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("/proc/self/mem")  # an ordinary file, whose first page is none
+    assert refusal(tmp_path / "a") == "cannot be read: Input/output error"
 
 
 def test_a_file_far_too_large_is_refused_before_it_is_read(path: Path) -> None:

@@ -26,6 +26,9 @@ from training.networks import Generator, GeneratorConfig, build_generator
 MAX_BYTES = 1 << 30  # far above any generator here; bounds what a wrong path can read
 _KINDS = ("mlp", "conv")
 _METADATA_KEY = "artifact"  # one key of sorted JSON: the same contents always give the same bytes
+# Beside the fields of `ArtifactInfo`: tells damage that leaves a valid file, not ill will. Files
+# written before there was one have none.
+_DIGEST_KEY = "contents_sha256"
 
 
 class ArtifactError(Exception):
@@ -145,7 +148,10 @@ def save_artifact(path: Path, generator: nn.Module, info: ArtifactInfo) -> None:
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in generator.state_dict().items()}
     _check_finite(path, tensors)
-    metadata = json.dumps(dataclasses.asdict(info), sort_keys=True)
+    description = json.loads(json.dumps(dataclasses.asdict(info)))  # as it will be read
+    stored = safetensors.torch.save(tensors)
+    description[_DIGEST_KEY] = _digest(description, stored)
+    metadata = json.dumps(description, sort_keys=True)
     write_atomically(path, safetensors.torch.save(tensors, {_METADATA_KEY: metadata}))
 
 
@@ -155,12 +161,15 @@ def load_artifact(path: Path) -> Artifact:
     The file is read once, so what was checked is what is used.
 
     Raises:
-        ArtifactError: the file cannot be read, is no artifact, or its tensors are not the ones that
-            its configuration builds: by name, dtype, shape, or a value that is not finite.
+        ArtifactError: the file cannot be read, is no artifact, its tensors are not the ones that
+            its configuration builds (by name, dtype, shape, or a value that is not finite), or its
+            contents are not the ones that were written.
     """
     data = _read(path)
     header = _parse_header(path, data)
-    info = _parse_info(path, header)
+    description = _parse_description(path, header)
+    written_digest = description.pop(_DIGEST_KEY, None)
+    info = _parse_info(path, description)
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError) as error:
@@ -168,6 +177,8 @@ def load_artifact(path: Path) -> Artifact:
     with torch.device("meta"), _Uninitialised():  # shapes only: a hostile one takes no memory
         generator = build_generator(info.network)
     _check_tensors(path, generator.state_dict(), tensors)
+    if written_digest not in (None, _digest(description, data)):
+        raise ArtifactError(path, "is damaged: its contents are not the ones that were written")
     generator.load_state_dict(tensors, assign=True)
     generator.eval().requires_grad_(False)
     return Artifact(path, hashlib.sha256(data).hexdigest(), info, generator)
@@ -212,13 +223,32 @@ def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
     return header
 
 
-def _parse_info(path: Path, header: dict[str, Any]) -> ArtifactInfo:
+def _digest(description: dict[str, Any], stored: bytes) -> str:
+    """SHA-256 of a description and of the tensors' bytes, which follow a safetensors header."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    digest.update(memoryview(stored)[8 + int.from_bytes(stored[:8], "little") :])
+    return digest.hexdigest()
+
+
+def _parse_description(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     metadata = header.get("__metadata__")
     text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise ArtifactError(path, "is a safetensors file but no artifact: it has no description")
     try:
-        return _INFO.validate_json(text)
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(path, "description: Invalid JSON") from error
+    if not isinstance(description, dict):
+        raise ArtifactError(path, "description: is not an object")
+    return description
+
+
+def _parse_info(path: Path, description: dict[str, Any]) -> ArtifactInfo:
+    try:
+        return _INFO.validate_json(json.dumps(description))
+    except RecursionError as error:
+        raise ArtifactError(path, "description: is nested too deeply") from error
     except ValidationError as error:
         first = error.errors()[0]
         # A union's error also names the kind of network; the field is clearer without.
