@@ -20,6 +20,7 @@ from service.generation import Generation
 from service.metrics import Metrics
 from service.observation import Observe
 from service.registry import Registry
+from service.reload import Reloader
 from service.routes import native, operations, pages
 from service.routes.native import FrontDoor
 from service.settings import Settings
@@ -95,7 +96,8 @@ def create_app(
 ) -> FastAPI:
     """An app that serves the models of a registry.
 
-    Starting it starts the engine thread; stopping it finishes what was admitted.
+    Starting it starts the engine thread and the watch over the models' files; stopping it finishes
+    what was admitted.
 
     Args:
         settings: what the command line said.
@@ -110,20 +112,19 @@ def create_app(
     threaded = cores > 1 or any(model.engine.device.type != "cpu" for model in registry)
     batcher = Batcher(settings.max_queue, settings.timeout_ms / 1e3, metrics, threaded=threaded)
     encoders = ThreadPoolExecutor(cores, thread_name_prefix="encoder")
-    for model in registry:
-        engine = model.engine
-        dtype = str(engine.dtype).removeprefix("torch.")
-        metrics.model.labels(model.name, model.sha256, str(engine.device), dtype).set(1)
+    reloader = Reloader(registry, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         batcher.start()
         metrics.watch(metrics.queue_rows, lambda: batcher.queued_rows)
         metrics.ready.set(1)
+        reloader.start()
         try:
             yield
         finally:
             drain.begin()
+            await reloader.close()
             await batcher.close()
             await asyncio.to_thread(encoders.shutdown)
 
@@ -138,6 +139,7 @@ def create_app(
     app.state.drain = drain
     app.state.batcher = batcher
     app.state.refusal = Observe(problems.refuse, metrics)  # of what never becomes a request
+    app.state.reloader = reloader
     problems.install(app)
     generation = Generation(registry, batcher, metrics, encoders)
     front_door = FrontDoor(generation)

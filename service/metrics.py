@@ -5,7 +5,7 @@ worker is scraped adds up all of them.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 _SECONDS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
@@ -40,7 +41,7 @@ def forget(folder: Path, name: str) -> None:
 
 def shared_registry(folder: Path) -> CollectorRegistry:
     """What all processes that share a folder count, added up."""
-    registry = CollectorRegistry()
+    registry = _LoadedModels()
     registry.register(_WorkerProcesses(folder))
     MultiProcessCollector(registry, folder)
     return registry
@@ -63,6 +64,32 @@ class _WorkerProcesses(Collector):
         return families.values()
 
 
+class _LoadedModels(CollectorRegistry):
+    """A registry that says nothing of models that are no longer loaded.
+
+    Taking their labels from the instruments would not do: the last requests for a removed model are
+    counted after it, and the files that workers share keep what was once written.
+    """
+
+    def collect(self) -> Iterator[Metric]:
+        families = list(super().collect())
+        loaded = {
+            sample.labels["model"]
+            for family in families
+            for sample in family.samples
+            if sample.name == "cgan_model_info" and sample.value
+        }
+        for family in families:
+            family.samples = [each for each in family.samples if _is_current(each, loaded)]
+            yield family
+
+
+def _is_current(sample: Sample, loaded: set[str]) -> bool:
+    if sample.name == "cgan_model_info":
+        return bool(sample.value)
+    return "model" not in sample.labels or sample.labels["model"] in loaded
+
+
 class Metrics:
     """The instruments of one app.
 
@@ -71,7 +98,7 @@ class Metrics:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.registry = CollectorRegistry() if folder is None else shared_registry(folder)
+        self.registry = _LoadedModels() if folder is None else shared_registry(folder)
         self._watched: list[tuple[Gauge, Callable[[], float]]] = []
         self._shared = folder is not None
         if folder is None:
@@ -156,6 +183,25 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemax",
         )
+
+        self.reloads = Counter(
+            "cgan_reloads_total",
+            "Models that were loaded or removed, and files that were refused, while serving.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in ("loaded", "removed", "refused"):
+            self.reloads.labels(outcome)  # a first one is only seen to be more where there was a 0
+
+    def model_loaded(self, name: str, sha256: str, device: str, dtype: str) -> None:
+        """Report a model from now on."""
+        self.model.labels(name, sha256, device, dtype).set(1)
+
+    def model_gone(self, name: str, sha256: str, device: str, dtype: str) -> None:
+        """Report a model no longer."""
+        self.model.labels(name, sha256, device, dtype).set(0)
+        if not self._shared:
+            self.model.remove(name, sha256, device, dtype)
 
     def watch(self, gauge: Gauge, read: Callable[[], float]) -> None:
         """Let a gauge be read when it is scraped, which costs nothing in between.

@@ -46,8 +46,8 @@ def configure_logging(level: str) -> None:
     handler.setFormatter(JSONFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for name in ("uvicorn", "uvicorn.error"):
-        # Start and stop are ours to tell; its access log is replaced by the one here.
+    for name in ("uvicorn", "uvicorn.error", "watchfiles"):
+        # What happens is ours to tell; uvicorn's access log is replaced by the one here.
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
 
 

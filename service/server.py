@@ -34,7 +34,7 @@ class Server(uvicorn.Server):
 
     On SIGTERM or SIGINT readiness falls, requests are served on for the drain delay, those that
     were admitted are answered while the port stays open, and the process ends with status 0; a
-    second signal ends it at once.
+    second signal ends it at once. On SIGHUP all models are read again.
 
     Args:
         app: what is served.
@@ -132,10 +132,11 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGHUP, self._app.state.reloader.on_hangup)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
     def _on_signal(self) -> None:

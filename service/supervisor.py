@@ -63,6 +63,7 @@ async def _supervise(
     supervisor = Supervisor(settings.workers, arguments, folder, port, say, metrics_port)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.on_signal)
+    loop.add_signal_handler(signal.SIGHUP, supervisor.on_hangup)
     await supervisor.run()
 
 
@@ -133,6 +134,12 @@ class Supervisor:
         self._killed = True
         for worker in self._workers.values():
             worker.signal(signal.SIGKILL)
+
+    def on_hangup(self) -> None:
+        """Have the models read again; a worker that does not serve yet only just reads them."""
+        for worker in self._workers.values():
+            if worker.serves:
+                worker.signal(signal.SIGHUP)
 
     async def _keep(self, index: int) -> None:
         """Run one worker, and another one whenever it ends, until the service stops."""

@@ -28,7 +28,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def make_artifact(
-    path: Path, *, kind: str = "mlp", classes: int = 3, channels: int = 1, seed: int = 0
+    path: Path,
+    *,
+    kind: str = "mlp",
+    classes: int = 3,
+    channels: int = 1,
+    seed: int = 0,
+    hidden: tuple[int, ...] = (16, 32, 24),
 ) -> Path:
     """A small untrained generator whose every parameter is far from its neutral value."""
     strength = 0.05 if kind == "conv" else 0.3  # without batch norm, more saturates every pixel
@@ -51,7 +57,7 @@ def make_artifact(
             image_size=12,
             latent_dim=9,
             embedding_dim=4,
-            hidden=(16, 32, 24),
+            hidden=hidden,
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

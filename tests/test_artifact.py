@@ -182,7 +182,7 @@ def test_no_flipped_bit_in_the_header_makes_anything_but_a_refusal_or_a_valid_ar
     assert refused > 0.7 * length / 7
 
 
-def header_length(data: bytes) -> int:
+def header_length(data: bytes | bytearray) -> int:
     return 8 + int.from_bytes(data[:8], "little")
 
 

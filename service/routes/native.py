@@ -138,10 +138,21 @@ class ModelEntry(BaseModel):
     certificate: dict[str, Any] | None = Field(description="measured quality")
 
 
+class RefusedFile(BaseModel):
+    """A file that came into the weights while the service ran, and could not be served."""
+
+    file: str
+    cause: str
+
+
 class ModelList(BaseModel):
     """All loaded models."""
 
     models: list[ModelEntry]
+    refused: list[RefusedFile] = Field(
+        description="files that are not served as they are now; a model of that name, if there is "
+        "one, is of an earlier file"
+    )
 
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -247,7 +258,12 @@ def create_router(generation: Generation) -> APIRouter:
     @router.get("/models", summary="The loaded models")
     async def models() -> ModelList:
         registry = generation.registry
-        return ModelList(models=[_entry(each, each is registry.default) for each in registry])
+        return ModelList(
+            models=[_entry(each, each is registry.default) for each in registry],
+            refused=[
+                RefusedFile(file=name, cause=each.cause) for name, each in registry.refused.items()
+            ],
+        )
 
     return router
 
