@@ -1,9 +1,19 @@
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from torch import Tensor
 
-from tests.serving import ServiceProcess, refused
+from tests.conftest import make_artifact
+from tests.hostile import Payload
+from tests.serving import REPOSITORY, ServiceProcess, refused
 
 
 def test_it_prints_one_line_with_the_address(bundled: Path) -> None:
@@ -70,3 +80,108 @@ def test_a_port_that_is_taken_is_said_and_ends_it(bundled: Path) -> None:
         message = refused("--port", port)
     assert f"127.0.0.1:{port}" in message or "address already in use" in message
     assert "Traceback" not in message
+
+
+# Bad artifacts of every kind ---------------------------------------------------------------------
+
+
+def flip(position: int) -> Callable[[Path], object]:
+    def edit(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[position] ^= 4
+        path.write_bytes(data)
+
+    return edit
+
+
+def change(edit: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
+    """A file with the description of a good one and other tensors."""
+
+    def rewrite(path: Path) -> None:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = safetensors.torch.load(path.read_bytes())
+        edit(tensors)
+        path.write_bytes(safetensors.torch.save(tensors, metadata))
+
+    return rewrite
+
+
+def instead(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def replace(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return replace
+
+
+BIAS = "main.0.bias"
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut short": (lambda it: it.write_bytes(it.read_bytes()[:-1]), "not a valid safetensors file"),
+    "a bit of the weights": (flip(-3), "is damaged"),
+    "a bit of the header": (flip(9), "is no"),
+    "a bit of the header's length": (flip(1), "is no"),
+    "a payload": (
+        lambda it: it.write_bytes(pickle.dumps(Payload(it.with_name("trace")))),
+        "is a pickle (a checkpoint?); nothing in it was executed",
+    ),
+    "a wrong shape": (change(lambda t: t.update({BIAS: torch.zeros(17)})), f"{BIAS}: shape is"),
+    "a wrong dtype": (change(lambda t: t.update({BIAS: t[BIAS].half()})), f"{BIAS}: dtype is"),
+    "an extra tensor": (change(lambda t: t.update(x=torch.zeros(1))), "'x' does not belong"),
+    "a missing tensor": (change(lambda t: t.pop(BIAS)), f"'{BIAS}' is missing"),
+    "not a number": (change(lambda t: t[BIAS].fill_(torch.nan)), f"{BIAS}: holds values that"),
+    "other weights": (change(lambda t: t[BIAS].add_(1)), "is damaged"),
+    "0 bytes": (lambda it: it.write_bytes(b""), "is cut short or no safetensors file (0 bytes)"),
+    "a folder": (instead(Path.mkdir), "is a folder, not a file"),
+    "links in a circle": (instead(lambda it: it.symlink_to(it)), "Too many levels of symbolic"),
+    "unreadable": (instead(lambda it: it.symlink_to("/proc/self/mem")), "cannot be read"),
+    "a link to nowhere": (instead(lambda it: it.symlink_to("none")), "cannot be read: No such"),
+}
+
+# One process for all of them, because starting it takes longer than all that it refuses.
+RUN_ALL = """
+import contextlib, io, json, sys
+from service.__main__ import main
+for path in sys.argv[1:]:
+    sys.argv[1:] = ["--port", "0", "--weights", path]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        status = main()
+    print(json.dumps([status, said.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, str]]:
+    """Of a start with each bad artifact: its path, the exit status and what was said."""
+    paths = {}
+    for kind, (spoil, _) in BAD.items():
+        path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+        spoil(make_artifact(path))
+        paths[kind] = path
+    ended = subprocess.run(
+        [sys.executable, "-c", RUN_ALL, *(str(path.parent) for path in paths.values())],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert ended.stderr == ""
+    lines: list[Any] = [json.loads(line) for line in ended.stdout.splitlines()]
+    return {kind: (path, *line) for (kind, path), line in zip(paths.items(), lines, strict=True)}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_artifact_ends_the_start_with_its_path_and_cause(
+    kind: str, endings: dict[str, tuple[Path, int, str]]
+) -> None:
+    path, status, said = endings[kind]
+    assert status == 1
+    assert said.startswith(f"{path}: ")
+    assert BAD[kind][1] in said
+    assert said.count("\n") == 1
+    assert not path.with_name("trace").exists()
+
+
+def test_a_path_that_no_file_could_have_is_one_line() -> None:
+    assert refused("--weights", "x" * 300) == f"{'x' * 300}: cannot be read: File name too long\n"
