@@ -33,6 +33,9 @@ class Reloader:
     def __init__(self, registry: Registry, metrics: Metrics) -> None:
         self._registry = registry
         self._metrics = metrics
+        # It has as many PyTorch threads as the engine's, so that what is checked is what will be
+        # computed, and as much of the cores: at a lower priority it would be left waiting while it
+        # holds the interpreter's lock, and with it every request.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._one_at_a_time = asyncio.Lock()
         self._closing = asyncio.Event()
