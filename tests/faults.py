@@ -1,0 +1,621 @@
+"""What the service promises about faults, each done to a real one, as a table.
+
+    python -m tests.faults [NAME]... [--markdown]
+
+A row is a function with `@fault(done, expected)` above it: its docstring is the fault, `done` says
+what is done to the service, and it returns what it observed as findings, each a text with figures
+of this very run and whether that is as promised. To add one, write one; nothing else lists them.
+Exit status 1 if a finding is not as promised. Needs Linux, and two cores to keep the load off the
+service's.
+"""
+
+import argparse
+import asyncio
+import itertools
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import httpx
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from service.settings import MAX_IMAGES, Settings
+from tests.benchmarks.load import Sample, closed_loop, open_loop, post, run
+from tests.clients import (
+    MALFORMED,
+    PATIENCE_S,
+    Answer,
+    Client,
+    Held,
+    at_rest,
+    children,
+    held,
+    leave,
+    metric,
+    percentile,
+    port_of,
+    scrape,
+)
+from tests.conftest import make_artifact
+from tests.hostile import Payload, torch_saved
+from tests.serving import ServiceProcess, refused
+
+WEIGHTS = Settings().weights / "mnist-mlp.safetensors"
+PATIENT = ("--max-queue", "1000000", "--timeout-ms", "600000")
+
+Findings = list[tuple[str, bool]]  # what was seen, and whether it is as promised
+Scene = Callable[[], Awaitable[Findings]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row of the table."""
+
+    name: str  # of its function
+    what: str
+    done: str
+    expected: str
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row."""
+
+    fault: Fault
+    findings: Findings
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as promised, and there is something."""
+        return bool(self.findings) and all(good for _, good in self.findings)
+
+    @property
+    def observed(self) -> str:
+        """The findings in words; what is not as promised is marked."""
+        return "; ".join(
+            text if good else f"NOT AS PROMISED: {text}" for text, good in self.findings
+        )
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(done: str, expected: str) -> Callable[[Scene], Scene]:
+    """Make a function a row of the table."""
+
+    def add(scene: Scene) -> Scene:
+        name, what = scene.__name__, (scene.__doc__ or "").strip().rstrip(".")
+        FAULTS.append(Fault(name, what, done, expected, scene))
+        return scene
+
+    return add
+
+
+@contextmanager
+def served(*arguments: str, cores: int = 1) -> Iterator[ServiceProcess]:
+    """The document's MLP, on the first cores of this machine; this process takes the others."""
+    all_cores = sorted(os.sched_getaffinity(0))
+    apart = len(all_cores) > cores
+    if apart:
+        os.sched_setaffinity(0, all_cores[:cores])  # which a child inherits
+    try:
+        with ServiceProcess(
+            *("--weights", str(WEIGHTS), "--log-level", "warning", *arguments),
+            environment={"OMP_NUM_THREADS": "1"},
+        ) as service:
+            if apart:
+                os.sched_setaffinity(0, all_cores[cores:])
+            yield service
+    finally:
+        os.sched_setaffinity(0, all_cores)
+
+
+def requests(n: int, form: str = "png") -> Iterator[bytes]:
+    """Endless requests for n images of each class in turn."""
+    targets = [f"/generate?label={label}&n={n}&format={form}" for label in range(10)]
+    return itertools.cycle(map(post, targets))
+
+
+async def no_error_logged(service: ServiceProcess) -> tuple[str, bool]:
+    """A finding: what its log says is an error."""
+    errors = sum('"level": "error"' in line for line in service.errors)
+    return f"{errors} errors in its log", errors == 0
+
+
+def left_over(before: Held, after: Held) -> Findings:
+    """Findings: files and threads that were not given back."""
+    return [
+        (f"files {before.files} before, {after.files} after", after.files <= before.files),
+        (
+            f"threads {before.threads} before, {after.threads} after",
+            after.threads <= before.threads,
+        ),
+    ]
+
+
+# Too much ----------------------------------------------------------------------------------------
+
+
+async def _warm_up(service: ServiceProcess) -> Held:
+    port = port_of(service)
+    await closed_loop(port, requests(64), connections=32, seconds=1.0)
+    await closed_loop(port, requests(MAX_IMAGES, "zip"), connections=4, seconds=1.0)
+    return await at_rest(service)
+
+
+async def _peak_memory(service: ServiceProcess, work: Awaitable[Sample]) -> tuple[Sample, float]:
+    """What a loop saw, and the most memory that the service held meanwhile, in MB."""
+    task, most = asyncio.ensure_future(work), 0.0
+    while not task.done():
+        most = max(most, held(service).memory_mb)
+        await asyncio.wait({task}, timeout=0.2)
+    return task.result(), most
+
+
+async def _overload(timeout_s: float, *arguments: str) -> Findings:
+    with served(*arguments, "--timeout-ms", f"{1e3 * timeout_s:.0f}") as service:
+        port = port_of(service)
+        before = await _warm_up(service)
+        peak = await closed_loop(port, requests(64), connections=32, seconds=4.0)
+        load = open_loop(port, requests(64), rate=10 * peak.rate, seconds=10.0, connections=1024)
+        sample, most_mb = await _peak_memory(service, load)
+        late = metric(await scrape(port), "cgan_rejections_total", 'reason="deadline-exceeded"')
+        after = await at_rest(service)
+        offered = (len(sample.refusals) + len(sample.latencies)) / sample.seconds / peak.rate
+        goodput = sample.rate / peak.rate
+        refuse_ms = 1e3 * percentile(sample.refusals, 50), 1e3 * percentile(sample.refusals, 99)
+        return [
+            (f"{offered:.1f} times the capacity was answered in one way or the other", True),
+            (f"goodput {goodput:.0%} of the peak of {peak.rate:.0f} requests/s", goodput >= 0.5),
+            (f"{late:.0f} of {len(sample.latencies):,} admitted missed their deadline", late == 0),
+            (f"refused in {refuse_ms[0]:.0f} ms, 99 % in {refuse_ms[1]:.0f} ms", True),
+            (f"memory {most_mb - before.memory_mb:+.0f} MB", most_mb - before.memory_mb <= 200),
+            *left_over(before, after),
+        ]
+
+
+@fault(
+    "10 s of requests for 64 images at ten times the rate it can answer",
+    "goodput at least 50 % of the peak; nothing admitted misses its deadline; memory bounded",
+)
+async def overload() -> Findings:
+    """Overload, bounded by the queue."""
+    return await _overload(10.0)
+
+
+@fault(
+    "the same, with room for 1,000,000 rows and 500 ms for each request",
+    "the same: what cannot be in time is refused on arrival",
+)
+async def overload_by_deadline() -> Findings:
+    """Overload, bounded by deadlines."""
+    return await _overload(0.5, "--max-queue", "1000000")
+
+
+async def _beside(port: int, flood: Awaitable[object] | None, seconds: float) -> Sample:
+    """One client that asks for one image at a time, beside something else."""
+    other = None if flood is None else asyncio.ensure_future(flood)
+    await asyncio.sleep(0.5)
+    sample = await closed_loop(port, requests(1), connections=1, seconds=seconds)
+    if other is not None:
+        await other
+    return sample
+
+
+@fault(
+    "8 clients ask for zips of 1,024 images without a pause, one for a single image",
+    "the 99th percentile of the one stays under 150 ms, and nothing is refused",
+)
+async def flood() -> Findings:
+    """A flood of large requests beside a small one."""
+    with served(*PATIENT) as service:
+        port = port_of(service)
+        await _warm_up(service)
+        idle = await _beside(port, None, 5.0)
+        large = closed_loop(port, requests(MAX_IMAGES, "zip"), connections=8, seconds=7.0)
+        busy = await _beside(port, large, 5.0)
+        return [
+            (f"alone: median {idle.percentile(50):.1f} ms, p99 {idle.percentile(99):.1f} ms", True),
+            (
+                f"beside the flood: median {busy.percentile(50):.1f} ms, "
+                f"p99 {busy.percentile(99):.1f} ms",
+                busy.percentile(99) <= 150,
+            ),
+            (
+                f"{len(busy.refusals) + busy.other} of {len(busy.latencies):,} failed",
+                not busy.other,
+            ),
+        ]
+
+
+# Clients -----------------------------------------------------------------------------------------
+
+LEAVERS, WAVE = 10_000, 250
+
+
+@fault(
+    "10,000 clients ask for 1,024 images each, 250 at a time, and leave while their rows wait",
+    "all their rows are withdrawn; no file, thread or row is left over",
+)
+async def disconnects() -> Findings:
+    """Disconnects while queued."""
+    with served(*PATIENT) as service:
+        port = port_of(service)
+        before = await _warm_up(service)
+        most_rows = 0.0
+        for _ in range(LEAVERS // WAVE):
+            most_rows = max(most_rows, await _wave(port))
+        after = await at_rest(service)
+        text = await scrape(port)
+        gone = metric(text, "cgan_requests_total", 'status="499"')
+        growth = after.memory_mb - before.memory_mb
+        return [
+            (f"{gone:,.0f} left before their answer", gone == LEAVERS),
+            (f"up to {most_rows:,.0f} rows waited", most_rows > 0),
+            (f"{metric(text, 'cgan_queue_rows'):.0f} rows wait", True),  # else `at_rest` had failed
+            (f"memory {growth:+.1f} MB", growth <= 30),
+            *left_over(before, after),
+            await no_error_logged(service),
+        ]
+
+
+async def _wave(port: int) -> float:
+    """Some ask, wait until all have been admitted, and leave; how many rows waited then."""
+    clients = [Client(port) for _ in range(WAVE)]
+    for client in clients:
+        _, writer = await client.connect()
+        writer.write(post(f"/generate?label=1&n={MAX_IMAGES}&format=zip"))
+    rows = await _until(port, lambda text: metric(text, "cgan_requests_in_progress") > WAVE)
+    for client in clients:
+        client.abort()
+    await _until(port, lambda text: metric(text, "cgan_queue_rows") == 0)
+    return rows
+
+
+async def _until(port: int, reached: Callable[[str], bool]) -> float:
+    """Scrape until something is so; the rows that waited then."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not reached(text := await scrape(port)):
+            pass
+    return metric(text, "cgan_queue_rows")
+
+
+@fault(
+    "16 requests for 16 images each, 20 times, beside 16 that leave after up to 0.3 s",
+    "the bytes of every answer are those of a quiet run",
+)
+async def neighbours() -> Findings:
+    """A disconnect in a shared batch."""
+    with served(*PATIENT) as service:
+        port = port_of(service)
+        targets = [f"/generate?label={i % 10}&n=16&seed={i}&format=zip" for i in range(16)]
+        clients = [Client(port) for _ in targets]
+        quiet = [
+            (await client.ask(each)).body for client, each in zip(clients, targets, strict=True)
+        ]
+        rows, batches = await _batches(port)
+        same = left = 0
+        for _ in range(20):
+            leavers = [leave(port, "/generate?label=3&n=1024", after_s=0.3) for _ in targets]
+            leaving = asyncio.gather(*leavers)
+            while not leaving.done():
+                answers = await asyncio.gather(*map(Client.ask, clients, targets))
+                same += sum(a.body == b for a, b in zip(answers, quiet, strict=True))
+                left += len(answers)
+            await leaving
+        gone = metric(await scrape(port), "cgan_requests_total", 'status="499"')
+        more_rows, more_batches = await _batches(port)
+        mean = (more_rows - rows) / (more_batches - batches)
+        for client in clients:
+            client.close()
+        return [
+            (f"{same:,} of {left:,} answers are the same bytes", same == left > 0),
+            (f"{gone:.0f} of 320 left before their answer", gone > 0),
+            (f"{mean:.0f} images in a batch, on average", mean > 16),
+        ]
+
+
+async def _batches(port: int) -> tuple[float, float]:
+    text = await scrape(port)
+    return metric(text, "cgan_batch_rows_sum"), metric(text, "cgan_batch_rows_count")
+
+
+@fault(
+    "300 clients send the last 10 bytes of a request at a byte a second, one asks as always",
+    "all are answered; the 99th percentile of the one stays under 50 ms",
+)
+async def slow_clients() -> Findings:
+    """Slow clients."""
+    with served() as service:
+        port = port_of(service)
+        before = await _warm_up(service)
+        idle = await _beside(port, None, 5.0)
+        request = b"POST /generate?label=1 HTTP/1.1\r\nHost: s\r\n\r\n"
+        clients = [Client(port) for _ in range(300)]
+        slowly = asyncio.gather(
+            *(each.send_slowly(request, pause_s=1.0, at_once=len(request) - 10) for each in clients)
+        )
+        busy = await _beside(port, slowly, 8.0)
+        answered = sum(answer.status == 200 for answer in slowly.result())
+        for client in clients:
+            client.close()
+        return [
+            (f"{answered} of 300 answered", answered == 300),
+            (
+                f"p99 of the one {busy.percentile(99):.1f} ms, {idle.percentile(99):.1f} without",
+                busy.percentile(99) <= 50,
+            ),
+            *left_over(before, await at_rest(service)),
+        ]
+
+
+@fault(
+    f"{len(MALFORMED)} kinds of broken HTTP, 20 times each, beside a client that asks properly",
+    "broken requests get 400 or a closed connection; the other client never notices",
+)
+async def malformed() -> Findings:
+    """Malformed requests among good ones."""
+    with served() as service:
+        port = port_of(service)
+        target = "/generate?label=4&n=4&seed=9"
+        good = Client(port)
+        expected = (await good.ask(target)).body
+        statuses: Counter[int] = Counter()
+        same = 0
+        for broken in MALFORMED * 20:
+            bad, answer = await asyncio.gather(Client(port).send_raw(broken), good.ask(target))
+            statuses[bad.status] += 1
+            same += answer.body == expected
+        good.close()
+        counts = ", ".join(f"{count} {status or 'closed'}" for status, count in statuses.items())
+        return [
+            (f"broken: {counts}", set(statuses) <= {0, 400}),
+            (
+                f"{same} of {statuses.total()} good answers are the same bytes",
+                same == statuses.total(),
+            ),
+            await no_error_logged(service),
+        ]
+
+
+# Artifacts ---------------------------------------------------------------------------------------
+
+
+def _bad_artifacts(folder: Path) -> dict[str, Path]:
+    """Files that no service may start with."""
+    good = make_artifact(folder / "good.safetensors")
+    contents = {
+        "a pickle that runs code": torch_saved(Payload(folder / "executed")),
+        "cut short": good.read_bytes()[:-1],
+        "empty": b"",
+        "a header of 2^63 bytes": b"\xff" * 7 + b"\x7f" + good.read_bytes()[8:],
+    }
+    found = {}
+    for number, (what, written) in enumerate(contents.items()):
+        found[what] = folder / f"bad{number}.safetensors"
+        found[what].write_bytes(written)
+    found["NaN weights"] = folder / "nan.safetensors"
+    with safe_open(good, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        next(iter(tensors.values())).view(-1)[0] = torch.nan
+        save_file(tensors, found["NaN weights"], file.metadata())
+    found["absent"] = folder / "none.safetensors"
+    return found
+
+
+@fault(
+    "started with a pickle that runs code, a file cut short, an empty one, an absurd header, NaN "
+    "weights, none at all",
+    "ends before the port opens, with one line that names the file; runs nothing",
+)
+async def bad_artifacts() -> Findings:
+    """Bad artifacts at start-up."""
+    with tempfile.TemporaryDirectory() as folder:
+        good = 0
+        findings: Findings = []
+        bad = _bad_artifacts(Path(folder))
+        for what, path in bad.items():
+            message = await asyncio.to_thread(refused, "--weights", str(path))
+            if str(path) in message and message.count("\n") == 1:
+                good += 1
+            else:
+                findings.append((f"{what}: {message[-200:]!r}", False))
+        executed = (Path(folder) / "executed").exists()
+        return [
+            (f"{good} of {len(bad)} refused in one line with their path", good == len(bad)),
+            ("code was run" if executed else "no code was run", not executed),
+            *findings,
+        ]
+
+
+# Ends --------------------------------------------------------------------------------------------
+
+
+async def _ask(port: int, target: str) -> Answer:
+    """A request on a connection of its own; status 0 if the connection breaks, or is refused."""
+    client = Client(port)
+    try:
+        return await client.ask(target)
+    except (OSError, EOFError):
+        return Answer(0)
+    finally:
+        client.close()
+
+
+async def _exit(service: ServiceProcess) -> tuple[int, float]:
+    """Its exit status, and the seconds until then."""
+    began = time.perf_counter()
+    status = await asyncio.to_thread(service.wait)
+    return status, time.perf_counter() - began
+
+
+@fault(
+    "SIGTERM while 16 zips of 1,024 images are under way, then 8 more requests",
+    "what was admitted is answered in full, what is new gets 503, exit status 0",
+)
+async def sigterm() -> Findings:
+    """SIGTERM under load."""
+    with served(*PATIENT) as service:
+        port = port_of(service)
+        target = f"/generate?label=1&n={MAX_IMAGES}&format=zip"
+        admitted = asyncio.gather(*(_ask(port, target) for _ in range(16)))
+        await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 17)
+        service.signal()
+        exiting = asyncio.ensure_future(_exit(service))
+        late = Counter([(await _ask(port, "/generate?label=1")).status for _ in range(8)])
+        whole = sum(_is_whole(answer) for answer in await admitted)
+        status, seconds = await exiting
+        counts = ", ".join(f"{count} {status or 'closed'}" for status, count in late.items())
+        return [
+            (f"{whole} of 16 admitted answered in full", whole == 16),
+            (f"new ones: {counts}", set(late) == {503}),
+            (f"exit status {status} after {seconds:.1f} s", status == 0),
+            await no_error_logged(service),
+        ]
+
+
+def _is_whole(answer: Answer) -> bool:
+    if answer.status != 200:
+        return False
+    with zipfile.ZipFile(BytesIO(answer.body)) as archive:
+        return len(archive.namelist()) == MAX_IMAGES + 1 and archive.testzip() is None
+
+
+@fault(
+    "SIGTERM with 200 requests for 1,024 images queued, and again 0.3 s later",
+    "ends at once: within 2 s of the second signal",
+)
+async def second_signal() -> Findings:
+    """A second signal while draining."""
+    with served(*PATIENT) as service:
+        port = port_of(service)
+        target = f"/generate?label=1&n={MAX_IMAGES}&format=zip"
+        asked = asyncio.gather(*(_ask(port, target) for _ in range(200)))
+        await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 201)
+        service.signal()
+        await asyncio.sleep(0.3)
+        running = service.process.poll() is None
+        service.signal()
+        status, seconds = await _exit(service)
+        cut = sum(answer.status == 0 for answer in await asked)
+        return [
+            ("it was draining" if running else "it had ended already", running),
+            (f"exit status {status}, {seconds:.2f} s after the second signal", seconds <= 2.0),
+            (f"{cut} of 200 connections cut", cut > 0),
+        ]
+
+
+@fault(
+    "SIGKILL to one of two workers under 16 clients that ask on new connections",
+    "only what it was answering is lost, at most 16; it is replaced and counted",
+)
+async def killed_worker() -> Findings:
+    """A worker killed."""
+    with served("--workers", "2", cores=2) as service:
+        port = port_of(service)
+        statuses: Counter[int] = Counter()
+        after: Counter[int] = Counter()
+        killed_at = replaced_at = 0.0
+        running = True
+
+        async def client() -> None:
+            while running:
+                began = time.perf_counter()
+                answer = await _ask(port, "/generate?label=1&n=16")
+                statuses[answer.status] += 1
+                if killed_at and began > killed_at + 1.0:
+                    after[answer.status] += 1
+
+        clients = asyncio.gather(*(client() for _ in range(16)))
+        await asyncio.sleep(1.0)
+        os.kill(random.choice(children(service)), signal.SIGKILL)
+        killed_at = time.perf_counter()
+        await _until(port, _is_replaced)
+        replaced_at = time.perf_counter()
+        await asyncio.sleep(1.0)
+        running = False
+        await clients
+        lost = statuses.total() - statuses[200]
+        return [
+            (f"{lost} of {statuses.total():,} requests lost", lost <= 16),
+            (
+                f"{after.total() - after[200]} of those from a second later on",
+                after.total() == after[200],
+            ),
+            (f"two serve again {replaced_at - killed_at:.1f} s later, 1 restart counted", True),
+        ]
+
+
+def _is_replaced(text: str) -> bool:
+    return metric(text, "cgan_worker_restarts_total") == 1 and metric(text, "cgan_ready") == 2
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def observe(row: Fault) -> Outcome:
+    """Run one row; a scene that breaks off is a finding, too."""
+    try:
+        findings = run(row.scene())
+    except (AssertionError, EOFError, OSError, TimeoutError, httpx.HTTPError) as error:
+        findings = [(f"{type(error).__name__}: {error}", False)]
+    return Outcome(row, findings)
+
+
+def markdown(outcomes: list[Outcome]) -> str:
+    """The table for the README."""
+    rows = [("fault", "what was done", "expected", "observed", "ok"), ("---",) * 5]
+    for each in outcomes:
+        row = each.fault
+        cells = (row.what, row.done, row.expected, each.observed, "yes" if each.ok else "**no**")
+        rows.append(tuple(cell.replace("|", "\\|") for cell in cells))  # type: ignore[arg-type]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def plain(outcome: Outcome) -> str:
+    """One row for a terminal."""
+    row = outcome.fault
+    return (
+        f"{'ok ' if outcome.ok else 'BAD'} {row.what} ({row.name})\n    done:     {row.done}\n"
+        f"    expected: {row.expected}\n    observed: {outcome.observed}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the rows; returns the exit status."""
+    names = [row.name for row in FAULTS]
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--markdown", action="store_true", help="print the table for the README")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        if name not in names:
+            parser.error(f"unknown fault {name!r}; allowed are {', '.join(names)}")
+    outcomes = []
+    for row in FAULTS:
+        if not options.names or row.name in options.names:
+            outcomes.append(observe(row))
+            if not options.markdown:
+                print(plain(outcomes[-1]), flush=True)
+    if options.markdown:
+        print(markdown(outcomes))
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
