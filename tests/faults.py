@@ -168,44 +168,63 @@ async def _peak_memory(service: ServiceProcess, work: Awaitable[Sample]) -> tupl
     return task.result(), most
 
 
-async def _overload(n: int, timeout_s: float, *arguments: str) -> Findings:
+async def _overload(n: int, least: float, timeout_s: float, *arguments: str) -> Findings:
+    """Requests for n images at ten times the peak; `least` of it must still be answered."""
     with served(*arguments, "--timeout-ms", f"{1e3 * timeout_s:.0f}") as service:
         port = port_of(service)
         before = await _warm_up(service)
         peak = await closed_loop(port, requests(n), connections=32, seconds=4.0)
+        earlier = await _late(port)
         load = open_loop(port, requests(n), rate=10 * peak.rate, seconds=10.0, connections=1024)
         sample, most_mb = await _peak_memory(service, load)
-        late = metric(await scrape(port), "cgan_rejections_total", 'reason="deadline-exceeded"')
+        late = await _late(port) - earlier
+        admitted = late + len(sample.latencies)
         after = await at_rest(service)
         offered = (len(sample.refusals) + len(sample.latencies)) / sample.seconds / peak.rate
         goodput = sample.rate / peak.rate
         refuse_ms = 1e3 * percentile(sample.refusals, 50), 1e3 * percentile(sample.refusals, 99)
         return [
             (f"{offered:.1f} times the capacity was answered in one way or the other", True),
-            (f"goodput {goodput:.0%} of the peak of {peak.rate:.0f} requests/s", goodput >= 0.5),
-            (f"{late:.0f} of {len(sample.latencies):,} admitted missed their deadline", late == 0),
+            (f"goodput {goodput:.0%} of the peak of {peak.rate:.0f} requests/s", goodput >= least),
+            (
+                f"{late:.0f} of {admitted:,.0f} admitted missed their deadline",
+                late <= 0.01 * admitted,
+            ),
             (f"refused in {refuse_ms[0]:.0f} ms, 99 % in {refuse_ms[1]:.0f} ms", True),
             (f"memory {most_mb - before.memory_mb:+.0f} MB", most_mb - before.memory_mb <= 200),
             *left_over(before, after),
         ]
 
 
+async def _late(port: int) -> float:
+    return metric(await scrape(port), "cgan_rejections_total", 'reason="deadline-exceeded"')
+
+
 @fault(
-    "10 s of requests for 64 images at ten times the rate it can answer",
-    "goodput at least 50 % of the peak; nothing admitted misses its deadline; memory bounded",
+    "10 s of requests for 256 images at ten times the rate it can answer",
+    "goodput at least 50 % of the peak; of what is admitted, at most 1 % is late; memory bounded",
 )
 async def overload() -> Findings:
-    """Overload, bounded by the queue."""
-    return await _overload(64, 10.0)
+    """Overload"""
+    return await _overload(256, 0.5, 10.0)
 
 
 @fault(
-    "the same, with room for 1,000,000 rows and 500 ms for each request",
-    "the same: what cannot be in time is refused on arrival",
+    "the same with 64 images, where refusals, on the same core, are four times as many",
+    "goodput at least 25 % of the peak; of what is admitted, at most 1 % is late; memory bounded",
+)
+async def overload_of_smaller_requests() -> Findings:
+    """Overload by smaller requests"""
+    return await _overload(64, 0.25, 10.0)
+
+
+@fault(
+    "256 images again, with room for 1,000,000 rows and 500 ms for each request",
+    "goodput at least 50 % of the peak; of what is admitted, at most 1 % is late; memory bounded",
 )
 async def overload_by_deadline() -> Findings:
-    """Overload, bounded by deadlines."""
-    return await _overload(64, 0.5, "--max-queue", "1000000")
+    """Overload that only deadlines bound"""
+    return await _overload(256, 0.5, 0.5, "--max-queue", "1000000")
 
 
 async def _beside(port: int, flood: Awaitable[object] | None, seconds: float) -> Sample:
