@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +117,12 @@ class Soak:
         self.outcomes[who, "UNEXPECTED"] += 1
         self.unexpected.append(f"{time.strftime('%H:%M:%S')} {who}: {what}")
 
+    @property
+    def models(self) -> str:
+        """How many files answered, and how many there were."""
+        answered = {model.rpartition(":")[2] for model, _ in self._bytes}
+        return f"{len(answered)} artifacts answered, of {len(self._digests)} that were in place"
+
     def _check_image(self, who: str, answer: Answer, target: str) -> None:
         model, body = answer.headers["x-model"], _sha256(answer.body)
         if model.rpartition(":")[2] not in self._digests:
@@ -195,10 +200,12 @@ class Soak:
             target = _target("small", "1", 1)
             request = f"POST {target} HTTP/1.1\r\nHost: s\r\n\r\n".encode()
             sending = client.send_slowly(request, pause_s=1.0)
-            with suppress(TimeoutError):
-                # The end of the soak is no fault, a late answer is: that one has its own limit.
+            try:
                 async with asyncio.timeout(max(0.1, self.until - time.monotonic())):
                     self.note("slow", await sending, frozenset({200, 429}), target)
+            except TimeoutError:
+                if time.monotonic() < self.until:  # the end of the soak is no fault
+                    raise
 
         await self.forever("slow", act, 1.0)
         client.close()
@@ -415,7 +422,9 @@ async def soak(service: ServiceProcess, weights: Path, minutes: float, out: Path
     verdicts = judge(points, before, after, len(run.unexpected))
     service.signal()
     verdicts.append(Verdict((status := service.wait()) == 0, f"exit status {status}"))
-    report = "\n".join([table(run.outcomes), "", *run.unexpected[:20], *map(str, verdicts)])
+    report = "\n".join(
+        [table(run.outcomes), run.models, "", *run.unexpected[:20], *map(str, verdicts)]
+    )
     print(f"\n{report}")
     (out / "soak.txt").write_text("\n".join([*map(str, points), "", report, ""]))
     draw(points, out / "soak.png")
