@@ -216,9 +216,11 @@ class Engine:
         self.image_shape = (network.image_size, network.image_size, network.channels)
         self._latent_dim = network.latent_dim
         self._network = fuse(artifact.generator, device=device, dtype=dtype)
-        self._forward: Forward = self._eager
+        # Not `self._eager` otherwise: what refers to itself is only freed by a collection, and what
+        # was there at the start, which is frozen, never.
+        self._captured: _Captured | None = None
         if device.type == "cuda":
-            self._forward = _Captured(self._pixels, max_batch, network.latent_dim, device)
+            self._captured = _Captured(self._pixels, max_batch, network.latent_dim, device)
         self.known = self._check()
 
     def __call__(
@@ -243,8 +245,9 @@ class Engine:
             DeviceLost: the device failed, and this process cannot use it any more.
         """
         latents = draw_latents(seeds, indices, self._latent_dim)
+        forward = self._captured or self._eager
         with _faults(), torch.inference_mode():
-            found = self._forward(torch.from_numpy(latents), torch.from_numpy(labels))
+            found = forward(torch.from_numpy(latents), torch.from_numpy(labels))
         pixels, finite = (each.numpy() for each in found)
         if not finite.all():
             raise CorruptRows(pixels, ~finite)
@@ -314,7 +317,10 @@ class _Captured:
             for _ in range(3):  # libraries choose kernels and take workspaces before the capture
                 function(self._latents, self._labels)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
+            # Other threads go on: another engine may be serving while this one is made.
+            with torch.cuda.graph(
+                self._graph, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 self._results = function(self._latents, self._labels)
         self._host = [torch.empty_like(each, device="cpu").pin_memory() for each in self._results]
 

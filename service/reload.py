@@ -6,9 +6,9 @@ flight keeps its model until it is answered.
 """
 
 import asyncio
-import gc
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from watchfiles import awatch
 
@@ -40,7 +40,6 @@ class Reloader:
         self._one_at_a_time = asyncio.Lock()
         self._closing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._replaced = False  # whether models are left to be collected
         for model in registry:
             metrics.model_loaded(*_labels(model))
 
@@ -81,17 +80,10 @@ class Reloader:
             log.exception("the weights are not watched", extra={"fields": {"path": str(folder)}})
 
     async def _reload(self, weights: Weights, *, afresh: bool = False) -> None:
-        def look_again() -> Found:
-            if self._replaced:
-                # An engine refers to itself, and collections of what is old are rare. By now the
-                # last request for it is answered, and what was there at the start is exempt.
-                gc.collect()
-                self._replaced = False
-            return weights.look_again(self._registry, afresh=afresh)
-
         async with self._one_at_a_time:
             if self._closing.is_set():
                 return
+            look_again = partial(weights.look_again, self._registry, afresh=afresh)
             found = await asyncio.get_running_loop().run_in_executor(self._thread, look_again)
             self._swap(found)
 
@@ -102,7 +94,6 @@ class Reloader:
         for model in before:
             if model not in found.models:
                 self._metrics.model_gone(*_labels(model))
-                self._replaced = True
             if self._registry.find(model.name) is None:
                 self._tell("removed", logging.INFO, model=model.name, sha256=model.sha256)
         for model in found.models:

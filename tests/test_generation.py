@@ -87,13 +87,13 @@ class Scene:
     def __init__(self, generation: Generation) -> None:
         self.gate = threading.Event()
         engine = generation.registry.default.engine
-        forward = engine._forward
+        forward = engine._eager
 
         def held(latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             assert self.gate.wait(60)
             return forward(latents, labels)
 
-        engine._forward = held
+        engine._eager = held  # type: ignore[method-assign]
         self.generation, self.client = generation, Client()
 
     async def play(self, act: Callable[["asyncio.Task[Images]"], object]) -> Images:
