@@ -19,6 +19,7 @@ from service.batcher import Batcher
 from service.generation import Generation
 from service.metrics import Metrics
 from service.observation import Observe
+from service.readiness import Prover, Readiness
 from service.registry import Registry
 from service.reload import Reloader
 from service.routes import native, operations, pages
@@ -29,24 +30,6 @@ DESCRIPTION = """\
 Labelled synthetic images on demand. The same model, label, seed and index always give the same
 image, whatever else the service is doing.
 """
-
-
-class Drain:
-    """The way from serving to stopped: refuse what is new, finish what was admitted."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._begun = False
-        metrics.ready.set(0)
-
-    def __call__(self) -> bool:
-        """Whether it has begun."""
-        return self._begun
-
-    def begin(self) -> None:
-        """Turn readiness off."""
-        self._begun = True
-        self._metrics.ready.set(0)
 
 
 class App(FastAPI):
@@ -106,24 +89,27 @@ def create_app(
         folder: where several workers share what each key has used; None for a single process.
     """
     metrics = metrics or Metrics()
-    drain = Drain(metrics)
+    readiness = Readiness(metrics)
     cores = max(1, available_cores() // settings.workers)
     # A GPU computes without this process's core, which waits for it on a thread.
     threaded = cores > 1 or any(model.engine.device.type != "cpu" for model in registry)
     batcher = Batcher(settings.max_queue, settings.timeout_ms / 1e3, metrics, threaded=threaded)
     encoders = ThreadPoolExecutor(cores, thread_name_prefix="encoder")
     reloader = Reloader(registry, metrics)
+    prover = Prover(registry, batcher, readiness, metrics, settings.self_check_s)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        batcher.start()
+        batcher.start(readiness.lose)
         metrics.watch(metrics.queue_rows, lambda: batcher.queued_rows)
-        metrics.ready.set(1)
+        readiness.refresh()
         reloader.start()
+        proving = asyncio.ensure_future(prover.run())
         try:
             yield
         finally:
-            drain.begin()
+            readiness.drain()
+            proving.cancel()
             await reloader.close()
             await batcher.close()
             await asyncio.to_thread(encoders.shutdown)
@@ -136,7 +122,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.drain = drain
+    app.state.readiness = readiness
     app.state.batcher = batcher
     app.state.refusal = Observe(problems.refuse, metrics)  # of what never becomes a request
     app.state.reloader = reloader
@@ -147,7 +133,7 @@ def create_app(
     app.front_door = Observe(Access(front_door, grants) if grants else front_door, metrics)
     app.router.routes.append(Route(FrontDoor.path, front_door, methods=["POST"]))  # else 405
     app.include_router(native.create_router(generation))
-    app.include_router(operations.create_router(drain))
+    app.include_router(operations.create_router(readiness))
     app.include_router(pages.create_router())
     if settings.metrics_port is None:
         app.include_router(operations.create_metrics_router(metrics.registry, metrics.refresh))

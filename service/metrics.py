@@ -159,6 +159,12 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self.device_checks = Counter(
+            "cgan_device_checks_total",
+            "Proofs of a device by known images: passed, wrong, failed, or skipped when busy.",
+            ["outcome"],
+            registry=registry,
+        )
         self.wasted_images = Counter(
             "cgan_wasted_images_total",
             "Images computed for nobody: the client went away, or its deadline passed.",

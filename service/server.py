@@ -34,7 +34,8 @@ class Server(uvicorn.Server):
 
     On SIGTERM or SIGINT readiness falls, requests are served on for the drain delay, those that
     were admitted are answered while the port stays open, and the process ends with status 0; a
-    second signal ends it at once. On SIGHUP all models are read again.
+    second signal ends it at once. On SIGHUP all models are read again. When a device is lost, what
+    waits for it is answered, and the process ends with status 75 (EX_TEMPFAIL).
 
     Args:
         app: what is served.
@@ -82,6 +83,7 @@ class Server(uvicorn.Server):
             )
         )
         self._app = app
+        app.state.readiness.on_lost = self._on_lost
         self._drain_delay_s = settings.drain_delay_ms / 1e3
         self._settings = settings
         self._metrics = metrics
@@ -140,17 +142,28 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _on_signal(self) -> None:
-        if not self._app.state.drain():
-            self._app.state.drain.begin()
-            self._draining = asyncio.ensure_future(self._drain())
+        readiness = self._app.state.readiness
+        if not readiness.draining and not readiness.lost:
+            readiness.drain()
+            self._draining = asyncio.ensure_future(self._drain(self._drain_delay_s))
         elif not self._supervised:
             os._exit(0)  # whatever a thread is at; nothing is written that could be left in pieces
 
-    async def _drain(self) -> None:
+    def _on_lost(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain(0.0))
+
+    @property
+    def status(self) -> int:
+        """The exit status of the process; not 0 where another one should take its place."""
+        if self._app.state.readiness.lost:
+            return os.EX_TEMPFAIL
+        return 0 if self.started else 1
+
+    async def _drain(self, delay_s: float) -> None:
         self._terms.draining = True  # so that clients that keep connections go elsewhere
         for connection in self._connections:
             connection.drain()
-        await asyncio.sleep(self._drain_delay_s)
+        await asyncio.sleep(delay_s)
         await self._app.state.batcher.close()
         self.should_exit = True  # uvicorn now waits for the answers that are still being sent
 
@@ -194,4 +207,4 @@ def serve(settings: Settings, say: Callable[[str], None]) -> int:
         metrics=metrics,
     )
     server.run()
-    return 0 if server.started else 1
+    return server.status

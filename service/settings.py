@@ -69,6 +69,12 @@ class Settings(BaseSettings):
         le=MAX_TIMEOUT_MS,
         description="milliseconds that a request may take; what cannot make it is refused",
     )
+    self_check_s: float = Field(
+        10.0,
+        ge=0.1,
+        le=3600.0,
+        description="seconds between two proofs that known images still come out as they did",
+    )
     client_timeout_s: float = Field(
         20.0,
         ge=1.0,

@@ -33,14 +33,13 @@ def main() -> int:
     report = _take_stdout()
     threading.Thread(target=_end_with_supervisor, name="supervisor", daemon=True).start()
     try:
-        _serve(report)
+        return _serve(report)
     except ServiceError as error:  # of the start, so nothing else was reported
         report({"error": str(error)})
         return 1
-    return 0
 
 
-def _serve(report: Callable[[object], None]) -> None:
+def _serve(report: Callable[[object], None]) -> int:
     index, folder, sockets = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(",")
     settings = parse_settings(sys.argv[4:])
     share_cores(settings.workers)
@@ -56,6 +55,7 @@ def _serve(report: Callable[[object], None]) -> None:
         every_second=metrics.refresh,
     )
     server.run([listening(int(each)) for each in sockets])
+    return server.status
 
 
 def listening(descriptor: int) -> socket.socket:

@@ -26,10 +26,15 @@ REPOSITORY = Path(__file__).parent.parent
 class ServiceProcess:
     """`python -m service` on a free port, as a context manager."""
 
-    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        module: str = "service",
+    ) -> None:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("CGAN_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "service", "--port", "0", *arguments],
+            [sys.executable, "-m", module, "--port", "0", *arguments],
             cwd=REPOSITORY,
             env={**clean, **(environment or {})},
             stdout=subprocess.PIPE,

@@ -13,7 +13,8 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from service.app import create_app
-from service.engine import Engine
+from service.engine import Engine, Known
+from service.faults import DeviceLost
 from service.registry import Model, Registry
 from service.settings import Settings
 from tests.serving import serving
@@ -33,6 +34,8 @@ class GatedEngine(Engine):
         self.started = threading.Semaphore(0)
         self.failure: Exception | None = None
         self.computed = 0
+        indices = np.arange(2)
+        self.known = Known(np.zeros(2, np.uint64), indices, indices, self.paint(indices))
 
     def __call__(
         self, seeds: NDArray[np.uint64], indices: NDArray[np.int64], labels: NDArray[np.int64]
@@ -42,7 +45,10 @@ class GatedEngine(Engine):
         if self.failure is not None:
             raise self.failure
         self.computed += len(seeds)
-        pixels = np.zeros((len(seeds), *self.image_shape), dtype=np.uint8)
+        return self.paint(indices)
+
+    def paint(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        pixels = np.zeros((len(indices), *self.image_shape), dtype=np.uint8)
         pixels += indices.astype(np.uint8)[:, None, None, None]
         return pixels
 
@@ -58,8 +64,14 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.app.available_cores", lambda: 2)
 
 
-def build(engine: GatedEngine, *, max_queue: int = 1024, timeout_ms: int = 60_000) -> FastAPI:
-    settings = Settings(max_queue=max_queue, timeout_ms=timeout_ms)
+def build(
+    engine: GatedEngine,
+    *,
+    max_queue: int = 1024,
+    timeout_ms: int = 60_000,
+    self_check_s: float = 3600.0,
+) -> FastAPI:
+    settings = Settings(max_queue=max_queue, timeout_ms=timeout_ms, self_check_s=self_check_s)
     return create_app(settings, Registry([Model("small", engine)], "small"))
 
 
@@ -167,7 +179,7 @@ def test_a_draining_service_answers_what_it_admitted_and_refuses_the_rest(
     with serving(app) as client:
         admitted = pool.submit(post, client, "label=cat&n=20&format=json")
         engine.started.acquire()
-        app.state.drain.begin()
+        app.state.readiness.drain()
         answer = client.get("/readyz")
         assert answer.status_code == 503
         assert problem(answer)["type"] == "urn:cgan:problem:draining"
@@ -193,3 +205,67 @@ def test_an_unexpected_error_is_a_500_that_tells_nothing(
         assert problem(answer)["request_id"] == answer.headers["X-Request-ID"]
         assert post(client, "label=wolf").status_code == 422
     assert "secret path" in caplog.text
+
+
+def test_readiness_falls_while_known_images_cannot_be_made_and_comes_back(
+    engine: GatedEngine,
+) -> None:
+    engine.gate.set()
+    engine.failure = RuntimeError("a hiccup")
+    with serving(build(engine, self_check_s=0.1)) as client:
+        wait_until(client, "cgan_ready", 0)
+        answer = client.get("/readyz")
+        assert answer.status_code == 503
+        assert problem(answer)["type"] == "urn:cgan:problem:device-failed"
+        assert "hiccup" not in answer.text
+        engine.failure = None
+        wait_until(client, "cgan_ready", 1)
+        assert client.get("/readyz").status_code == 200
+        assert metric(client, 'cgan_device_checks_total{outcome="passed"}') > 0
+
+
+def test_a_device_that_makes_other_images_than_before_is_lost(
+    engine: GatedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.gate.set()
+    engine.known.pixels[1] += 1
+    with serving(build(engine, self_check_s=0.1)) as client:
+        wait_until(client, 'cgan_device_checks_total{outcome="wrong"}', 1)
+        assert client.get("/readyz").status_code == 503
+        refused = post(client, "label=cat")
+        assert refused.status_code == 503
+        assert problem(refused)["type"] == "urn:cgan:problem:device-lost"
+        assert client.get("/livez").status_code == 200
+    (record,) = [each for each in caplog.records if each.levelname == "CRITICAL"]
+    assert record.__dict__["fields"] == {"cause": "known images of small are not what they were"}
+
+
+def test_all_who_wait_for_a_lost_device_are_told_at_once(
+    engine: GatedEngine, pool: ThreadPoolExecutor
+) -> None:
+    with serving(build(engine)) as client:
+        running = pool.submit(post, client, "label=cat&n=8")
+        engine.started.acquire()
+        waiting = [pool.submit(post, client, f"label=cat&n={n}") for n in (1, 20, 100)]
+        wait_until(client, "cgan_queue_rows", 121)
+        engine.failure = DeviceLost("secret address")
+        engine.gate.set()
+        for answer in (running, *waiting):
+            assert answer.result().status_code == 503
+            assert problem(answer.result())["type"] == "urn:cgan:problem:device-lost"
+            assert "secret" not in answer.result().text
+        assert metric(client, "cgan_ready") == 0
+
+
+def test_a_request_may_have_a_deadline_of_its_own(
+    engine: GatedEngine, pool: ThreadPoolExecutor
+) -> None:
+    with serving(build(engine)) as client:
+        running = pool.submit(post, client, "label=cat&n=8")
+        engine.started.acquire()
+        late = post(client, "label=cat&timeout_ms=50")
+        assert late.status_code == 504
+        assert "within 0.05 s" in str(problem(late)["detail"])
+        engine.gate.set()
+        assert running.result().status_code == 200
+    assert engine.computed == 8

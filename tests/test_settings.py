@@ -33,6 +33,7 @@ def test_every_option_is_a_flag_and_a_variable(
         "max_batch": "16",
         "max_queue": "2048",
         "timeout_ms": "500",
+        "self_check_s": "2.5",
         "client_timeout_s": "2.5",
         "max_connections": "100",
         "drain_delay_ms": "3000",

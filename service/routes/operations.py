@@ -9,7 +9,8 @@ from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, Field
 
 from service.problems import MEDIA_TYPE as PROBLEM_TYPE
-from service.problems import Problem, schema
+from service.problems import schema
+from service.readiness import Readiness
 
 
 class Health(BaseModel):
@@ -18,7 +19,7 @@ class Health(BaseModel):
     status: str = Field(examples=["ready"])
 
 
-def create_router(draining: Callable[[], bool]) -> APIRouter:
+def create_router(readiness: Readiness) -> APIRouter:
     """The root and the health checks."""
     router = APIRouter()
 
@@ -35,14 +36,14 @@ def create_router(draining: Callable[[], bool]) -> APIRouter:
         summary="Whether new work is taken",
         responses={
             503: {
-                "description": "Shutting down",
+                "description": "Shutting down, or the device failed",
                 "content": {PROBLEM_TYPE: {"schema": schema()}},
             }
         },
     )
     async def readyz() -> Health:
-        if draining():
-            raise Problem(503, "draining", "The service is shutting down.")
+        if readiness.problem is not None:
+            raise readiness.problem
         return Health(status="ready")
 
     return router
