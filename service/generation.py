@@ -4,11 +4,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from random import getrandbits
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +27,11 @@ from service.problems import Problem, wrong_value
 from service.registry import Model, Registry
 from service.settings import MAX_IMAGES
 
-T = TypeVar("T")
+Steps = Generator[None, None, bytes]  # work that can be interrupted wherever it yields
 
 # What holds up the event loop for about 0.1 ms: a sheet of 64 images of 28x28 pixels.
 _PIXELS_AT_ONCE = 1 << 16
+_STRIDE_S = 0.0002  # how long steps are taken before others have their turn
 
 CLIENT = "client_of_connection"  # key of the scope, for a `Client`
 
@@ -114,6 +114,7 @@ class Generation:
         self._batcher = batcher
         self._metrics = metrics
         self._encoders = encoders
+        self._one_in_steps = asyncio.Lock()
         self._queue_seconds, self._forward_seconds, self._encode_seconds = (
             metrics.stage_seconds.labels(stage) for stage in ("queue", "forward", "encode")
         )
@@ -202,18 +203,29 @@ class Generation:
         finally:
             client.on_gone = None
 
-    async def encode(self, function: Callable[[], T], *, pixels: int) -> tuple[T, float]:
+    async def encode(
+        self, work: Callable[[], bytes] | Steps, *, pixels: int
+    ) -> tuple[bytes, float]:
         """Run an encoder of so many pixels; also its time in seconds.
 
         A small one runs at once: the way through another thread and back takes as long as a sheet
-        of some twenty images, and nobody waits long for one of a few times as many.
+        of some twenty images, and nobody waits long for one of a few times as many. A large one
+        that comes in steps takes a few of them at a time, one such at a time: on a thread it would
+        hold the interpreter for longer than that whenever it had it. What has no steps is the
+        compression of a large sheet, which does not hold it.
         """
         began = time.perf_counter()
-        if pixels <= _PIXELS_AT_ONCE:
-            encoded = function()
+        if not isinstance(work, Generator):
+            if pixels <= _PIXELS_AT_ONCE:
+                encoded = work()
+            else:
+                loop = asyncio.get_running_loop()
+                encoded = await loop.run_in_executor(self._encoders, work)
+        elif pixels <= _PIXELS_AT_ONCE:
+            encoded = finish(work)
         else:
-            loop = asyncio.get_running_loop()
-            encoded = await loop.run_in_executor(self._encoders, function)
+            async with self._one_in_steps:
+                encoded = await _take_steps(work)
         spent = time.perf_counter() - began
         self._encode_seconds.observe(spent)
         return encoded, spent
@@ -253,3 +265,24 @@ def _label(model: Model, text: str) -> int:
         return model.info.label(text)
     except ValueError as error:
         raise wrong_value("label", text, str(error)) from error
+
+
+def finish(steps: Steps) -> bytes:
+    """Take all steps at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return bytes(end.value)
+
+
+async def _take_steps(steps: Steps) -> bytes:
+    until = 0.0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return bytes(end.value)
+        if time.perf_counter() >= until:
+            await asyncio.sleep(0)
+            until = time.perf_counter() + _STRIDE_S

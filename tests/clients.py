@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from tests.serving import ServiceProcess
 
@@ -92,6 +93,16 @@ class Client:
             await asyncio.sleep(pause_s)
             writer.write(request[position : position + 1])
         return await self.read()
+
+    def deafen(self) -> None:
+        """Read nothing from now on."""
+        assert self._writer is not None
+        cast(asyncio.Transport, self._writer.transport).pause_reading()
+
+    async def drip(self, data: bytes) -> None:
+        """Send a little more, if the server still listens."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(data)
 
     def abort(self) -> None:
         """Go away without a word."""

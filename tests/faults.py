@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from safetensors.torch import save_file
 
 from service.settings import MAX_IMAGES, Settings
 from tests.benchmarks.load import Sample, closed_loop, open_loop, post, run
+from tests.broken import FITS, LOST, MEMORY, NAN
 from tests.clients import (
     MALFORMED,
     PATIENCE_S,
@@ -53,6 +55,9 @@ from tests.serving import ServiceProcess, refused
 
 WEIGHTS = Settings().weights / "mnist-mlp.safetensors"
 PATIENT = ("--max-queue", "1000000", "--timeout-ms", "600000")
+
+OVERLOAD_S = 30.0
+ROUNDS = 5  # of a measurement alone and beside something else, in turn; medians are compared
 
 Findings = list[tuple[str, bool]]  # what was seen, and whether it is as promised
 Scene = Callable[[], Awaitable[Findings]]
@@ -104,7 +109,9 @@ def fault(done: str, expected: str) -> Callable[[Scene], Scene]:
 
 
 @contextmanager
-def served(*arguments: str, cores: int = 1) -> Iterator[ServiceProcess]:
+def served(
+    *arguments: str, cores: int = 1, weights: Path = WEIGHTS, module: str = "service"
+) -> Iterator[ServiceProcess]:
     """The document's MLP, on the first cores of this machine; this process takes the others."""
     all_cores = sorted(os.sched_getaffinity(0))
     apart = len(all_cores) > cores
@@ -112,8 +119,9 @@ def served(*arguments: str, cores: int = 1) -> Iterator[ServiceProcess]:
         os.sched_setaffinity(0, all_cores[:cores])  # which a child inherits
     try:
         with ServiceProcess(
-            *("--weights", str(WEIGHTS), "--log-level", "warning", *arguments),
+            *("--weights", str(weights), "--log-level", "warning", *arguments),
             environment={"OMP_NUM_THREADS": "1"},
+            module=module,
         ) as service:
             if apart:
                 os.sched_setaffinity(0, all_cores[cores:])
@@ -168,29 +176,26 @@ async def _peak_memory(service: ServiceProcess, work: Awaitable[Sample]) -> tupl
     return task.result(), most
 
 
-async def _overload(n: int, least: float, timeout_s: float, *arguments: str) -> Findings:
-    """Requests for n images at ten times the peak; `least` of it must still be answered."""
+async def _overload(n: int, timeout_s: float, *arguments: str) -> Findings:
+    """Requests for n images at ten times the peak."""
     with served(*arguments, "--timeout-ms", f"{1e3 * timeout_s:.0f}") as service:
         port = port_of(service)
         before = await _warm_up(service)
         peak = await closed_loop(port, requests(n), connections=32, seconds=4.0)
         earlier = await _late(port)
-        load = open_loop(port, requests(n), rate=10 * peak.rate, seconds=10.0, connections=1024)
+        load = open_loop(
+            port, requests(n), rate=10 * peak.rate, seconds=OVERLOAD_S, connections=1024
+        )
         sample, most_mb = await _peak_memory(service, load)
         late = await _late(port) - earlier
-        admitted = late + len(sample.latencies)
         after = await at_rest(service)
-        offered = (len(sample.refusals) + len(sample.latencies)) / sample.seconds / peak.rate
         goodput = sample.rate / peak.rate
         refuse_ms = 1e3 * percentile(sample.refusals, 50), 1e3 * percentile(sample.refusals, 99)
         return [
-            (f"{offered:.1f} times the capacity was answered in one way or the other", True),
-            (f"goodput {goodput:.0%} of the peak of {peak.rate:.0f} requests/s", goodput >= least),
-            (
-                f"{late:.0f} of {admitted:,.0f} admitted missed their deadline",
-                late <= 0.01 * admitted,
-            ),
-            (f"refused in {refuse_ms[0]:.0f} ms, 99 % in {refuse_ms[1]:.0f} ms", True),
+            (f"goodput {goodput:.0%} of the peak of {peak.rate:.0f} requests/s", goodput >= 0.9),
+            (f"{late:.0f} of {len(sample.latencies):,} admitted missed their deadline", late == 0),
+            (f"{len(sample.refusals):,} refused", len(sample.refusals) > 0),
+            (f"in {refuse_ms[0]:.1f} ms (median; 99 %: {refuse_ms[1]:.0f} ms)", True),
             (f"memory {most_mb - before.memory_mb:+.0f} MB", most_mb - before.memory_mb <= 200),
             *left_over(before, after),
         ]
@@ -201,67 +206,107 @@ async def _late(port: int) -> float:
 
 
 @fault(
-    "10 s of requests for 256 images at ten times the rate it can answer",
-    "goodput at least 50 % of the peak; of what is admitted, at most 1 % is late; memory bounded",
+    f"{OVERLOAD_S:.0f} s of requests for 256 images at ten times the rate it can answer",
+    "goodput above 90 % of the peak; nothing that was admitted is late; memory bounded",
 )
 async def overload() -> Findings:
     """Overload"""
-    return await _overload(256, 0.5, 10.0)
+    return await _overload(256, 10.0)
 
 
 @fault(
-    "the same with 64 images, where refusals, on the same core, are four times as many",
-    "goodput at least 25 % of the peak; of what is admitted, at most 1 % is late; memory bounded",
-)
-async def overload_of_smaller_requests() -> Findings:
-    """Overload by smaller requests"""
-    return await _overload(64, 0.25, 10.0)
-
-
-@fault(
-    "256 images again, with room for 1,000,000 rows and 500 ms for each request",
-    "goodput at least 50 % of the peak; of what is admitted, at most 1 % is late; memory bounded",
+    "the same, with room for 1,000,000 images and 500 ms for each request",
+    "goodput above 90 % of the peak; nothing that was admitted is late; memory bounded",
 )
 async def overload_by_deadline() -> Findings:
     """Overload that only deadlines bound"""
-    return await _overload(256, 0.5, 0.5, "--max-queue", "1000000")
+    return await _overload(256, 0.5, "--max-queue", "1000000")
 
 
-async def _beside(port: int, flood: Awaitable[object] | None, seconds: float) -> Sample:
-    """One client that asks for one image at a time, beside something else."""
-    other = None if flood is None else asyncio.ensure_future(flood)
-    await asyncio.sleep(0.5)
-    sample = await closed_loop(port, requests(1), connections=1, seconds=seconds)
-    if other is not None:
-        await other
-    return sample
+@fault(
+    "64 images with 20 ms to be made, behind 6 zips of 1,024, before any rate was measured",
+    "504 on time, and none of its rows is ever computed",
+)
+async def deadline() -> Findings:
+    """A deadline that passes while queued"""
+    with served(*PATIENT) as service:
+        port = port_of(service)
+        target = f"/generate?label=1&n={MAX_IMAGES}&format=zip"
+        others = asyncio.gather(*(_ask(port, target) for _ in range(6)))
+        await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 7)
+        rows, _ = await _batches(port)
+        began = time.perf_counter()
+        late = await _ask(port, "/generate?label=2&n=64&timeout_ms=20")
+        after_ms = 1e3 * (time.perf_counter() - began)
+        whole = sum(_is_whole(answer) for answer in await others)
+        computed = (await _batches(port))[0]
+        return [
+            (f"{late.status} after {after_ms:.0f} ms", late.status == 504 and after_ms < 120),
+            (
+                f"{computed:,.0f} images computed, {6 * MAX_IMAGES:,} were asked for by the others",
+                computed == 6 * MAX_IMAGES and whole == 6 and rows < computed,
+            ),
+        ]
+
+
+async def _beside(port: int, other: Callable[[float], Awaitable[object]]) -> tuple[Sample, Sample]:
+    """One client that asks for one image at a time, alone and beside something else.
+
+    Args:
+        port: of the service.
+        other: what is beside it, for so many seconds.
+    """
+    alone, beside = Sample(), Sample()
+    for _ in range(ROUNDS):
+        for sample, work in ((alone, None), (beside, other)):
+            task = None if work is None else asyncio.ensure_future(_void(work(3.0)))
+            await asyncio.sleep(0.5)
+            found = await closed_loop(port, requests(1), connections=1, seconds=2.0)
+            if task is not None:
+                await task
+            sample.latencies += found.latencies
+            sample.refusals += found.refusals
+            sample.other += found.other
+    return alone, beside
+
+
+async def _void(work: Awaitable[object]) -> None:
+    await work
+
+
+def _unharmed(alone: Sample, beside: Sample, most: float) -> Findings:
+    """Findings: a client was answered about as fast as when it was alone."""
+    ratio = beside.percentile(99) / alone.percentile(99)
+    return [
+        (f"alone: median {alone.percentile(50):.2f} ms, p99 {alone.percentile(99):.2f} ms", True),
+        (
+            f"beside: median {beside.percentile(50):.2f} ms, p99 {beside.percentile(99):.2f} ms, "
+            f"{ratio:.2f} times",
+            ratio <= most,
+        ),
+        (
+            f"{len(beside.refusals) + beside.other} refused or failed, "
+            f"{len(beside.latencies):,} answered",
+            not beside.refusals and not beside.other and len(beside.latencies) > 50,
+        ),
+    ]
 
 
 @fault(
     "8 clients ask for zips of 1,024 images without a pause, one for a single image",
-    "the 99th percentile of the one stays under 150 ms, and nothing is refused",
+    "the 99th percentile of the one stays within 3 times what it is alone; nothing is refused",
 )
 async def flood() -> Findings:
-    """A flood of large requests beside a small one."""
-    with served(*PATIENT) as service:
+    """A flood of large requests beside a small one"""
+    with served() as service:
         port = port_of(service)
         await _warm_up(service)
-        idle = await _beside(port, None, 5.0)
-        large = closed_loop(port, requests(MAX_IMAGES, "zip"), connections=8, seconds=7.0)
-        busy = await _beside(port, large, 5.0)
-        return [
-            (f"alone: median {idle.percentile(50):.1f} ms, p99 {idle.percentile(99):.1f} ms", True),
-            (
-                f"beside the flood: median {busy.percentile(50):.1f} ms, "
-                f"p99 {busy.percentile(99):.1f} ms",
-                busy.percentile(99) <= 150,
-            ),
-            (
-                f"{len(busy.refusals) + busy.other} refused or failed, "
-                f"{len(busy.latencies):,} answered",
-                not busy.refusals and not busy.other and len(busy.latencies) > 50,
-            ),
-        ]
+
+        def zips(seconds: float) -> Awaitable[object]:
+            load = requests(MAX_IMAGES, "zip")
+            return closed_loop(port, load, connections=8, seconds=seconds)
+
+        return _unharmed(*await _beside(port, zips), 3.0)
 
 
 # Clients -----------------------------------------------------------------------------------------
@@ -366,37 +411,41 @@ async def _batches(port: int) -> tuple[float, float]:
 
 
 @fault(
-    "300 clients send the last 10 bytes of a request at a byte a second, one asks as always",
-    "all are answered; the 99th percentile of the one stays under 50 ms",
+    "100 clients send a byte a second, 100 send nothing, 100 read nothing of a zip; one asks as "
+    "always; --client-timeout-s 5",
+    "the 99th percentile of the one rises by 20 % at most; all 300 are closed",
 )
 async def slow_clients() -> Findings:
-    """Slow clients."""
-    with served() as service:
+    """Slow clients"""
+    with served("--client-timeout-s", "5") as service:
         port = port_of(service)
         before = await _warm_up(service)
-        idle = await _beside(port, None, 5.0)
-        request = b"POST /generate?label=1 HTTP/1.1\r\nHost: s\r\n\r\n"
-        clients = [Client(port) for _ in range(300)]
-        slowly = asyncio.gather(
-            *(each.send_slowly(request, pause_s=1.0, at_once=len(request) - 10) for each in clients)
-        )
-        busy = await _beside(port, slowly, 8.0)
-        answered = sum(answer.status == 200 for answer in slowly.result())
-        for client in clients:
+        slow: list[Client] = []
+
+        async def crawl(seconds: float) -> None:
+            slow.extend(clients := [Client(port) for _ in range(300)])
+            for number, client in enumerate(clients):
+                _, writer = await client.connect()
+                if number % 3 == 0:
+                    writer.write(b"POST /generate?la")
+                elif number % 3 == 1:
+                    client.deafen()
+                    writer.write(post("/generate?label=1&n=1024&scale=4&format=zip"))
+            for byte in b"bel=1"[: int(seconds)]:
+                await asyncio.sleep(1.0)
+                for client in clients[::3]:
+                    await client.drip(bytes([byte]))
+
+        alone, beside = await _beside(port, crawl)
+        after = await at_rest(service)
+        for client in slow:
             client.close()
-        return [
-            (f"{answered} of 300 answered", answered == 300),
-            (
-                f"p99 of the one {busy.percentile(99):.1f} ms, {idle.percentile(99):.1f} without",
-                busy.percentile(99) <= 50,
-            ),
-            *left_over(before, await at_rest(service)),
-        ]
+        return [*_unharmed(alone, beside, 1.2), *left_over(before, after)]
 
 
 @fault(
     f"{len(MALFORMED)} kinds of broken HTTP, 20 times each, beside a client that asks properly",
-    "broken requests get 400 or a closed connection; the other client never notices",
+    "broken requests get 400, 505 or a closed connection; the other client never notices",
 )
 async def malformed() -> Findings:
     """Malformed requests among good ones."""
@@ -413,12 +462,71 @@ async def malformed() -> Findings:
             same += answer.body == expected
         good.close()
         return [
-            (f"broken: {_counts(statuses)}", set(statuses) <= {0, 400}),
+            (f"broken: {_counts(statuses)}", set(statuses) <= {0, 400, 505}),
             (
                 f"{same} of {statuses.total()} good answers are the same bytes",
                 same == statuses.total(),
             ),
             await no_error_logged(service),
+        ]
+
+
+# The device --------------------------------------------------------------------------------------
+
+
+@fault(
+    "a network that gives what is no number for one class, in batches with 20 other requests",
+    "503 for the requests of that class, the same bytes as ever for the others",
+)
+async def not_a_number() -> Findings:
+    """NaN in some rows"""
+    with served(module="tests.broken") as service:
+        port = port_of(service)
+        targets = [f"/generate?label={label}&n=4&seed=1" for label in (3, NAN)]
+        quiet = await _ask(port, targets[0])
+        answers = await asyncio.gather(*(_ask(port, each) for each in targets * 20))
+        same = sum(answer.body == quiet.body for answer in answers[::2])
+        statuses = Counter(answer.status for answer in answers[1::2])
+        return [
+            (f"{same} of 20 neighbours are the same bytes", same == 20 and quiet.status == 200),
+            (f"the others: {_counts(statuses)}", set(statuses) == {503}),
+        ]
+
+
+@fault(
+    f"a device that holds at most {FITS} images of one class at a time, asked for 8 and for 16",
+    "8 are made in two halves; 16 get 503; the next request is answered",
+)
+async def out_of_memory() -> Findings:
+    """Out of memory"""
+    with served(module="tests.broken") as service:
+        port = port_of(service)
+        sizes = (2 * FITS, 4 * FITS, 1)
+        statuses = [(await _ask(port, f"/generate?label={MEMORY}&n={n}")).status for n in sizes]
+        return [
+            (f"8: {statuses[0]}, 16: {statuses[1]}, 1: {statuses[2]}", statuses == [200, 503, 200])
+        ]
+
+
+@fault(
+    "a request on which the device is lost, with 50 others for 1,024 images waiting",
+    "503 for everyone within a second, and the process ends with status 75",
+)
+async def lost_device() -> Findings:
+    """A lost device"""
+    with served(*PATIENT, module="tests.broken") as service:
+        port = port_of(service)
+        waiting = asyncio.gather(*(_ask(port, "/generate?label=1&n=1024") for _ in range(50)))
+        await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 51)
+        began = time.perf_counter()
+        last = await _ask(port, f"/generate?label={LOST}")
+        statuses = Counter(answer.status for answer in await waiting)
+        told_s = time.perf_counter() - began
+        status, seconds = await _exit(service)
+        return [
+            (f"{last.status} and {_counts(statuses)}", last.status == 503 and statuses[503] > 40),
+            (f"all within {told_s:.2f} s", told_s <= 1.0 and set(statuses) <= {200, 503}),
+            (f"exit status {status} after {seconds:.1f} s", status == os.EX_TEMPFAIL),
         ]
 
 
@@ -467,6 +575,57 @@ async def bad_artifacts() -> Findings:
             (f"{good} of {len(bad)} refused in one line with their path", good == len(bad)),
             ("code was run" if executed else "no code was run", not executed),
         ]
+
+
+SWAPS = 200
+
+
+@fault(
+    f"two artifacts renamed into one place in turn, {SWAPS} times, under 4 clients",
+    "no request fails, each answer has the bytes of the artifact that it names; memory is flat",
+)
+async def swaps() -> Findings:
+    """Artifacts replaced under load"""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "model.safetensors"
+        sources = [make_artifact(Path(folder) / f"{i}.source", seed=i) for i in range(2)]
+        shutil.copy(sources[0], target)
+        with served(weights=target) as service:
+            return await _swap(service, target, sources)
+
+
+async def _swap(service: ServiceProcess, target: Path, sources: list[Path]) -> Findings:
+    port = port_of(service)
+    bodies: dict[str, set[bytes]] = {}
+    statuses: Counter[int] = Counter()
+    running = True
+
+    async def client() -> None:
+        own = Client(port)
+        while running:
+            answer = await own.ask("/generate?label=1&n=16&seed=1")
+            statuses[answer.status] += 1
+            bodies.setdefault(answer.headers.get("x-model", ""), set()).add(answer.body)
+        own.close()
+
+    clients = asyncio.gather(*(client() for _ in range(4)))
+    memory_mb = []
+    for number in range(SWAPS):
+        fresh = target.with_suffix(".fresh")
+        shutil.copy(sources[(number + 1) % 2], fresh)
+        fresh.rename(target)
+        await _until(port, lambda text: metric(text, "cgan_reloads_total") > number)  # noqa: B023
+        memory_mb.append(held(service).memory_mb)
+    running = False
+    await clients
+    grown = memory_mb[-1] - memory_mb[SWAPS // 4]
+    own = sum(len(each) == 1 for each in bodies.values())
+    return [
+        (f"{_counts(statuses)}", set(statuses) == {200}),
+        (f"{len(bodies)} artifacts named, {own} with one picture", own == len(bodies) == 2),
+        (f"memory {grown:+.1f} MB over the last {SWAPS * 3 // 4} swaps", grown <= 10),
+        await no_error_logged(service),
+    ]
 
 
 # Ends --------------------------------------------------------------------------------------------

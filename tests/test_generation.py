@@ -9,7 +9,7 @@ from torch import Tensor
 
 from service.batcher import Batcher
 from service.engine import Engine
-from service.generation import Client, Disconnected, Generation, Images
+from service.generation import Client, Disconnected, Generation, Images, Steps
 from service.metrics import Metrics
 from service.problems import Problem
 from service.registry import Model, Registry
@@ -69,16 +69,49 @@ def test_an_order_that_cannot_be_made_names_the_field(
 def test_small_images_are_encoded_at_once_and_large_ones_by_another_thread(
     generation: Generation,
 ) -> None:
-    async def thread(pixels: int) -> threading.Thread:
-        encoded, seconds = await generation.encode(threading.current_thread, pixels=pixels)
+    def current_thread() -> bytes:
+        return threading.current_thread().name.encode()
+
+    async def thread(pixels: int) -> bytes:
+        encoded, seconds = await generation.encode(current_thread, pixels=pixels)
         assert seconds >= 0
         return encoded
 
     async def scene() -> None:
-        assert await thread(64 * 28 * 28) is threading.current_thread()
-        assert await thread(1024 * 28 * 28) is not threading.current_thread()
+        assert await thread(64 * 28 * 28) == current_thread()
+        assert await thread(1024 * 28 * 28) != current_thread()
 
     asyncio.run(scene())
+
+
+def test_steps_of_large_work_let_others_have_their_turn_and_are_taken_one_by_one(
+    generation: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def steps(name: str) -> Steps:
+        for _ in range(3):
+            seen.append(name)
+            yield
+        return name.encode()
+
+    async def scene(pixels: int) -> None:
+        works = [generation.encode(steps(name), pixels=pixels) for name in ("a", "b")]
+        tasks = [asyncio.ensure_future(work) for work in works]
+        for _ in range(20):
+            await asyncio.sleep(0)
+            seen.append("-")
+        assert [(await task)[0] for task in tasks] == [b"a", b"b"]
+
+    monkeypatch.setattr("service.generation._STRIDE_S", 1e-9)
+    asyncio.run(scene(1 << 20))
+    told = "".join(seen)
+    assert told.replace("-", "") == "aaabbb"
+    assert "aa" not in told
+
+    seen.clear()
+    asyncio.run(scene(100))
+    assert "".join(seen).startswith("aaabbb")
 
 
 class Scene:

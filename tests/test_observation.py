@@ -44,7 +44,7 @@ def test_a_log_line_cannot_be_forged() -> None:
 
 
 def test_raw_bytes_in_a_request_stay_on_their_line(bundled: Path) -> None:
-    """Past a client that would escape them; what is no request at all is uvicorn's to warn of."""
+    """Past a client that would escape them."""
     forged = b'\n{"level": "error", "message": "forged"}\n'
     requests = [
         b"GET /a\x1b[31mb\x7f HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -66,7 +66,7 @@ def test_raw_bytes_in_a_request_stay_on_their_line(bundled: Path) -> None:
         assert service.wait() == 0
     lines = [json.loads(line) for line in service.errors]
     assert {line["level"] for line in lines} <= {"debug", "info", "warning"}
-    assert "uvicorn.error" in {line["logger"] for line in lines}
+    assert {line["logger"] for line in lines} == {"service.access"}
     for line in service.errors:
         assert line.endswith("}\n")
         assert line[:-1].isascii()

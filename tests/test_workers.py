@@ -161,7 +161,10 @@ def test_a_killed_worker_is_replaced_while_the_others_serve(artifact: Path) -> N
         for _ in range(8):
             ask(service, "/generate?label=cat&n=10")
         with stopped(other):
-            held = [pool.submit(ask, service, "/generate?label=dog&n=1024") for _ in range(16)]
+            held = [
+                pool.submit(ask, service, "/generate?label=dog&n=1024&scale=4&format=zip")
+                for _ in range(16)
+            ]
             wait_until(lambda: scraped(service, "cgan_requests_in_progress") > 4, "it is at work")
             os.kill(killed, signal.SIGKILL)
         # What its connections held is lost, and what still waited for a connection is answered.

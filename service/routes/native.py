@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import Receive, Scope, Send
 
 from service.access import charge
-from service.generation import CLIENT, Client, Disconnected, Generation, Images, Order
+from service.generation import CLIENT, Client, Disconnected, Generation, Images, Order, Steps
 from service.png import contact_sheet, encode_png, enlarge
 from service.problems import MEDIA_TYPE as PROBLEM_TYPE
 from service.problems import Problem, answer, schema, wrong_value, wrong_values
@@ -336,18 +336,18 @@ def _headers(
     ]
 
 
-def _encoder(chosen: Format, order: Order, images: Images, scale: int) -> Callable[[], bytes]:
+def _encoder(
+    chosen: Format, order: Order, images: Images, scale: int
+) -> Callable[[], bytes] | Steps:
     if chosen == "png":
         return lambda: encode_sheet(order, images, scale)
-    if chosen == "zip":
-        return lambda: encode_zip(order, images, scale)
-    return lambda: encode_json(order, images, scale)
+    return (encode_zip if chosen == "zip" else encode_json)(order, images, scale)
 
 
 def encode_sheet(order: Order, images: Images, scale: int) -> bytes:
     """One image as itself, several as a contact sheet."""
     if len(order.labels) == 1:
-        return _single_pngs(order, images, scale)[0]
+        return next(_single_pngs(order, images, scale))
     recipe = {
         "model": order.model.name,
         "sha256": order.model.sha256,
@@ -358,7 +358,7 @@ def encode_sheet(order: Order, images: Images, scale: int) -> bytes:
     return encode_png(enlarge(contact_sheet(images.pixels), scale), recipe)
 
 
-def encode_zip(order: Order, images: Images, scale: int) -> bytes:
+def encode_zip(order: Order, images: Images, scale: int) -> Steps:
     """Single PNGs named by label and index, and `manifest.json`; always the same bytes."""
     files = []
     buffer = io.BytesIO()
@@ -368,38 +368,38 @@ def encode_zip(order: Order, images: Images, scale: int) -> bytes:
             name = f"{recipe['label']:04d}-{recipe['index']:04d}.png"
             files.append({"file": name, **recipe})
             archive.writestr(zipfile.ZipInfo(name), png)  # ZipInfo's date is fixed: 1980
+            yield
         # A line for each; the encoder's own way to indent takes as long as the packing.
         lines = ",\n".join(map(json.dumps, files))
         archive.writestr(zipfile.ZipInfo("manifest.json"), f'{{"images": [\n{lines}\n]}}\n')
     return buffer.getvalue()
 
 
-def encode_json(order: Order, images: Images, scale: int) -> bytes:
+def encode_json(order: Order, images: Images, scale: int) -> Steps:
     """Single PNGs in base64, each with its recipe."""
     names = order.model.info.class_names
-    entries = [
-        ImageEntry(
+    entries = []
+    for label, index, png in zip(
+        order.labels, order.indices, _single_pngs(order, images, scale), strict=True
+    ):
+        entry = ImageEntry(
             label=int(label),
             class_name=names[label],
             seed=order.seed,
             index=int(index),
             png=base64.b64encode(png).decode(),
         )
-        for label, index, png in zip(
-            order.labels, order.indices, _single_pngs(order, images, scale), strict=True
-        )
-    ]
+        entries.append(entry)
+        yield
     answer = GeneratedImages(
         model=order.model.name, sha256=order.model.sha256, seed=order.seed, images=entries
     )
     return answer.model_dump_json().encode()
 
 
-def _single_pngs(order: Order, images: Images, scale: int) -> list[bytes]:
-    return [
-        encode_png(enlarge(pixels, scale), order.recipe(position))
-        for position, pixels in enumerate(images.pixels)
-    ]
+def _single_pngs(order: Order, images: Images, scale: int) -> Iterator[bytes]:
+    for position, pixels in enumerate(images.pixels):
+        yield encode_png(enlarge(pixels, scale), order.recipe(position))
 
 
 def _entry(model: Model, default: bool) -> ModelEntry:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.batcher import Batcher
 from service.engine import Engine, resolve_dtype
-from service.generation import Generation, Images
+from service.generation import Client, Generation, Images, Order, finish
 from service.latents import draw_latents
 from service.metrics import Metrics
 from service.png import contact_sheet, encode_png
@@ -82,6 +82,11 @@ def forwards(engine: Engine) -> None:
         )
 
 
+def whole_zip(order: Order, images: Images) -> bytes:
+    """All single PNGs in one file."""
+    return finish(encode_zip(order, images, 1))
+
+
 def main() -> None:
     """Measure all steps of requests for 1, 16 and 64 images."""
     torch.set_num_threads(1)
@@ -104,8 +109,8 @@ def main() -> None:
             "sheet": partial(contact_sheet, pixels),
             "PNG": partial(encode_png, sheet, {}),
             "sheet, PNG and recipe": partial(encode_sheet, order, images, 1),
-            "zip": partial(encode_zip, order, images, 1),
-            "count": partial(generation.count, order),
+            "zip": partial(whole_zip, order, images),
+            "count": partial(generation.count, order, Client()),
         }
         found = ", ".join(f"{name} {microseconds(step):.1f}" for name, step in steps.items())
         print(f"n={n}: batcher {batching(n):.1f}, {found}")

@@ -209,7 +209,7 @@ os.sched_setaffinity(0, {int(sys.argv[4])})
 import numpy as np, torch
 from pathlib import Path
 from service.engine import Engine, resolve_dtype
-from service.generation import Images, Order
+from service.generation import Images, Order, finish
 from service.registry import Model
 from service.routes.native import encode_zip
 from training.artifact import load_artifact
@@ -224,7 +224,7 @@ seeds = np.full(n, 1, np.uint64)
 def make():
     batches = [slice(first, first + 64) for first in range(0, n, 64)]
     made = [engine(seeds[b], indices[b], labels[b]) for b in batches]
-    return encode_zip(order, Images(np.concatenate(made), 0.0, 0.0), 1)
+    return finish(encode_zip(order, Images(np.concatenate(made), 0.0, 0.0), 1))
 make()
 began, made = time.perf_counter(), 0
 while time.perf_counter() - began < float(sys.argv[3]):
