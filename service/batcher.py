@@ -31,7 +31,7 @@ from service.faults import CorruptRows, DeviceLost, OutOfMemory
 
 SMALL = 16  # rows of a small request at most
 GROWTH = 4  # rows by which every request that waits makes the next batch larger
-SHORT_S = 0.0015  # about how long a forward takes while few requests wait
+SHORT_S = 0.001  # about how long a forward takes while few requests wait
 COST_WEIGHT = 0.2  # of the newest batch in the moving averages of seconds per row
 HASTE = 0.8  # of the time it may take, a request is expected to need at most so much: rates vary
 MIN_RETRY_AFTER_S = 0.01
@@ -568,12 +568,15 @@ def _full_batch(lane: _Lane, engine: Engine) -> int:
     """How many rows the lane's next batch takes at most.
 
     Large batches cost less per row, and with many requests waiting nobody waits longer for them.
-    With few, a request that comes now would: it has to wait for the end of the batch. No small
-    rest is left over, which would take about as long as a batch.
+    With few, a request that comes now would: it has to wait for the end of the batch. Large
+    requests, for which small ones have waited already, add to those no more than as many rows. No
+    small rest is left over, which would take about as long as a batch.
     """
-    short = int(SHORT_S / lane.forward_row_s) if lane.forward_row_s else SMALL
-    waiting = len(lane.small) + len(lane.large)
-    full = max(SMALL, short, GROWTH * waiting)
+    if lane.small and lane.large:
+        full = max(SMALL, 2 * lane.small_rows)
+    else:
+        short = int(SHORT_S / lane.forward_row_s) if lane.forward_row_s else SMALL
+        full = max(SMALL, short, GROWTH * (len(lane.small) + len(lane.large)))
     if full < lane.queued_rows <= full + full // 2:
         full = lane.queued_rows
     return min(engine.max_batch, full)

@@ -31,7 +31,7 @@ Steps = Generator[None, None, bytes]  # work that can be interrupted wherever it
 
 # What holds up the event loop for about 0.1 ms: a sheet of 64 images of 28x28 pixels.
 _PIXELS_AT_ONCE = 1 << 16
-_STRIDE_S = 0.0002  # how long steps are taken before others have their turn
+_STRIDE_S = 0.0001  # how long steps are taken before others have their turn
 
 CLIENT = "client_of_connection"  # key of the scope, for a `Client`
 

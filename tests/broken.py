@@ -2,11 +2,13 @@
 
     python -m tests.broken [OPTION]...
 
-takes the options of `python -m service`. Of the ten classes, label 7 makes images of what is no
-number, 8 runs out of memory where more than four images are made at once, and 9 loses the device.
+takes the options of `python -m service`. Of the ten classes, label 6 takes half a second, 7 makes
+images of what is no number, 8 runs out of memory where more than four images are made at once, and
+9 loses the device.
 """
 
 import sys
+import time
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from service.engine import FusedConv, FusedMLP
 from service.registry import Registry
 from service.settings import Settings, parse_settings
 
-NAN, MEMORY, LOST = 7, 8, 9
+SLOW, NAN, MEMORY, LOST = 6, 7, 8, 9
 FITS = 4
 
 
@@ -27,6 +29,8 @@ class Broken:
         self.network = network
 
     def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
+        if (labels == SLOW).any():
+            time.sleep(0.5)
         if (labels == LOST).any():
             raise torch.AcceleratorError("CUDA error: unspecified launch failure")
         if (labels == MEMORY).sum() > FITS:

