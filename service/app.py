@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from service import problems
-from service.access import Access, create_grants
+from service.access import OPEN_PATH, Access, create_grants
 from service.batcher import Batcher
 from service.generation import Generation
 from service.metrics import Metrics
@@ -40,6 +40,7 @@ class App(FastAPI):
     """
 
     front_door: Observe
+    needs_key = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or take part in the server's start and end."""
@@ -58,9 +59,15 @@ class App(FastAPI):
                 description=self.description,
                 routes=[native.front_door_schema(), *self.routes],
             )
-            for operations in self.openapi_schema["paths"].values():
+            for path, operations in self.openapi_schema["paths"].items():
                 for operation in operations.values():
                     operation["responses"] = problems.OF_THE_WIRE | operation["responses"]
+                    if self.needs_key and path != OPEN_PATH:
+                        operation["responses"] |= problems.OF_THE_KEY
+                        operation["security"] = [{"key": []}]
+            if self.needs_key:
+                schemes = {"key": {"type": "http", "scheme": "bearer"}}
+                self.openapi_schema["components"]["securitySchemes"] = schemes
         return self.openapi_schema
 
 
@@ -130,6 +137,7 @@ def create_app(
     generation = Generation(registry, batcher, metrics, encoders)
     front_door = FrontDoor(generation)
     grants = create_grants(settings, metrics, folder)
+    app.needs_key = bool(grants)
     app.front_door = Observe(Access(front_door, grants) if grants else front_door, metrics)
     app.router.routes.append(Route(FrontDoor.path, front_door, methods=["POST"]))  # else 405
     app.include_router(native.create_router(generation))

@@ -76,19 +76,25 @@ def schema() -> dict[str, Any]:
     return whole
 
 
-OF_THE_WIRE: dict[str, Any] = {
-    status: {
-        "description": words,
-        "content": {MEDIA_TYPE: {"schema": schema()}},
+def answers(words: Mapping[str, str]) -> dict[str, Any]:
+    """Answers that are problems, for the schema: what each status means."""
+    return {
+        status: {"description": text, "content": {MEDIA_TYPE: {"schema": schema()}}}
+        for status, text in words.items()
     }
-    for status, words in {
+
+
+# In the schema of every operation, for whatever is asked may be asked so.
+OF_THE_WIRE = answers(
+    {
         "400": "This is no HTTP/1.1 request",
         "408": "The request was not complete in time",
         "413": "The body is too large",
         "414": "The target is too long",
         "431": "The head is too large",
-    }.items()
-}  # in the schema of every operation, for whatever is asked may be asked so
+    }
+)
+OF_THE_KEY = answers({"401": "No valid API key"})
 
 INTERNAL_ERROR = Problem(500, "internal-error", "The service failed; it was logged by this id.")
 

@@ -66,6 +66,16 @@ def test_only_liveness_needs_no_key(client: httpx.Client) -> None:
         assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
 
 
+def test_the_schema_says_where_a_key_is_needed(client: httpx.Client) -> None:
+    schema = client.get("/openapi.json", headers=bearer(ALICE)).json()
+    assert schema["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            needed = path != "/livez"
+            assert ("401" in operation["responses"]) == needed
+            assert operation.get("security") == ([{"key": []}] if needed else None)
+
+
 def test_with_a_key_everything_is_as_it_was(client: httpx.Client) -> None:
     statuses = [answer.status_code for answer in requests(client, bearer(ALICE))]
     assert statuses == [307, 200, 200, 200, 200, 200, 200, 404, 200, 405, 405]
