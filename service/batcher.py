@@ -16,6 +16,7 @@ forward. Futures belong to the event loop and are only ever touched there.
 # ruff: noqa: N818  (the exceptions are named for what happened: Overloaded, Draining)
 
 import asyncio
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from service.faults import CorruptRows, DeviceLost, OutOfMemory
 
 SMALL = 16  # rows of a small request at most
 GROWTH = 4  # rows by which every request that waits makes the next batch larger
-SHORT_S = 0.001  # about how long a forward takes while few requests wait
+SHORT_S = 0.0015  # about how long a forward takes while few requests wait
 COST_WEIGHT = 0.2  # of the newest batch in the moving averages of seconds per row
 HASTE = 0.8  # of the time it may take, a request is expected to need at most so much: rates vary
 MIN_RETRY_AFTER_S = 0.01
@@ -201,7 +202,8 @@ class Batcher:
         # Written between forwards alone, as are the costs of the lanes; read for estimates.
         self._running_until = 0.0  # when the current batch should be done, by perf_counter
         self._ready_at = 0.0  # since when there was work and no forward
-        # On the event loop alone, where it takes the turns:
+        # On the event loop alone; the first is read by others, too:
+        self.small_at = -math.inf  # when the last small request came, by perf_counter
         self._rounds_left = 0  # of the event loop, before the next turn
         self._turning = False
 
@@ -320,6 +322,7 @@ class Batcher:
             if not lane.queued_rows:
                 self._turns.append(lane)
             if rows <= SMALL:
+                self.small_at = now
                 lane.small.append(ticket)
                 lane.small_rows += rows
             else:
@@ -575,8 +578,8 @@ def _full_batch(lane: _Lane, engine: Engine) -> int:
     if lane.small and lane.large:
         full = max(SMALL, 2 * lane.small_rows)
     else:
-        short = int(SHORT_S / lane.forward_row_s) if lane.forward_row_s else SMALL
-        full = max(SMALL, short, GROWTH * (len(lane.small) + len(lane.large)))
+        short = math.ceil(SHORT_S / (lane.forward_row_s or SHORT_S) / SMALL) * SMALL
+        full = max(short, GROWTH * (len(lane.small) + len(lane.large)))
     if full < lane.queued_rows <= full + full // 2:
         full = lane.queued_rows
     return min(engine.max_batch, full)

@@ -272,7 +272,7 @@ def test_a_lone_large_request_is_split_into_batches_that_take_a_moment(clock: Fa
 
     run(scenario)
     # Before anything is known it gives a quantum, and no small rest is left over.
-    assert engine.sizes == [SMALL, 32, 32, 32, 38]
+    assert engine.sizes == [SMALL, 48, 48, 38]
 
 
 @pytest.mark.parametrize(("waiting", "size"), [(1, SMALL), (4, SMALL), (9, 9 * GROWTH)])

@@ -103,7 +103,7 @@ def test_steps_of_large_work_let_others_have_their_turn_and_are_taken_one_by_one
             seen.append("-")
         assert [(await task)[0] for task in tasks] == [b"a", b"b"]
 
-    monkeypatch.setattr("service.generation._STRIDE_S", 1e-9)
+    monkeypatch.setattr("service.generation._LONG_STRIDE_S", 1e-9)
     asyncio.run(scene(1 << 20))
     told = "".join(seen)
     assert told.replace("-", "") == "aaabbb"
