@@ -33,7 +33,7 @@ Steps = Generator[None, None, bytes]  # work that can be interrupted wherever it
 _PIXELS_AT_ONCE = 1 << 16
 # How long steps are taken before others have their turn: beside small requests, and without any for
 # a second, when the caches are worth more than the turns.
-_STRIDE_S, _LONG_STRIDE_S = 0.0002, 0.003
+_STRIDE_S, _LONG_STRIDE_S = 0.0001, 0.003
 
 CLIENT = "client_of_connection"  # key of the scope, for a `Client`
 
