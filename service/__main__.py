@@ -1,26 +1,30 @@
-"""The command line: `python -m service`."""
+"""The command line: `python -m service`, and the commands that may follow."""
 
 import sys
+from collections.abc import Callable
 
-from service.settings import Settings, parse_settings
+from service.settings import parse_settings
 from service.startup import ServiceError, printable
 
 
 def main() -> int:
-    """Serve until told to stop; returns the exit status."""
+    """Do what the command line says; returns the exit status."""
+    command = _COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
-        settings = parse_settings(sys.argv[1:])
+        if command is not None:
+            return command(sys.argv[2:])
+        return _serve(sys.argv[1:])
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    try:
-        return _run(settings)
     except ServiceError as error:
         print(printable(str(error)), file=sys.stderr)
         return 1
 
 
-def _run(settings: Settings) -> int:
+def _serve(arguments: list[str]) -> int:
+    """Serve until told to stop."""
+    settings = parse_settings(arguments)
     # Imported only here: a supervisor, which lives as long as its workers, needs no PyTorch.
     if settings.workers == 1:
         from service.server import serve  # noqa: PLC0415
@@ -28,8 +32,17 @@ def _run(settings: Settings) -> int:
         return serve(settings, _say)
     from service.supervisor import supervise  # noqa: PLC0415
 
-    supervise(settings, sys.argv[1:], _say)
+    supervise(settings, arguments, _say)
     return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    from service.verify import main  # noqa: PLC0415
+
+    return main(arguments)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"verify": _verify}
 
 
 def _say(line: str) -> None:

@@ -45,7 +45,7 @@ class App(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or take part in the server's start and end."""
         path, method = scope.get("path"), scope.get("method")
-        if path == FrontDoor.path and method == "POST":
+        if path == FrontDoor.path and method in FrontDoor.methods:
             await self.front_door(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
@@ -57,7 +57,7 @@ class App(FastAPI):
                 title=self.title,
                 version=self.version,
                 description=self.description,
-                routes=[native.front_door_schema(), *self.routes],
+                routes=[*native.front_door_schema(), *self.routes],
             )
             for path, operations in self.openapi_schema["paths"].items():
                 for operation in operations.values():
@@ -139,7 +139,9 @@ def create_app(
     grants = create_grants(settings, metrics, folder)
     app.needs_key = bool(grants)
     app.front_door = Observe(Access(front_door, grants) if grants else front_door, metrics)
-    app.router.routes.append(Route(FrontDoor.path, front_door, methods=["POST"]))  # else 405
+    app.router.routes.append(
+        Route(FrontDoor.path, front_door, methods=FrontDoor.methods)
+    )  # else 405
     app.include_router(native.create_router(generation))
     app.include_router(operations.create_router(readiness))
     app.include_router(pages.create_router())

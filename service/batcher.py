@@ -1,6 +1,7 @@
 """Merges the rows of concurrent requests into batches for an engine.
 
-A row is one image to generate: (seed, index, label). Requests are admitted on the event loop and
+A row is one image to generate: (seed, index, label), and the variation, if any, of its request.
+Requests are admitted on the event loop and
 computed turn by turn, each of which takes whatever waits as soon as the last one is done: nothing
 here sleeps, polls or holds a batch back in the hope of more.
 
@@ -19,7 +20,7 @@ import asyncio
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple, Protocol
@@ -29,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.faults import CorruptRows, DeviceLost, OutOfMemory
+from service.latents import Variation, Varied
 
 SMALL = 16  # rows of a small request at most
 GROWTH = 4  # rows by which every request that waits makes the next batch larger
@@ -57,6 +59,7 @@ class Engine(Protocol):
         seeds: NDArray[np.uint64],  # (B,), 1 <= B <= max_batch
         indices: NDArray[np.int64],  # (B,)
         labels: NDArray[np.int64],  # (B,)
+        varied: Sequence[Varied] = (),
     ) -> NDArray[np.uint8]:  # (B, H, W, C)
         """Generate one image per row, on the engine thread.
 
@@ -154,6 +157,7 @@ class Ticket:
     future: "asyncio.Future[Generated]"
     timeout_s: float
     admitted_at: float
+    variation: Variation | None
     next_row: int = 0  # the first row that was not yet put into a batch
     filled: int = 0  # rows that were computed while somebody waited for them
     gone: bool = False  # nobody waits any more, or one of its rows failed
@@ -286,6 +290,7 @@ class Batcher:
         indices: NDArray[np.int64],
         labels: NDArray[np.int64],
         timeout_s: float | None = None,
+        variation: Variation | None = None,
     ) -> "Ticket":
         """Queue one row per image; called on the event loop. The arrays must not change.
 
@@ -295,6 +300,7 @@ class Batcher:
             indices: (n,).
             labels: (n,).
             timeout_s: the longest that it may take, if that is shorter than the batcher's own.
+            variation: what makes the rows other than plain draws of a class.
 
         Raises:
             ValueError: the arrays are not one row each of the right type; nothing was queued.
@@ -316,7 +322,9 @@ class Batcher:
             self._check_room(lane, rows, timeout_s, now)
 
             future: asyncio.Future[Generated] = self._loop.create_future()
-            ticket = Ticket(engine, lane, seeds, indices, labels, rows, future, timeout_s, now)
+            ticket = Ticket(
+                engine, lane, seeds, indices, labels, rows, future, timeout_s, now, variation
+            )
             if not self._turns and self._threaded:
                 self._work.notify()
             if not lane.queued_rows:
@@ -486,7 +494,7 @@ class Batcher:
         self._running_until = started_at + rows * (lane.forward_row_s or 0.0)
         corrupt: CorruptRows | None = None
         try:
-            pixels = engine(seeds, indices, labels)  # (B, H, W, C)
+            pixels = engine(seeds, indices, labels, _varied(batch))  # (B, H, W, C)
         except CorruptRows as error:
             corrupt, pixels = error, error.pixels
         done_at = perf_counter()
@@ -644,6 +652,19 @@ def _columns(part: _Slice) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArr
     if stop - start == request.rows:
         return request.seeds, request.indices, request.labels
     return request.seeds[start:stop], request.indices[start:stop], request.labels[start:stop]
+
+
+def _varied(batch: list[_Slice]) -> Sequence[Varied]:
+    """Which rows of a batch have a variation."""
+    varied = []
+    offset = 0
+    for request, start, stop in batch:
+        end = offset + stop - start
+        if request.variation is not None:
+            part = Varied(slice(offset, end), slice(start, stop), request.variation)
+            varied.append(part)
+        offset = end
+    return varied
 
 
 def _measure(row_s: float | None, rows: int, full: int, spent_s: float) -> float | None:

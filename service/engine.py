@@ -6,8 +6,8 @@ Warm-up compares the rewritten network with the artifact's own and proves that a
 depend on its batch; an engine that fails either does not serve.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.faults import CorruptRows, DeviceLost, OutOfMemory
-from service.latents import draw_latents
+from service.latents import Varied, draw_latents
 from training.artifact import Artifact
 from training.devices import has_native_bfloat16
 from training.networks import ConvGenerator, Generator, MLPGenerator
@@ -71,6 +71,32 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
+class LabelBias:
+    """The first layer's share of each class: a row of biases, looked up by label.
+
+    The product with an embedding is linear, so the row of a mixture of embeddings is the same
+    mixture of rows. It is written behind those of the classes, into a row that a label can name:
+    the forward, which may be captured, knows nothing of mixtures.
+
+    Args:
+        table: (num_classes, width) float64.
+        mixtures: how many there can be at a time.
+    """
+
+    def __init__(
+        self, table: Tensor, mixtures: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._table = table
+        rows = F.pad(table, (0, 0, 0, mixtures))
+        self.rows = rows.to(device, dtype).contiguous()
+
+    def mix(self, place: int, shares: Tensor) -> int:
+        """Put a mixture, by the share (num_classes,) float64 of each class; gives its label."""
+        label = len(self._table) + place
+        self.rows[label].copy_(shares @ self._table)
+        return label
+
+
 Activation = Literal["none", "leaky_relu", "tanh"]
 
 
@@ -115,7 +141,7 @@ class FusedMLP:
     """
 
     def __init__(
-        self, generator: MLPGenerator, *, device: torch.device, dtype: torch.dtype
+        self, generator: MLPGenerator, *, mixtures: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         weights: list[Tensor] = []
         biases: list[Tensor] = []
@@ -133,7 +159,7 @@ class FusedMLP:
         latent_dim = generator.config.latent_dim
         embedding = generator.label_embedding.weight.double()  # (classes, embedding_dim)
         table = embedding @ weights[0][:, latent_dim:].T + biases[0]  # (classes, hidden[0])
-        self.label_bias = table.to(device, dtype).contiguous()
+        self.label_bias = LabelBias(table, mixtures, device=device, dtype=dtype)
         self.first = Dense(weights[0][:, :latent_dim].to(device, dtype), None, "none")
         *hidden, last = [
             (weight.to(device, dtype), bias.to(device, dtype))
@@ -143,8 +169,9 @@ class FusedMLP:
 
     def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
         """(N, latent_dim) float32 and (N,) int64 to (N, C * H * W) in [-1, 1]."""
-        x = self.first(latents.to(self.label_bias.dtype))
-        x = F.leaky_relu_(x.add_(self.label_bias[labels]), 0.2)  # (N, hidden[0])
+        bias = self.label_bias.rows
+        x = self.first(latents.to(bias.dtype))
+        x = F.leaky_relu_(x.add_(bias[labels]), 0.2)  # (N, hidden[0])
         for layer in self.rest:
             x = layer(x)
         return x
@@ -158,7 +185,7 @@ class FusedConv:
     """
 
     def __init__(
-        self, generator: ConvGenerator, *, device: torch.device, dtype: torch.dtype
+        self, generator: ConvGenerator, *, mixtures: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         copy = deepcopy(generator)
         first = copy.trunk[0]
@@ -167,24 +194,27 @@ class FusedConv:
         latent_dim = generator.config.latent_dim
         weight, bias = first.weight.double(), first.bias.double()
         table = copy.label_embedding.weight.double() @ weight[:, latent_dim:].T + bias
-        self.label_bias = table.to(device, dtype).contiguous()
+        self.label_bias = LabelBias(table, mixtures, device=device, dtype=dtype)
         self.weight = weight[:, :latent_dim].to(device, dtype).contiguous()
         self.rest = copy.trunk[1:].to(device, dtype)
         self.synthesis = copy.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
         """(N, latent_dim) float32 and (N,) int64 to (N, C * H * W) in [-1, 1]."""
-        x = F.linear(latents.to(self.label_bias.dtype), self.weight)
-        x = self.rest(x.add_(self.label_bias[labels]))  # (N, style_dim)
+        bias = self.label_bias.rows
+        x = F.linear(latents.to(bias.dtype), self.weight)
+        x = self.rest(x.add_(bias[labels]))  # (N, style_dim)
         images: Tensor = self.synthesis.synthesise(x)
         return images.flatten(1)
 
 
-def fuse(generator: Generator, *, device: torch.device, dtype: torch.dtype) -> FusedMLP | FusedConv:
-    """A generator rewritten for inference on a device."""
+def fuse(
+    generator: Generator, *, mixtures: int, device: torch.device, dtype: torch.dtype
+) -> FusedMLP | FusedConv:
+    """A generator rewritten for inference on a device, with up to so many mixtures at a time."""
     if isinstance(generator, ConvGenerator):
-        return FusedConv(generator, device=device, dtype=dtype)
-    return FusedMLP(generator, device=device, dtype=dtype)
+        return FusedConv(generator, mixtures=mixtures, device=device, dtype=dtype)
+    return FusedMLP(generator, mixtures=mixtures, device=device, dtype=dtype)
 
 
 class Engine:
@@ -215,7 +245,8 @@ class Engine:
         self.max_batch = max_batch
         self.image_shape = (network.image_size, network.image_size, network.channels)
         self._latent_dim = network.latent_dim
-        self._network = fuse(artifact.generator, device=device, dtype=dtype)
+        # No more than one mixture a row.
+        self._network = fuse(artifact.generator, mixtures=max_batch, device=device, dtype=dtype)
         # Not `self._eager` otherwise: what refers to itself is only freed by a collection, and what
         # was there at the start, which is frozen, never.
         self._captured: _Captured | None = None
@@ -228,6 +259,7 @@ class Engine:
         seeds: NDArray[np.uint64],
         indices: NDArray[np.int64],
         labels: NDArray[np.int64],
+        varied: Sequence[Varied] = (),
     ) -> NDArray[np.uint8]:
         """Make one image a row.
 
@@ -235,6 +267,7 @@ class Engine:
             seeds: (B,) uint64, with 1 <= B <= max_batch.
             indices: (B,) int64, not negative.
             labels: (B,) int64 in [0, num_classes).
+            varied: the rows that are not plain draws of their class.
 
         Returns:
             (B, H, W, C) uint8, owned by the caller.
@@ -247,11 +280,31 @@ class Engine:
         latents = draw_latents(seeds, indices, self._latent_dim)
         forward = self._captured or self._eager
         with _faults(), torch.inference_mode():
+            if varied:
+                labels = self._vary(latents, indices, labels, varied)
             found = forward(torch.from_numpy(latents), torch.from_numpy(labels))
         pixels, finite = (each.numpy() for each in found)
         if not finite.all():
             raise CorruptRows(pixels, ~finite)
         return pixels
+
+    def _vary(
+        self,
+        latents: NDArray[np.float32],
+        indices: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        varied: Sequence[Varied],
+    ) -> NDArray[np.int64]:
+        """Change the latents of some rows in place; the labels, with those of mixtures."""
+        labels = labels.copy()
+        for place, (rows, own, variation) in enumerate(varied):
+            latents[rows] = variation.latents(latents[rows], indices[rows], own)
+            if variation.mix is not None:
+                # On the stream on which the forward reads it.
+                with self._captured.stream if self._captured else nullcontext():
+                    shares = torch.from_numpy(variation.mix / variation.mix.sum())
+                    labels[rows] = self._network.label_bias.mix(place, shares)
+        return labels
 
     def _eager(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         rows = len(labels)
@@ -313,7 +366,7 @@ class _Captured:
         self._labels = torch.zeros(rows, dtype=torch.int64, device=device)
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
+        with torch.inference_mode(), self.stream:
             for _ in range(3):  # libraries choose kernels and take workspaces before the capture
                 function(self._latents, self._labels)
             self._graph = torch.cuda.CUDAGraph()
@@ -324,9 +377,14 @@ class _Captured:
                 self._results = function(self._latents, self._labels)
         self._host = [torch.empty_like(each, device="cpu").pin_memory() for each in self._results]
 
+    @property
+    def stream(self) -> AbstractContextManager[object]:
+        """Makes the stream that the graph runs on the current one."""
+        return torch.cuda.stream(self._stream)
+
     def __call__(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         rows = len(labels)
-        with torch.cuda.stream(self._stream):
+        with self.stream:
             self._latents[:rows].copy_(latents)
             self._labels[:rows].copy_(labels)
             self._graph.replay()

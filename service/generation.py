@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from random import getrandbits
@@ -22,6 +22,7 @@ from service.batcher import (
     Ticket,
 )
 from service.faults import DeviceLost
+from service.latents import Variation
 from service.metrics import Metrics
 from service.problems import Problem, wrong_value
 from service.registry import Model, Registry
@@ -35,43 +36,77 @@ _PIXELS_AT_ONCE = 1 << 16
 # a second, when the caches are worth more than the turns.
 _STRIDE_S, _LONG_STRIDE_S = 0.0001, 0.003
 
+MIXTURE = "mix"  # in the metrics, in place of a class index
 CLIENT = "client_of_connection"  # key of the scope, for a `Client`
 
 log = logging.getLogger("service")
 
 
 @dataclass(frozen=True)
+class Walk:
+    """From the images of one seed to those of another, along the arc between their latents.
+
+    Attributes:
+        to_seed: where it leads.
+        at: how far each of its images is on the way, in [0, 1].
+    """
+
+    to_seed: int
+    at: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Order:
     """A checked request for images.
 
-    Images of a class are numbered from 0 over the whole order, so the same class named twice gives
-    more images of it and not the same ones again.
-
     Attributes:
         model: what makes them.
-        seed: of all of them.
-        labels: (N,) int64 class indices.
-        indices: (N,) int64, the number of each image among those of its class.
-        counts: images of each class, by class index.
+        seeds: (N,) uint64.
+        labels: (N,) int64 class indices; of a mixture, the class that weighs most.
+        indices: (N,) int64, the number of each image among those of its seed and class.
+        counts: images of each class, by its index, or of a mixture; for the metrics.
+        variation: what makes them other than plain draws of a class.
     """
 
     model: Model
-    seed: int
+    seeds: NDArray[np.uint64]
     labels: NDArray[np.int64]
     indices: NDArray[np.int64]
-    counts: dict[int, int]
+    counts: Mapping[int | str, int]
+    variation: Variation | None = None
 
     def recipe(self, position: int) -> dict[str, object]:
         """What the image at a position is made from; by the byte contract, all it is made from."""
         label = int(self.labels[position])
-        return {
+        recipe: dict[str, object] = {
             "model": self.model.name,
             "sha256": self.model.sha256,
             "label": label,
             "class": self.model.info.class_names[label],
-            "seed": self.seed,
+            "seed": int(self.seeds[position]),
             "index": int(self.indices[position]),
         }
+        if self.variation is not None:
+            _add_variation(recipe, self, position)
+        return recipe
+
+    def recipe_of_all(self) -> dict[str, object]:
+        """What several images on one sheet are made from."""
+        recipe: dict[str, object] = {
+            "model": self.model.name,
+            "sha256": self.model.sha256,
+            "labels": self.labels.tolist(),
+            "seed": self.seed,
+            "indices": self.indices.tolist(),
+        }
+        if self.variation is not None:
+            _add_variation(recipe, self)
+        return recipe
+
+    @property
+    def seed(self) -> int:
+        """Of the images, where they share one; of the first, where each has its own."""
+        return int(self.seeds[0])
 
 
 @dataclass(frozen=True)
@@ -121,35 +156,76 @@ class Generation:
             metrics.stage_seconds.labels(stage) for stage in ("queue", "forward", "encode")
         )
 
-    def order(self, *, labels: Iterable[str], n: int, seed: int | None, model: str | None) -> Order:
+    def order(
+        self,
+        *,
+        labels: Iterable[str | int] = (),
+        mix: Sequence[tuple[str, float]] = (),
+        n: int = 1,
+        seed: int | None = None,
+        index: int = 0,
+        walk: Walk | None = None,
+        truncation: float = 1.0,
+        model: str | None = None,
+    ) -> Order:
         """Check a request against the models.
+
+        Images of a class are numbered from `index` over the whole order, so the same class named
+        twice gives more images of it and not the same ones again.
+
+        Args:
+            labels: class names or indices, `n` images of each.
+            mix: classes and their weights, in place of labels.
+            n: images, or walks, of each label.
+            seed: of all of them; drawn if not given.
+            index: number of the first image.
+            walk: makes every image a walk of several.
+            truncation: in (0, 1].
+            model: name of a model, which `@sha256:` and a digest may follow; the default one if
+                not given.
 
         Raises:
             Problem: 404 for an unknown model, 422 for a label that is no class of it, or for more
                 than 1024 images in all.
         """
-        chosen = self._find(model)
-        wanted = [_label(chosen, text) for text in labels]
-        if n * len(wanted) > MAX_IMAGES:
-            raise wrong_value(
-                "n",
-                n,
-                f"{len(wanted)} labels of {n} images each are {n * len(wanted)} images; "
-                f"at most {MAX_IMAGES} are allowed in all",
-            )
+        chosen = self.find(model)
+        weights = weigh(chosen, mix) if mix else None
+        if weights is None:
+            wanted = [_label(chosen, each) for each in labels]
+        else:
+            wanted = [int(weights.argmax())]
+        steps = 1 if walk is None else len(walk.at)
+        if n * len(wanted) * steps > MAX_IMAGES:
+            raise _too_many(n, len(wanted), steps)
         if seed is None:
             seed = getrandbits(53)  # as many as every JSON reader keeps without loss
-        counts: dict[int, int] = {}
-        firsts = []  # the number of the first image of each of the wanted labels
-        for label in wanted:
-            firsts.append(counts.get(label, 0))
-            counts[label] = firsts[-1] + n
-        if len(wanted) == 1:
-            rows, numbers = np.full(n, wanted[0]), np.arange(n)
-        else:
-            rows = np.repeat(wanted, n)
-            numbers = (np.array(firsts)[:, None] + np.arange(n)).ravel()
-        return Order(chosen, seed, rows, numbers, counts)
+        rows, numbers, counts = _number(wanted, n, index)
+        variation = None
+        if walk is not None or weights is not None or truncation != 1.0:
+            rows, numbers = np.repeat(rows, steps), np.repeat(numbers, steps)
+            counts = {label: steps * count for label, count in counts.items()}
+            if weights is not None:
+                counts = {MIXTURE: steps * n}
+            at = None if walk is None else np.tile(np.array(walk.at), len(rows) // steps)
+            to_seed = None if walk is None else walk.to_seed
+            variation = Variation(truncation, to_seed, at, weights)
+        seeds = np.full(len(rows), seed, dtype=np.uint64)
+        return Order(chosen, seeds, rows, numbers, counts, variation)
+
+    def rows(
+        self,
+        model: Model,
+        seeds: NDArray[np.uint64],
+        labels: NDArray[np.int64],
+        indices: NDArray[np.int64],
+        variation: Variation | None = None,
+    ) -> Order:
+        """An order of rows that are already known to be right: (N,) each."""
+        counts = np.bincount(labels)
+        counted: dict[int | str, int] = {
+            int(label): int(counts[label]) for label in counts.nonzero()[0]
+        }
+        return Order(model, seeds, labels, indices, counted, variation)
 
     async def fulfil(self, order: Order, client: Client, timeout_s: float | None = None) -> Images:
         """Make an order's images, unless the client goes away.
@@ -163,10 +239,14 @@ class Generation:
             Problem: 429 overloaded, 503 draining or failed, 504 past its deadline.
             Disconnected: nobody waits for them any more.
         """
-        seeds = np.full(len(order.labels), order.seed, dtype=np.uint64)
         try:
             ticket = self._batcher.admit(
-                order.model.engine, seeds, order.indices, order.labels, timeout_s
+                order.model.engine,
+                order.seeds,
+                order.indices,
+                order.labels,
+                timeout_s,
+                order.variation,
             )
             made = await self._wait(ticket, client)
         except Overloaded as error:
@@ -254,15 +334,24 @@ class Generation:
         for label, count in order.counts.items():
             self._metrics.images.labels(order.model.name, label).inc(count)
 
-    def _find(self, name: str | None) -> Model:
+    def find(self, name: str | None) -> Model:
+        """The model of a name, or of the file that `name@sha256:digest` pins; else the default.
+
+        Raises:
+            Problem: 404, there is no such model.
+        """
         if name is None:
             return self.registry.default
-        model = self.registry.find(name)
+        plain, pinned, digest = name.partition("@sha256:")
+        model = self.registry.find(plain)
         if model is None:
             known = ", ".join(self.registry.names)
             raise wrong_value(
                 "model", name, f"is not loaded; allowed is one of: {known}", status=404
             )
+        if pinned and digest != model.sha256:
+            message = f"is not loaded; {plain} is now {model.identity.decode()}"
+            raise wrong_value("model", name, message, status=404)
         return model
 
     def _rejected(
@@ -273,14 +362,84 @@ class Generation:
         return Problem(status, kind, detail, headers=headers)
 
 
-def _label(model: Model, text: str) -> int:
-    known = model.labels.get(text)
+def _label(model: Model, wanted: str | int, field: str = "label") -> int:
+    """The class index that a name, an index as a text, or an index stands for."""
+    if isinstance(wanted, int):
+        classes = len(model.info.class_names)
+        if wanted not in range(classes):
+            message = f"is not a class; allowed is an index from 0 to {classes - 1}"
+            raise wrong_value(field, wanted, message)
+        return wanted
+    known = model.labels.get(wanted)
     if known is not None:
         return known
     try:
-        return model.info.label(text)
+        return model.info.label(wanted)
     except ValueError as error:
-        raise wrong_value("label", text, str(error)) from error
+        raise wrong_value(field, wanted, str(error)) from error
+
+
+def weigh(model: Model, mix: Sequence[tuple[str, float]]) -> NDArray[np.float64]:
+    """The weight (num_classes,) of each class of a mixture, as it was given.
+
+    Raises:
+        Problem: 422 for a name that is no class of the model, or the same class twice, or weights
+            that are all 0.
+    """
+    weights = np.zeros(len(model.info.class_names))
+    named = set()
+    for name, weight in mix:
+        label = _label(model, name, "mix")
+        if label in named:
+            raise wrong_value("mix", name, "names a class that has a weight already")
+        named.add(label)
+        weights[label] = weight
+    if not weights.any():
+        raise wrong_value("mix", 0, "every weight is 0; at least one has to be more")
+    return weights
+
+
+def _number(
+    wanted: Sequence[int], n: int, index: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int | str, int]]:
+    """Labels (N,) and numbers (N,) of `n` images of each class, and how many that are of each."""
+    if len(wanted) == 1:
+        return np.full(n, wanted[0]), np.arange(index, index + n), {wanted[0]: n}
+    counts: dict[int | str, int] = {}
+    firsts = []  # the number of the first image of each of the wanted labels
+    for label in wanted:
+        firsts.append(index + counts.get(label, 0))
+        counts[label] = counts.get(label, 0) + n
+    numbers = np.array(firsts)[:, None] + np.arange(n)
+    return np.repeat(wanted, n), numbers.ravel(), counts
+
+
+def _too_many(n: int, labels: int, steps: int) -> Problem:
+    walks = "" if steps == 1 else f" of {steps} steps"
+    return wrong_value(
+        "n",
+        n,
+        f"{labels} labels of {n} images{walks} each are {labels * n * steps} images; "
+        f"at most {MAX_IMAGES} are allowed in all",
+    )
+
+
+def _add_variation(recipe: dict[str, object], order: Order, position: int | None = None) -> None:
+    """Say in a recipe, of one image or of all, what a variation makes of it."""
+    variation = order.variation
+    assert variation is not None
+    if variation.mix is not None:
+        for plain in ("label", "class", "labels"):
+            recipe.pop(plain, None)
+        names = order.model.info.class_names
+        weights = variation.mix
+        recipe["mix"] = {names[label]: float(weights[label]) for label in weights.nonzero()[0]}
+    if variation.at is not None:
+        recipe["to_seed"] = variation.to_seed
+        at = variation.at
+        recipe["at"] = at.tolist() if position is None else float(at[position])
+    if variation.truncation != 1.0:
+        recipe["truncation"] = variation.truncation
 
 
 def finish(steps: Steps) -> bytes:

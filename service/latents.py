@@ -1,4 +1,4 @@
-"""(seed, index) to latent: where the byte contract starts.
+"""(seed, index) to latent, and what may be done to it: where the byte contract starts.
 
 The latent of image `index` of `seed` is a pure function of those two numbers, so an image does not
 depend on how many were asked for, on its batch, or on its neighbours. The generator is SplitMix64
@@ -6,6 +6,9 @@ depend on how many were asked for, on its batch, or on its neighbours. The gener
 counter: output i of a stream is a hash of (seed + (i + 1) * GAMMA), so any entry can be computed
 alone, and a batch is a few array operations over (rows, entries).
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,3 +59,81 @@ def draw_latents(
         latents[block, :pairs] = radius * np.cos(angle)
         latents[block, pairs:] = radius * np.sin(angle)
     return latents[:, :latent_dim]
+
+
+@dataclass(frozen=True, eq=False)
+class Variation:
+    """What makes the images of a request other than plain draws of a class.
+
+    Attributes:
+        truncation: in (0, 1]; factor of every latent.
+        to_seed: where walks lead, each from the image of its own seed to that of this one.
+        at: (N,) float64 in [0, 1], how far along its walk each row is; given with `to_seed`.
+        mix: (num_classes,) float64, the weight of each class in place of a label: shares of their
+            sum, so that what was asked for can be repeated as it stood.
+    """
+
+    truncation: float = 1.0
+    to_seed: int | None = None
+    at: NDArray[np.float64] | None = None
+    mix: NDArray[np.float64] | None = None
+
+    def latents(
+        self, plain: NDArray[np.float32], indices: NDArray[np.int64], rows: slice
+    ) -> NDArray[np.float32]:
+        """The latents of some rows of the request.
+
+        Args:
+            plain: (B, latent_dim) float32, what `draw_latents` gives for them.
+            indices: (B,) int64, theirs.
+            rows: which of the request's they are.
+        """
+        latents = plain
+        if self.to_seed is not None and self.at is not None:
+            seeds = np.full(len(indices), self.to_seed, dtype=np.uint64)
+            ends = draw_latents(seeds, indices, plain.shape[1])
+            latents = slerp(plain, ends, self.at[rows])
+        return latents * np.float32(self.truncation)
+
+
+class Varied(NamedTuple):
+    """Rows of a batch that are not plain draws of a class.
+
+    Attributes:
+        rows: which of the batch.
+        own: which of their request these are.
+        variation: of the request.
+    """
+
+    rows: slice
+    own: slice
+    variation: Variation
+
+
+def slerp(
+    starts: NDArray[np.float32], ends: NDArray[np.float32], at: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Points between two latents, on the arc and not on the chord (Shoemake, SIGGRAPH 1985).
+
+    Nearly all latents of many dimensions have about the same length; the middle of a chord is
+    shorter, and what a generator makes of it is as pale as with truncation.
+
+    Args:
+        starts: (N, D) float32.
+        ends: (N, D) float32.
+        at: (N,) float64 in [0, 1]; 0 is exactly the start and 1 exactly the end.
+
+    Returns:
+        (N, D) float32.
+    """
+    first, last = starts.astype(np.float64), ends.astype(np.float64)
+    lengths = np.sqrt((first * first).sum(1) * (last * last).sum(1))
+    cosine = np.clip((first * last).sum(1) / lengths, -1.0, 1.0)
+    angle = np.arccos(cosine)
+    sine = np.sin(angle)
+    straight = sine < 1e-6  # the same latent twice, or opposite ones, which no arc joins
+    divisor = np.where(straight, 1.0, sine)
+    weights = np.where(straight, 1.0 - at, np.sin((1.0 - at) * angle) / divisor)
+    others = np.where(straight, at, np.sin(at * angle) / divisor)
+    points: NDArray[np.float64] = weights[:, None] * first + others[:, None] * last
+    return points.astype(np.float32)

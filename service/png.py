@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]
 
 RECIPE_KEYWORD = "Recipe"
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {1: 0, 3: 2}  # grey, RGB
 # Level 1 makes files a sixth smaller and takes up to twice as long; for a single small image, which
 # takes less time than its table does to clear, six times.
@@ -63,7 +63,7 @@ _TAIL = _chunk(b"IEND", b"")
 def _head(height: int, width: int, channels: int) -> bytes:
     """Everything before the first chunk that differs between images of a shape."""
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
-    return _SIGNATURE + _chunk(b"IHDR", header)
+    return SIGNATURE + _chunk(b"IHDR", header)
 
 
 def contact_sheet(images: Pixels) -> Pixels:

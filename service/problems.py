@@ -76,7 +76,7 @@ def schema() -> dict[str, Any]:
     return whole
 
 
-def answers(words: Mapping[str, str]) -> dict[str, Any]:
+def answers(words: Mapping[str, str]) -> dict[int | str, dict[str, Any]]:
     """Answers that are problems, for the schema: what each status means."""
     return {
         status: {"description": text, "content": {MEDIA_TYPE: {"schema": schema()}}}

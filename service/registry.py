@@ -1,11 +1,14 @@
 """The loaded models, by name."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from service.engine import Engine, EngineError, resolve_dtype
+from service.png import contact_sheet, encode_png
 from service.settings import Settings
 from training.artifact import ArtifactError, ArtifactInfo, load_artifact
 from training.devices import resolve_device
@@ -40,6 +43,16 @@ class Model:
     def identity(self) -> bytes:
         """The X-Model header: the name, and which file of that name."""
         return f"{self.name}@sha256:{self.sha256}".encode()
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """A digest of what known images are here, as a file.
+
+        The artifact alone does not tell what bytes are answered: another kind of device rounds
+        otherwise, and another version of the encoder packs otherwise.
+        """
+        sheet = contact_sheet(self.engine.known.pixels)
+        return hashlib.sha256(encode_png(sheet, {"sha256": self.sha256})).digest()
 
     @property
     def info(self) -> ArtifactInfo:
@@ -135,7 +148,7 @@ class Weights:
             ArtifactError: a file is no valid artifact, or there is none, or it computes wrong
                 images.
         """
-        paths = _artifact_paths(self.path)
+        paths = artifact_paths(self.path)
         names = [path.stem for path in paths]
         default = self._choose_default(names)
         if default is None:
@@ -154,7 +167,7 @@ class Weights:
         happens to a disk that is not mounted.
         """
         try:
-            paths = _artifact_paths(self.path)
+            paths = artifact_paths(self.path)
         except ArtifactError as error:
             refused = {error.path.name: _refusal(serving, error.path, error.cause)}
             return Found(list(serving), serving.default.name, refused)
@@ -241,7 +254,12 @@ def _stamp(path: Path) -> _Stamp:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _artifact_paths(weights: Path) -> list[Path]:
+def artifact_paths(weights: Path) -> list[Path]:
+    """The artifacts that weights name, in the order of their models' names.
+
+    Raises:
+        ArtifactError: there is none, or the folder cannot be read.
+    """
     try:
         if not weights.is_dir():
             weights.stat()  # raises where there is none

@@ -1,29 +1,31 @@
 """Every option of the service, once: as a flag, as an environment variable, and in the help."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, PlainValidator, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    NoDecode,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from service.keys import Key, parse_keys, read_keys, require_distinct
 
+S = TypeVar("S", bound=BaseSettings)
 MAX_IMAGES = 1024  # of one request
 MAX_TIMEOUT_MS = 600_000
 
 _BUNDLED = Path(__file__).parent.parent / "weights"
 
 
-class Settings(BaseSettings):
-    """Serve class-conditional image generators over HTTP.
-
-    Every option is also read from the environment: --max-batch from CGAN_MAX_BATCH, and so on. A
-    flag wins over the environment.
-    """
-
-    model_config = SettingsConfigDict(
+def _options(command: str) -> SettingsConfigDict:
+    """How the options of a command are read."""
+    return SettingsConfigDict(
         env_prefix="CGAN_",
-        cli_prog_name="python -m service",
+        cli_prog_name=f"python -m service{command}",
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
@@ -31,13 +33,46 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,  # it may hold a key
     )
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
-    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 takes a free one")
+
+class Models(BaseSettings):
+    """Which models there are, and what computes them."""
+
     weights: Path = Field(
         _BUNDLED,
         description="an artifact, or a folder of them (*.safetensors); a model is named after its "
         "file",
     )
+    device: str = Field("auto", description="auto (CUDA, else the CPU), cpu, cuda, or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="what to compute in; auto is bfloat16 where the device is built for it"
+    )
+
+
+class VerifySettings(Models):
+    """Make the images of a PNG's recipe again, and say whether they are the same.
+
+    Ends with status 0 where every pixel is the same, 1 where one is not, and 2 where that cannot be
+    told. The options are also read from the environment, as those of the service.
+    """
+
+    model_config = _options(" verify")
+
+    file: CliPositionalArg[Path] = Field(description="a PNG file that the service made")
+
+
+class Settings(Models):
+    """Serve class-conditional image generators over HTTP.
+
+    `python -m service verify FILE` tells whether a PNG is what its recipe makes.
+
+    Every option is also read from the environment: --max-batch from CGAN_MAX_BATCH, and so on. A
+    flag wins over the environment.
+    """
+
+    model_config = _options("")
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
+    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 takes a free one")
     default_model: str | None = Field(
         None,
         description="name of the model that answers requests which name none; if not given, mnist, "
@@ -49,10 +84,6 @@ class Settings(BaseSettings):
         le=256,
         description="processes that share the port; each one has its own models, batches and "
         "queue, and, where there are several GPUs, its own GPU",
-    )
-    device: str = Field("auto", description="auto (CUDA, else the CPU), cpu, cuda, or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="what to compute in; auto is bfloat16 where the device is built for it"
     )
     max_batch: int = Field(
         256, ge=1, le=4096, description="most images of one forward; 64 where few requests wait"
@@ -147,14 +178,19 @@ class Settings(BaseSettings):
 
 
 def parse_settings(arguments: list[str]) -> Settings:
-    """Settings from flags and the environment.
+    """Settings of the service; see `parse`."""
+    return parse(Settings, arguments)
+
+
+def parse(kind: type[S], arguments: list[str]) -> S:
+    """Settings of a command from flags and the environment.
 
     Raises:
         ValueError: an option is wrong; a line for each, with its value and what is allowed.
         SystemExit: `--help` was asked for, or a flag is unknown.
     """
     try:
-        return Settings(_cli_parse_args=arguments)
+        return kind(_cli_parse_args=arguments)
     except ValidationError as error:
         raise ValueError("\n".join(map(_describe, error.errors()))) from error
     except SettingsError as error:

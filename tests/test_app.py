@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from service.app import create_app
 from service.engine import Engine, Known
 from service.faults import DeviceLost
+from service.latents import Varied
 from service.registry import Model, Registry
 from service.settings import Settings
 from tests.serving import serving
@@ -38,7 +39,11 @@ class GatedEngine(Engine):
         self.known = Known(np.zeros(2, np.uint64), indices, indices, self.paint(indices))
 
     def __call__(
-        self, seeds: NDArray[np.uint64], indices: NDArray[np.int64], labels: NDArray[np.int64]
+        self,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        varied: Sequence[Varied] = (),
     ) -> NDArray[np.uint8]:
         self.started.release()
         assert self.gate.wait(60)
@@ -195,7 +200,7 @@ def test_an_unexpected_error_is_a_500_that_tells_nothing(
     def broken(*_: object) -> None:
         raise RuntimeError("secret path")
 
-    monkeypatch.setattr("service.routes.native.encode_png", broken)
+    monkeypatch.setattr("service.formats.encode_png", broken)
     engine.gate.set()
     with serving(build(engine)) as client:
         answer = post(client, "label=cat")

@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from service.batcher import (
     Ticket,
 )
 from service.faults import CorruptRows, DeviceLost, OutOfMemory
+from service.latents import Variation, Varied
 
 T = TypeVar("T")
 Row = tuple[int, int, int]  # (seed, index, label)
@@ -79,15 +80,21 @@ class FakeEngine:
         self.gate = gate
         self.thread = thread
         self.batches: list[list[Row]] = []
+        self.varied: list[Sequence[Varied]] = []
 
     def __call__(
-        self, seeds: NDArray[np.uint64], indices: NDArray[np.int64], labels: NDArray[np.int64]
+        self,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        varied: Sequence[Varied] = (),
     ) -> NDArray[np.uint8]:
         assert threading.current_thread().name == self.thread
         assert seeds.dtype == np.uint64
         assert indices.dtype == labels.dtype == np.int64
         batch = list(zip(seeds.tolist(), indices.tolist(), labels.tolist(), strict=True))
         self.batches.append(batch)
+        self.varied.append(varied)
         if self.gate is not None:
             self.gate.hold(batch)
         if POISON in labels:
@@ -134,7 +141,11 @@ class TimedEngine(FakeEngine):
         self.clock, self.row_s, self.fixed_s = clock, row_s, fixed_s
 
     def __call__(
-        self, seeds: NDArray[np.uint64], indices: NDArray[np.int64], labels: NDArray[np.int64]
+        self,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        varied: Sequence[Varied] = (),
     ) -> NDArray[np.uint8]:
         pixels = super().__call__(seeds, indices, labels)
         self.clock.now_s += self.fixed_s + len(seeds) * self.row_s
@@ -247,6 +258,30 @@ def test_requests_that_came_during_a_forward_ride_together() -> None:
             assert_is_own(answer, rows_of(seed, max(seed, 1)))
 
     run(scenario)
+
+
+def test_an_engine_is_told_which_rows_of_a_batch_have_a_variation() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_batch=8, gate=gate)
+    variation = Variation(truncation=0.5)
+    numbers = np.arange(12)
+
+    async def scenario(batcher: Batcher) -> None:
+        first = await admitted(submit(batcher, engine, 0))
+        await gate.entered()
+        seeds = np.full(12, 2, np.uint64)
+        plain = await admitted(submit(batcher, engine, 1, n=3))
+        ticket = batcher.admit(engine, seeds, numbers, numbers, variation=variation)
+        gate.open(3)
+        await asyncio.gather(first, plain, batcher.wait(ticket))
+
+    run(scenario)
+    assert engine.sizes == [1, 8, 7]
+    assert engine.varied == [
+        [],
+        [(slice(3, 8), slice(0, 5), variation)],
+        [(slice(0, 7), slice(5, 12), variation)],
+    ]
 
 
 def test_a_batch_never_exceeds_what_the_engine_takes() -> None:
@@ -744,6 +779,7 @@ def test_an_engine_that_returns_the_wrong_array_fails_its_batch(wrong: NDArray[n
             seeds: NDArray[np.uint64],
             indices: NDArray[np.int64],
             labels: NDArray[np.int64],
+            varied: Sequence[Varied] = (),
         ) -> NDArray[np.uint8]:
             return wrong
 
@@ -862,7 +898,11 @@ class FaultyEngine(FakeEngine):
         self.lost = False
 
     def __call__(
-        self, seeds: NDArray[np.uint64], indices: NDArray[np.int64], labels: NDArray[np.int64]
+        self,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        varied: Sequence[Varied] = (),
     ) -> NDArray[np.uint8]:
         pixels = super().__call__(seeds, indices, labels)
         if self.lost:

@@ -16,7 +16,7 @@ from service.engine import (
     fuse,
     resolve_dtype,
 )
-from service.latents import draw_latents
+from service.latents import Variation, Varied, draw_latents
 from tests.conftest import make_artifact
 from tests.serving import REPOSITORY
 from training.artifact import Artifact, load_artifact
@@ -50,7 +50,7 @@ def test_the_fused_network_is_the_artifacts_network(
 ) -> None:
     path = make_artifact(tmp_path / "a.safetensors", kind=kind, channels=channels)
     artifact = load_artifact(path)
-    fused = fuse(artifact.generator, device=CPU, dtype=torch.float32)
+    fused = fuse(artifact.generator, mixtures=0, device=CPU, dtype=torch.float32)
     latents, labels = torch.randn(32, 9), torch.arange(32) % 3
     with torch.inference_mode():
         expected = artifact.generator(latents, labels).flatten(1)
@@ -99,6 +99,38 @@ def test_an_image_is_the_same_in_every_batch_it_rides_in(engine: Engine) -> None
         assert (some == known[chosen]).all(), f"in a batch of {size}"
 
 
+def test_a_varied_image_is_the_same_in_every_batch_it_rides_in(engine: Engine) -> None:
+    seeds, indices, labels = rows(64)
+    plain = engine(seeds, indices, labels)
+    weights = np.zeros(10)
+    weights[[3, 8]] = 0.25, 0.5
+    variation = Variation(0.7, to_seed=4, at=np.linspace(0.1, 0.9, 6), mix=weights)
+    alone = [
+        engine(
+            seeds[row : row + 1],
+            indices[row : row + 1],
+            labels[row : row + 1],
+            [Varied(slice(0, 1), slice(row, row + 1), variation)],
+        )[0]
+        for row in range(6)
+    ]
+    other = Variation(mix=np.eye(10)[2])
+    varied = [
+        Varied(slice(3, 7), slice(0, 4), variation),
+        Varied(slice(20, 24), slice(0, 4), other),
+        Varied(slice(40, 42), slice(4, 6), variation),
+    ]
+    chosen = np.arange(64)
+    chosen[3:7], chosen[40:42] = np.arange(4), np.arange(4, 6)
+    made = engine(seeds[chosen], indices[chosen], labels[chosen], varied)
+    assert (made[[3, 4, 5, 6, 40, 41]] == np.stack(alone)).all()
+    twos = np.full(4, 2)
+    assert (made[20:24] == engine(seeds[20:24], indices[20:24], twos)).all()
+    untouched = np.setdiff1d(np.arange(64), [*range(3, 7), *range(20, 24), 40, 41])
+    assert (made[untouched] == plain[untouched]).all()
+    assert (labels == rows(64)[2]).all()
+
+
 def test_an_image_is_the_same_with_one_thread_and_with_two(engine: Engine) -> None:
     order = rows(64)
     before = torch.get_num_threads()
@@ -123,7 +155,7 @@ def test_a_network_folded_wrongly_is_not_served(
 ) -> None:
     def forget_the_label(fused: FusedMLP, *args: object, **kwargs: object) -> None:
         original(fused, *args, **kwargs)  # type: ignore[arg-type]
-        fused.label_bias.zero_()
+        fused.label_bias.rows.zero_()
 
     original = FusedMLP.__init__
     monkeypatch.setattr(FusedMLP, "__init__", forget_the_label)

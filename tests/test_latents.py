@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from service.latents import draw_latents, splitmix64
+from service.latents import Variation, draw_latents, slerp, splitmix64
 
 
 def u64(*values: int) -> NDArray[np.uint64]:
@@ -92,3 +92,50 @@ def test_latents_are_standard_normal() -> None:
 def test_an_odd_dimension_is_a_latent_like_any_other() -> None:
     assert draw_latents(u64(1), i64(0), 9).shape == (1, 9)
     assert np.isfinite(draw_latents(u64(1), i64(0), 1)).all()
+
+
+def ends(count: int = 5, latent_dim: int = 100) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    indices = np.arange(count)
+    first, last = (
+        draw_latents(np.full(count, seed, np.uint64), indices, latent_dim) for seed in (1, 2)
+    )
+    return first, last
+
+
+def test_an_arc_begins_and_ends_at_its_latents() -> None:
+    first, last = ends()
+    assert (slerp(first, last, np.zeros(5)) == first).all()
+    assert (slerp(first, last, np.ones(5)) == last).all()
+
+
+def test_the_middle_of_an_arc_is_as_long_as_its_ends_and_as_far_from_both() -> None:
+    first, last = (each / np.linalg.norm(each, axis=1)[:, None] for each in ends())
+    middle = slerp(first, last, np.full(5, 0.5))
+    assert np.linalg.norm(middle, axis=1) == pytest.approx(1.0)
+    assert (first * middle).sum(1) == pytest.approx((middle * last).sum(1))
+
+
+def test_a_point_on_an_arc_does_not_depend_on_the_others() -> None:
+    first, last = ends(9)
+    at = np.linspace(0, 1, 9)
+    together = slerp(first, last, at)
+    for row in range(9):
+        one = slice(row, row + 1)
+        assert (slerp(first[one], last[one], at[one]) == together[one]).all()
+
+
+def test_an_arc_from_a_latent_to_itself_stays_there() -> None:
+    first, _ = ends()
+    for end in (first, -first):  # no arc joins opposite ones; the chord does
+        points = slerp(first, end, np.full(5, 0.25))
+        assert points == pytest.approx(first * (1.0 if end is first else 0.5), rel=1e-6)
+
+
+def test_a_variation_takes_the_rows_that_it_is_asked_for() -> None:
+    at = np.array([0.0, 0.25, 1.0])
+    variation = Variation(0.5, to_seed=2, at=at)
+    first, last = ends(1)
+    for row in range(3):
+        varied = variation.latents(first, i64(0), slice(row, row + 1))
+        expected = slerp(first, last, at[row : row + 1]) * np.float32(0.5)
+        assert (varied == expected).all()

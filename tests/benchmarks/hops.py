@@ -6,7 +6,7 @@ where it says so. HTTP itself is in `tests.benchmarks.serving`, as the floors.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from service.batcher import Batcher
 from service.engine import Engine, resolve_dtype
+from service.formats import encode_sheet, encode_zip
 from service.generation import Client, Generation, Images, Order, finish
-from service.latents import draw_latents
+from service.latents import Varied, draw_latents
 from service.metrics import Metrics
 from service.png import contact_sheet, encode_png
 from service.registry import Model, Registry
-from service.routes.native import encode_sheet, encode_zip, parse_query
+from service.routes.parameters import parse_query
 from tests.benchmarks.serving import WEIGHTS
 from training.artifact import load_artifact
 
@@ -46,7 +47,11 @@ class NoEngine:
     max_batch = 256
 
     def __call__(
-        self, seeds: NDArray[np.uint64], indices: NDArray[np.int64], labels: NDArray[np.int64]
+        self,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        varied: Sequence[Varied] = (),
     ) -> NDArray[np.uint8]:
         return np.zeros((len(seeds), 28, 28, 1), np.uint8)
 
@@ -101,7 +106,7 @@ def main() -> None:
     generation = Generation(registry, batcher, metrics, ThreadPoolExecutor(1))
     for n in (1, 16, 64):
         order = generation.order(labels=["3"], n=n, seed=5, model=None)
-        pixels = engine(np.full(n, 5, np.uint64), order.indices, order.labels)
+        pixels = engine(order.seeds, order.indices, order.labels)
         images, sheet = Images(pixels, 0.0, 0.0), contact_sheet(pixels)
         steps: dict[str, Callable[[], object]] = {
             "parse and validate": partial(parse_query, b"label=3&n=16&seed=5"),

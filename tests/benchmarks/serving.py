@@ -211,7 +211,7 @@ from pathlib import Path
 from service.engine import Engine, resolve_dtype
 from service.generation import Images, Order, finish
 from service.registry import Model
-from service.routes.native import encode_zip
+from service.formats import encode_zip
 from training.artifact import load_artifact
 torch.set_num_threads(1)
 cpu, n = torch.device("cpu"), int(sys.argv[2])
@@ -219,8 +219,8 @@ artifact = load_artifact(Path(sys.argv[1]))
 engine = Engine(artifact, device=cpu, dtype=resolve_dtype("auto", cpu), max_batch=256)
 model = Model("mnist-mlp", engine)
 labels, indices = np.full(n, 7), np.arange(n)
-order = Order(model, 1, labels, indices, {7: n})
 seeds = np.full(n, 1, np.uint64)
+order = Order(model, seeds, labels, indices, {7: n})
 def make():
     batches = [slice(first, first + 64) for first in range(0, n, 64)]
     made = [engine(seeds[b], indices[b], labels[b]) for b in batches]
