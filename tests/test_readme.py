@@ -1,6 +1,13 @@
 """The README is the front door: what it says must be so."""
 
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
 
 from service.settings import Settings
 from tests.serving import REPOSITORY, ServiceProcess
@@ -17,11 +24,48 @@ def test_its_two_commands_are_complete() -> None:
     ]
 
 
-def test_its_request_is_answered(service: ServiceProcess) -> None:
-    (query,) = re.findall(r"curl -X POST 'localhost:8000(/generate\S+)'", README)
-    answer = service.client.post(query)
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize(
+    "line", re.findall(r"^    (curl .*localhost:8000.*)$", README, re.MULTILINE)
+)
+def test_its_requests_are_answered(service: ServiceProcess, tmp_path: Path, line: str) -> None:
+    command = line.replace("localhost:8000", f"localhost:{service.client.base_url.port}")
+    subprocess.run(
+        ["bash", "-c", f"{command} --silent --show-error --fail"],
+        cwd=tmp_path,
+        check=True,
+        timeout=60,
+    )
+    (path,) = tmp_path.iterdir()
+    assert path.name in line
+    with Image.open(path) as image:
+        image.verify()
+
+
+@pytest.mark.parametrize(
+    "code", re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+)
+def test_its_examples_run(service: ServiceProcess, tmp_path: Path, code: str) -> None:
+    address = f"localhost:{service.client.base_url.port}"
+    assert "localhost:8000" in code
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code.replace("localhost:8000", address)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout or any(tmp_path.iterdir())
+
+
+def test_its_picture_for_a_page_is_answered(service: ServiceProcess) -> None:
+    (path,) = re.findall(r'<img src="http://localhost:8000(\S+)"', README)
+    answer = service.client.get(path)
     assert answer.status_code == 200
     assert answer.headers["Content-Type"] == "image/png"
+    assert "ETag" in answer.headers
 
 
 def test_it_lists_every_option_with_its_default() -> None:
