@@ -182,7 +182,8 @@ def _detail(request: Request, error: HTTPException) -> str:
     if error.status_code == 404:
         return f"There is nothing at {path}; see /docs."
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
+        allow = (error.headers or {}).get("Allow", "another method")
+        allowed = ", ".join(sorted(allow.split(", ")))  # it comes in any order
         return f"{request.method} is not allowed at {path}; allowed is {allowed}."
     return str(error.detail)
 

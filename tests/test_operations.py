@@ -85,7 +85,7 @@ def test_metrics_are_served_in_the_format_that_is_asked_for(client: httpx.Client
     ("method", "path", "status", "words"),
     [
         ("GET", "/nothing", 404, "There is nothing at /nothing"),
-        ("GET", "/generate", 405, "allowed is POST"),
+        ("PUT", "/generate", 405, "allowed is GET, HEAD, POST"),
         ("DELETE", "/models", 405, "allowed is GET"),
     ],
 )
