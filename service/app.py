@@ -139,9 +139,8 @@ def create_app(
     grants = create_grants(settings, metrics, folder)
     app.needs_key = bool(grants)
     app.front_door = Observe(Access(front_door, grants) if grants else front_door, metrics)
-    app.router.routes.append(
-        Route(FrontDoor.path, front_door, methods=FrontDoor.methods)
-    )  # else 405
+    # For other methods than its own, which get 405.
+    app.router.routes.append(Route(FrontDoor.path, front_door, methods=FrontDoor.methods))
     app.include_router(native.create_router(generation))
     app.include_router(operations.create_router(readiness))
     app.include_router(pages.create_router())

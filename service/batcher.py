@@ -1,9 +1,9 @@
 """Merges the rows of concurrent requests into batches for an engine.
 
 A row is one image to generate: (seed, index, label), and the variation, if any, of its request.
-Requests are admitted on the event loop and
-computed turn by turn, each of which takes whatever waits as soon as the last one is done: nothing
-here sleeps, polls or holds a batch back in the hope of more.
+Requests are admitted on the event loop and computed turn by turn, each of which takes whatever
+waits as soon as the last one is done: nothing here sleeps, polls or holds a batch back in the hope
+of more.
 
     wait for work -> collect a batch, small requests first -> forward -> scatter -> answer
 

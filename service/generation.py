@@ -212,21 +212,6 @@ class Generation:
         seeds = np.full(len(rows), seed, dtype=np.uint64)
         return Order(chosen, seeds, rows, numbers, counts, variation)
 
-    def rows(
-        self,
-        model: Model,
-        seeds: NDArray[np.uint64],
-        labels: NDArray[np.int64],
-        indices: NDArray[np.int64],
-        variation: Variation | None = None,
-    ) -> Order:
-        """An order of rows that are already known to be right: (N,) each."""
-        counts = np.bincount(labels)
-        counted: dict[int | str, int] = {
-            int(label): int(counts[label]) for label in counts.nonzero()[0]
-        }
-        return Order(model, seeds, labels, indices, counted, variation)
-
     async def fulfil(self, order: Order, client: Client, timeout_s: float | None = None) -> Images:
         """Make an order's images, unless the client goes away.
 
