@@ -28,7 +28,9 @@ def entity_tag(order: Order, form: str) -> str:
     return f'"{digest.hexdigest()[:32]}"'
 
 
-def is_known(if_none_match: str, tag: str) -> bool:
+def is_known(if_none_match: str | None, tag: str) -> bool:
     """Whether an If-None-Match header names a tag; compared weakly, as RFC 9110 wants it here."""
+    if if_none_match is None:
+        return False
     named = [each.strip().removeprefix("W/") for each in if_none_match.split(",")]
     return "*" in named or tag in named

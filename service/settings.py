@@ -16,6 +16,7 @@ from service.keys import Key, parse_keys, read_keys, require_distinct
 
 S = TypeVar("S", bound=BaseSettings)
 MAX_IMAGES = 1024  # of one request
+MAX_PIXELS = 1 << 24  # of one picture, enlargement included
 MAX_TIMEOUT_MS = 600_000
 
 _BUNDLED = Path(__file__).parent.parent / "weights"

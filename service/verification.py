@@ -15,9 +15,8 @@ from service.latents import Variation
 from service.png import RECIPE_KEYWORD, SIGNATURE, contact_sheet, enlarge
 from service.problems import Problem, wrong_value, wrong_values
 from service.registry import Model, Registry
-from service.settings import MAX_IMAGES
+from service.settings import MAX_IMAGES, MAX_PIXELS
 
-MAX_PIXELS = 1 << 24
 T = TypeVar("T")
 _MODES = {"L": 1, "RGB": 3}
 

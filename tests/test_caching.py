@@ -15,8 +15,9 @@ from service.caching import is_known
         ('"b"', False),
         ("a", False),
         ("", False),
+        (None, False),
         ('"ab"', False),
     ],
 )
-def test_a_tag_is_known_where_the_header_names_it(header: str, known: bool) -> None:
+def test_a_tag_is_known_where_the_header_names_it(header: str | None, known: bool) -> None:
     assert is_known(header, '"a"') is known

@@ -6,6 +6,8 @@ from typing import Annotated, Any, NamedTuple
 from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service.access import charge
@@ -22,10 +24,10 @@ from service.generation import CLIENT, Client, Disconnected, Generation, Images,
 from service.problems import Problem, answer, answers, wrong_value
 from service.registry import Model
 from service.routes.parameters import GenerateBody, GenerateQuery, parse_body, parse_query
+from service.settings import MAX_PIXELS
 from service.verification import Verdict, compare, read_png, repeat
 
 RawHeaders = list[tuple[bytes, bytes]]
-MAX_PIXELS = 1 << 24  # of one answer, enlargement included
 CLIENT_GONE = 499  # nobody reads this answer; the log and the metrics do
 _YEAR_S = 31_536_000
 
@@ -75,6 +77,15 @@ _PROBLEMS = answers(
         "504": "The images took longer than the service, or timeout_ms, allows",
     }
 )
+_VERIFY_PROBLEMS = answers(
+    {
+        "404": "The model that made it is not loaded",
+        "422": "It is no PNG, or has no recipe that makes sense",
+        "429": "Overloaded, or over the limit of the API key; Retry-After says when to come back",
+        "503": "Shutting down, or the device failed",
+        "504": "The images took longer than the service allows",
+    }
+)
 _PROBLEMS_OF_BODIES = answers({"415": "A body that is not JSON"})
 _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {
     304: {"description": "The client has it: If-None-Match names its ETag"}
@@ -84,11 +95,9 @@ _IMAGES: dict[int | str, dict[str, Any]] = {
         "description": "One image, or a contact sheet of several; or the single images.",
         "model": GeneratedImages,
         "content": {
-            **{
-                media_type: {"schema": {"type": "string", "format": "binary"}}
-                for media_type in MEDIA_TYPES.values()
-                if media_type != "application/json"
-            },
+            media_type: {"schema": {"type": "string", "format": "binary"}}
+            for media_type in MEDIA_TYPES.values()
+            if media_type != "application/json"  # which the model describes
         },
         "headers": {
             name: {"description": words, "schema": {"type": "string"}}
@@ -152,11 +161,11 @@ class FrontDoor:
         pixels = _count_pixels(order, asked.scale)
         caching: RawHeaders = []
         if scope["method"] != "POST":
-            caching = _caching(scope, asked, order, chosen)
-            if head.if_none_match is not None and caching[1:]:
-                tag = caching[1][1].decode()
-                if is_known(head.if_none_match, tag):
-                    return 304, [*caching, (b"x-model", order.model.identity)], b""
+            repeatable = asked.seed is not None
+            tag = entity_tag(order, f"{chosen} {asked.scale}") if repeatable else None
+            caching = _caching(scope, asked, tag)
+            if tag is not None and is_known(head.if_none_match, tag):
+                return 304, [*caching, (b"x-model", order.model.identity)], b""
         charge(scope, len(order.labels))
         client: Client = scope.get(CLIENT) or Client()
         timeout_s = None if asked.timeout_ms is None else asked.timeout_ms / 1e3
@@ -215,16 +224,14 @@ def create_router(generation: Generation) -> APIRouter:
                 "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
             }
         },
-        responses={**_PROBLEMS, **answers({"404": "A model that is not loaded"})},
+        response_model=Verdict,
+        responses=_VERIFY_PROBLEMS,
     )
-    async def verify(request: Request) -> Verdict:
-        found = read_png(await request.body())
-        order = repeat(found.recipe, generation.registry)
-        charge(request.scope, len(order.labels))
-        client: Client = request.scope.get(CLIENT) or Client()
-        images = await generation.fulfil(order, client)
-        generation.count(order, client)
-        return compare(found, order, images)
+    async def verify(request: Request) -> Any:
+        try:
+            return await _verify(generation, request)
+        except (ClientDisconnect, Disconnected):
+            return Response(status_code=CLIENT_GONE)
 
     @router.get("/models", summary="The loaded models")
     async def models() -> ModelList:
@@ -237,6 +244,17 @@ def create_router(generation: Generation) -> APIRouter:
         )
 
     return router
+
+
+async def _verify(generation: Generation, request: Request) -> Verdict:
+    # On other threads: a small file may hold a large picture.
+    found = await run_in_threadpool(read_png, await request.body())
+    order = repeat(found.recipe, generation.registry)
+    charge(request.scope, len(order.labels))
+    client: Client = request.scope.get(CLIENT) or Client()
+    images = await generation.fulfil(order, client)
+    generation.count(order, client)
+    return await run_in_threadpool(compare, found, order, images)
 
 
 def _read_headers(headers: RawHeaders) -> _Head:
@@ -288,16 +306,14 @@ async def _read_body(head: _Head, scope: Scope, receive: Receive) -> bytearray:
             return body
 
 
-def _caching(
-    scope: Scope, asked: GenerateQuery | GenerateBody, order: Order, chosen: Format
-) -> RawHeaders:
-    """Who may keep an answer for how long, and what it is called."""
-    headers = [(b"cache-control", b"no-store")]  # of a seed that was drawn
-    if asked.seed is not None:
+def _caching(scope: Scope, asked: GenerateQuery | GenerateBody, tag: str | None) -> RawHeaders:
+    """Who may keep an answer of this ETag for how long; nobody one that has none."""
+    if tag is None:
+        headers = [(b"cache-control", b"no-store")]
+    else:
         shared = "private" if "key" in scope["state"] else "public"
         pinned = asked.model is not None and "@" in asked.model
         rule = f"{shared}, max-age={_YEAR_S}, immutable" if pinned else "no-cache"
-        tag = entity_tag(order, f"{chosen} {asked.scale}")
         headers = [(b"cache-control", rule.encode()), (b"etag", tag.encode())]
     if asked.format is None:
         headers.append((b"vary", b"accept"))
