@@ -60,10 +60,12 @@ class App(FastAPI):
                 routes=[*native.front_door_schema(), *self.routes],
             )
             for path, operations in self.openapi_schema["paths"].items():
+                of_the_wire = problems.answers(problems.OF_THE_WIRE, path)
+                of_the_key = problems.answers(problems.OF_THE_KEY, path)
                 for operation in operations.values():
-                    operation["responses"] = problems.OF_THE_WIRE | operation["responses"]
+                    operation["responses"] = of_the_wire | operation["responses"]
                     if self.needs_key and path != OPEN_PATH:
-                        operation["responses"] |= problems.OF_THE_KEY
+                        operation["responses"] |= of_the_key
                         operation["security"] = [{"key": []}]
             if self.needs_key:
                 schemes = {"key": {"type": "http", "scheme": "bearer"}}

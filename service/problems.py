@@ -1,12 +1,12 @@
-"""Errors as problem details (RFC 9457), in one place.
+"""Errors, in one place: problem details (RFC 9457), or what another API's clients know.
 
 A problem says what is wrong in words a caller can act on; nothing internal ever reaches a body.
 """
 
 import http
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -14,8 +14,6 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-MEDIA_TYPE = "application/problem+json"
-_MEDIA_TYPE = MEDIA_TYPE.encode()
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _MISSING, _UNKNOWN = "is required", "there is no such parameter"
 _KEPT = {_MISSING, _UNKNOWN}  # said whatever the field
@@ -69,32 +67,81 @@ class Problem(Exception):  # noqa: N818  (the name of RFC 9457)
         self.headers = dict(headers or {})
 
 
-def schema() -> dict[str, Any]:
-    """The JSON schema of an error, which stands on its own wherever it is put."""
-    whole = ProblemDetails.model_json_schema()
-    whole["properties"]["errors"]["items"] = whole.pop("$defs")["FieldError"]
-    return whole
+class OpenAIError(BaseModel):
+    """What is wrong, as the OpenAI API says it."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="the first wrong parameter")
+    code: str
 
 
-def answers(words: Mapping[str, str]) -> dict[int | str, dict[str, Any]]:
-    """Answers that are problems, for the schema: what each status means."""
+class OpenAIErrorBody(BaseModel):
+    """The body of every error of the OpenAI API."""
+
+    error: OpenAIError
+
+
+class InferenceErrorBody(BaseModel):
+    """The body of every error of the Open Inference Protocol."""
+
+    error: str
+
+
+class Shape(NamedTuple):
+    """How an API writes its errors.
+
+    Attributes:
+        media_type: of the body.
+        model: describes the body.
+        fill: the body of a problem, for the request of a scope.
+        wrong_value_status: what stands for 422, which not every API knows.
+    """
+
+    media_type: str
+    model: type[BaseModel]
+    fill: Callable[[Problem, Scope], dict[str, Any]]
+    wrong_value_status: int
+
+    def status(self, problem: Problem) -> int:
+        """The HTTP status that a problem has in this API."""
+        return self.wrong_value_status if problem.status == 422 else problem.status
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of an error, which stands on its own wherever it is put."""
+        return _inline(self.model.model_json_schema())
+
+
+def shape_of(path: str) -> Shape:
+    """How errors are written at a path."""
+    for prefix, shape in _SHAPES.items():
+        if path == prefix or path.startswith(f"{prefix}/"):
+            return shape
+    return _DETAILS
+
+
+def answers(words: Mapping[str, str], path: str = "/") -> dict[int | str, dict[str, Any]]:
+    """Answers that are problems, for the schema: what each status means at a path."""
+    shape = shape_of(path)
+    schema = shape.schema()
     return {
-        status: {"description": text, "content": {MEDIA_TYPE: {"schema": schema()}}}
+        str(shape.wrong_value_status) if status == "422" else status: {
+            "description": text,
+            "content": {shape.media_type: {"schema": schema}},
+        }
         for status, text in words.items()
     }
 
 
 # In the schema of every operation, for whatever is asked may be asked so.
-OF_THE_WIRE = answers(
-    {
-        "400": "This is no HTTP/1.1 request",
-        "408": "The request was not complete in time",
-        "413": "The body is too large",
-        "414": "The target is too long",
-        "431": "The head is too large",
-    }
-)
-OF_THE_KEY = answers({"401": "No valid API key"})
+OF_THE_WIRE = {
+    "400": "This is no HTTP/1.1 request",
+    "408": "The request was not complete in time",
+    "413": "The body is too large",
+    "414": "The target is too long",
+    "431": "The head is too large",
+}
+OF_THE_KEY = {"401": "No valid API key"}
 
 INTERNAL_ERROR = Problem(500, "internal-error", "The service failed; it was logged by this id.")
 
@@ -122,32 +169,26 @@ def wrong_values(
     return Problem(422, "invalid-value", detail, errors=found)
 
 
-def describe(problem: Problem, scope: Scope) -> bytes:
-    """The body of an answer to a request that ended in a problem: a `ProblemDetails`."""
-    details = {
-        "type": f"urn:cgan:problem:{problem.kind}",
-        "title": problem.kind.replace("-", " ").capitalize(),
-        "status": problem.status,
-        "detail": problem.detail,
-        "request_id": scope.get("state", {}).get("request_id"),
-        "errors": [error.model_dump() for error in problem.errors],
-    }
-    return _to_json(details).encode()
+def describe(problem: Problem, scope: Scope) -> tuple[int, str, bytes]:
+    """Status, media type and body of the answer to a request that ended in a problem."""
+    shape = shape_of(scope["path"])
+    body = _to_json(shape.fill(problem, scope)).encode()
+    return shape.status(problem), shape.media_type, body
 
 
 def respond(request: Request, problem: Problem) -> Response:
     """The answer to a request that ended in a problem."""
-    body = describe(problem, request.scope)
-    return Response(body, problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
+    status, media_type, body = describe(problem, request.scope)
+    return Response(body, status, headers=problem.headers, media_type=media_type)
 
 
 async def answer(problem: Problem, scope: Scope, send: Send) -> None:
     """Answer with a problem, past the framework, which an overloaded service has no time for."""
-    body = describe(problem, scope)
-    headers = [(b"content-type", _MEDIA_TYPE), (b"content-length", b"%d" % len(body))]
+    status, media_type, body = describe(problem, scope)
+    headers = [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]
     for name, value in problem.headers.items():
         headers.append((name.lower().encode(), value.encode()))
-    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -186,6 +227,58 @@ def _detail(request: Request, error: HTTPException) -> str:
         allowed = ", ".join(sorted(allow.split(", ")))  # it comes in any order
         return f"{request.method} is not allowed at {path}; allowed is {allowed}."
     return str(error.detail)
+
+
+def _fill_details(problem: Problem, scope: Scope) -> dict[str, Any]:
+    return {
+        "type": f"urn:cgan:problem:{problem.kind}",
+        "title": problem.kind.replace("-", " ").capitalize(),
+        "status": problem.status,
+        "detail": problem.detail,
+        "request_id": scope.get("state", {}).get("request_id"),
+        "errors": [error.model_dump() for error in problem.errors],
+    }
+
+
+def _fill_openai(problem: Problem, _scope: Scope) -> dict[str, Any]:
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    other = "server_error" if problem.status >= 500 else "invalid_request_error"
+    error = OpenAIError(
+        message=problem.detail,
+        type=kinds.get(problem.status, other),
+        param=problem.errors[0].field if problem.errors else None,
+        code=problem.kind.replace("-", "_"),
+    )
+    return {"error": error.model_dump()}
+
+
+def _fill_inference(problem: Problem, _scope: Scope) -> dict[str, Any]:
+    return {"error": problem.detail}
+
+
+_DETAILS = Shape("application/problem+json", ProblemDetails, _fill_details, 422)
+# By what their paths begin with.
+_SHAPES = {
+    "/v1": Shape("application/json", OpenAIErrorBody, _fill_openai, 400),
+    "/v2": Shape("application/json", InferenceErrorBody, _fill_inference, 400),
+}
+
+
+def _inline(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with what it refers to in its place."""
+    known = schema.pop("$defs", {})
+
+    def resolve(node: Any) -> Any:
+        if isinstance(node, list):
+            return [resolve(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return resolve(known[node["$ref"].rpartition("/")[2]])
+        return {key: resolve(value) for key, value in node.items()}
+
+    whole: dict[str, Any] = resolve(schema)
+    return whole
 
 
 def _field_error(error: Mapping[str, Any]) -> FieldError:

@@ -8,8 +8,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, Field
 
-from service.problems import MEDIA_TYPE as PROBLEM_TYPE
-from service.problems import schema
+from service.problems import answers
 from service.readiness import Readiness
 
 
@@ -34,12 +33,7 @@ def create_router(readiness: Readiness) -> APIRouter:
     @router.get(
         "/readyz",
         summary="Whether new work is taken",
-        responses={
-            503: {
-                "description": "Shutting down, or the device failed",
-                "content": {PROBLEM_TYPE: {"schema": schema()}},
-            }
-        },
+        responses=answers({"503": "Shutting down, or the device failed"}),
     )
     async def readyz() -> Health:
         if readiness.problem is not None:
