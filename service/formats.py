@@ -27,6 +27,8 @@ MEDIA_TYPES: dict[Format, str] = {
 _OFFERED = [*reversed(MEDIA_TYPES.values())]
 # Nothing in a PNG reads so: text is in one line there, and the rest is compressed.
 _BOUNDARY = "cgan-image"
+CONTENT_TYPES = {name: media_type.encode() for name, media_type in MEDIA_TYPES.items()}
+CONTENT_TYPES["multipart"] += f'; boundary="{_BOUNDARY}"'.encode()
 
 
 class ImageEntry(BaseModel):
@@ -68,13 +70,6 @@ def negotiate(accept: str | None) -> Format:
     problem = wrong_value("Accept", accept, f"nothing matches; on offer are {offered}", status=406)
     problem.kind = "not-acceptable"
     raise problem
-
-
-def content_type(chosen: Format) -> str:
-    """The header of an answer."""
-    if chosen == "multipart":
-        return f'{MEDIA_TYPES[chosen]}; boundary="{_BOUNDARY}"'
-    return MEDIA_TYPES[chosen]
 
 
 def encoder(

@@ -13,10 +13,10 @@ from starlette.types import Receive, Scope, Send
 from service.access import charge
 from service.caching import entity_tag, is_known
 from service.formats import (
+    CONTENT_TYPES,
     MEDIA_TYPES,
     Format,
     GeneratedImages,
-    content_type,
     encoder,
     negotiate,
 )
@@ -342,7 +342,7 @@ def _headers(
         f"encode;dur={1e3 * encode_s:.3f}"
     )
     return [
-        (b"content-type", content_type(chosen).encode()),
+        (b"content-type", CONTENT_TYPES[chosen]),
         (b"content-length", b"%d" % length),
         (b"x-seed", b"%d" % order.seed),
         (b"x-model", order.model.identity),

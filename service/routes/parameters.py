@@ -1,6 +1,7 @@
 """What `/generate` can be asked for: in a query string, or in a JSON body."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Annotated
 from urllib.parse import parse_qsl
 
@@ -14,6 +15,7 @@ from service.settings import MAX_IMAGES, MAX_TIMEOUT_MS
 MAX_SEED = 2**64 - 1
 MAX_INDEX = 2**53 - 1  # as far as every JSON reader counts without loss
 MAX_WEIGHT = 1e6
+_REMEMBERED_BYTES = 256  # of a query at most
 
 _Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _Steps = Annotated[int, Field(ge=2, le=MAX_IMAGES)]
@@ -59,7 +61,7 @@ class _Common(BaseModel):
 class GenerateQuery(_Common):
     """The parameters of `/generate` in its query string."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     label: Annotated[list[str], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
         None, examples=[["7"]], description="class index or class name; may repeat"
@@ -204,6 +206,10 @@ def parse_query(query: bytes) -> GenerateQuery:
     Raises:
         Problem: 422, naming every wrong value and what is allowed.
     """
+    return _parse_again(query) if len(query) <= _REMEMBERED_BYTES else _parse_query(query)
+
+
+def _parse_query(query: bytes) -> GenerateQuery:
     values: dict[str, str | list[str]] = {}
     for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if name in ("label", "mix"):
@@ -216,6 +222,10 @@ def parse_query(query: bytes) -> GenerateQuery:
         return GenerateQuery.model_validate(values)
     except ValidationError as error:
         raise wrong_values(error.errors(), _ALLOWED) from error
+
+
+# Most clients ask for the same few things again and again; what was wrong is not remembered.
+_parse_again = lru_cache(maxsize=4096)(_parse_query)
 
 
 def parse_body(body: bytes | bytearray) -> GenerateBody:
