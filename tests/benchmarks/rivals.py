@@ -103,6 +103,18 @@ def constant(weights: Path) -> FastAPI:
     return app
 
 
+def checked(weights: Path) -> FastAPI:
+    """The same with the parameters of a request read and checked, as the others have to."""
+    body = _one_image(weights)
+    app = FastAPI()
+
+    @app.post("/generate")
+    async def generate(label: int = Query(ge=0, le=9), n: int = Query(1, ge=1)) -> Response:
+        return Response(body, media_type="image/png")
+
+    return app
+
+
 def bare(weights: Path) -> Any:
     """The floor of uvicorn alone: an ASGI callable that answers with a PNG made before."""
     body = _one_image(weights)
@@ -122,7 +134,13 @@ def _one_image(weights: Path) -> bytes:
     return sheet(images)
 
 
-RIVALS = {"plain": plain, "batching": batching, "constant": constant, "bare": bare}
+RIVALS = {
+    "plain": plain,
+    "batching": batching,
+    "checked": checked,
+    "constant": constant,
+    "bare": bare,
+}
 
 
 def main() -> None:
