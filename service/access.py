@@ -19,7 +19,8 @@ from service.metrics import Metrics
 from service.problems import Problem, respond, wrong_value
 from service.settings import Settings
 
-OPEN_PATH = "/livez"  # says nothing but that the process answers, to whoever has to restart it
+# They say nothing but that the process answers, to whoever has to restart it.
+OPEN_PATHS = frozenset({"/livez", "/v2/health/live"})
 _UNAUTHORIZED = Problem(
     401,
     "unauthorized",
@@ -139,7 +140,7 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, with the name and the allowance of its key, or refuse it."""
-        if scope["type"] != "http" or scope["path"] == OPEN_PATH:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         grant = self._find(scope)

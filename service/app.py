@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from service import problems
-from service.access import OPEN_PATH, Access, create_grants
+from service.access import OPEN_PATHS, Access, create_grants
 from service.batcher import Batcher
 from service.generation import Generation
 from service.metrics import Metrics
@@ -22,7 +22,7 @@ from service.observation import Observe
 from service.readiness import Prover, Readiness
 from service.registry import Registry
 from service.reload import Reloader
-from service.routes import native, operations, pages
+from service.routes import inference, native, openai, operations, pages
 from service.routes.native import FrontDoor
 from service.settings import Settings
 
@@ -64,7 +64,7 @@ class App(FastAPI):
                 of_the_key = problems.answers(problems.OF_THE_KEY, path)
                 for operation in operations.values():
                     operation["responses"] = of_the_wire | operation["responses"]
-                    if self.needs_key and path != OPEN_PATH:
+                    if self.needs_key and path not in OPEN_PATHS:
                         operation["responses"] |= of_the_key
                         operation["security"] = [{"key": []}]
             if self.needs_key:
@@ -144,6 +144,8 @@ def create_app(
     # For other methods than its own, which get 405.
     app.router.routes.append(Route(FrontDoor.path, front_door, methods=FrontDoor.methods))
     app.include_router(native.create_router(generation))
+    app.include_router(openai.create_router(generation))
+    app.include_router(inference.create_router(generation, readiness))
     app.include_router(operations.create_router(readiness))
     app.include_router(pages.create_router())
     if settings.metrics_port is None:

@@ -133,6 +133,7 @@ class _Lane:
     # batch to the next; None until measured.
     forward_row_s: float | None = None
     row_s: float | None = None
+    forwards: int = 0  # that succeeded
 
     def finish_s(self, rows: int) -> float:
         """How long it will take until another request is done; 0 where nothing is known."""
@@ -247,6 +248,11 @@ class Batcher:
         """Rows admitted and not yet started; from any thread."""
         with self._lock:
             return sum(lane.queued_rows for lane in self._turns)
+
+    def forwards(self, engine: Engine) -> int:
+        """Batches that an engine has computed, as long as it is known here."""
+        lane = self._lanes.get(engine)
+        return 0 if lane is None else lane.forwards
 
     async def submit(
         self,
@@ -507,6 +513,7 @@ class Batcher:
         lane.forward_row_s = _measure(lane.forward_row_s, rows, full, forward_s)
         lane.row_s = _measure(lane.row_s, rows, full, done_at - self._ready_at)
         self._ready_at = done_at
+        lane.forwards += 1
         self._observer.batch(rows, forward_s)
         answers = [] if corrupt is None else self._reject(_hit(batch, corrupt.rows), corrupt)
         self._count(batch)

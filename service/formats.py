@@ -87,7 +87,7 @@ def encoder(
 def encode_sheet(order: Order, images: Images, scale: int) -> bytes:
     """One image as itself, several as a contact sheet."""
     if len(order.labels) == 1:
-        return next(_single_pngs(order, images, scale))
+        return next(single_pngs(order, images, scale))
     return encode_png(enlarge(contact_sheet(images.pixels), scale), order.recipe_of_all())
 
 
@@ -96,7 +96,7 @@ def encode_zip(order: Order, images: Images, scale: int) -> Steps:
     lines = []
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed already
-        for position, png in enumerate(_single_pngs(order, images, scale)):
+        for position, png in enumerate(single_pngs(order, images, scale)):
             name = _file_name(order, position)
             # A line for each; the encoder's own way to indent takes as long as the packing.
             lines.append(json.dumps({"file": name, **order.recipe(position)}))
@@ -111,7 +111,7 @@ def encode_zip(order: Order, images: Images, scale: int) -> Steps:
 def encode_json(order: Order, images: Images, scale: int) -> Steps:
     """Single PNGs in base64, each with its recipe."""
     entries = []
-    for position, png in enumerate(_single_pngs(order, images, scale)):
+    for position, png in enumerate(single_pngs(order, images, scale)):
         recipe = order.recipe(position)
         entry = ImageEntry(
             label=recipe.get("label"),
@@ -132,7 +132,7 @@ def encode_json(order: Order, images: Images, scale: int) -> Steps:
 def encode_multipart(order: Order, images: Images, scale: int) -> Steps:
     """Single PNGs one after the other (RFC 2046, 5.1.3), named as in a zip."""
     parts = []
-    for position, png in enumerate(_single_pngs(order, images, scale)):
+    for position, png in enumerate(single_pngs(order, images, scale)):
         head = (
             f"--{_BOUNDARY}\r\nContent-Type: image/png\r\nContent-Length: {len(png)}\r\n"
             f'Content-Disposition: attachment; filename="{_file_name(order, position)}"\r\n\r\n'
@@ -177,6 +177,7 @@ def _file_name(order: Order, position: int) -> str:
     return f"{label}-{index:04d}{place}.png"
 
 
-def _single_pngs(order: Order, images: Images, scale: int) -> Iterator[bytes]:
+def single_pngs(order: Order, images: Images, scale: int) -> Iterator[bytes]:
+    """The PNG of each image, with its recipe."""
     for position, pixels in enumerate(images.pixels):
         yield encode_png(enlarge(pixels, scale), order.recipe(position))

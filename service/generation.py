@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from random import getrandbits
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import Counter
+from prometheus_client import Counter as CounterMetric
 
 from service.batcher import (
     Batcher,
@@ -154,7 +155,7 @@ class Generation:
         self._metrics = metrics
         self._encoders = encoders
         self._one_in_steps = asyncio.Lock()
-        self._sent: dict[tuple[str, int | str], Counter] = {}  # of `metrics.images`
+        self._sent: dict[tuple[str, int | str], CounterMetric] = {}  # of `metrics.images`
         self._queue_seconds, self._forward_seconds, self._encode_seconds = (
             metrics.stage_seconds.labels(stage) for stage in ("queue", "forward", "encode")
         )
@@ -216,6 +217,44 @@ class Generation:
         seeds.fill(seed)  # at half the cost of np.full
         return Order(chosen, seeds, rows, numbers, counts, variation)
 
+    def rows(
+        self,
+        model: Model,
+        labels: NDArray[np.int64],
+        seeds: NDArray[np.uint64] | None = None,
+        indices: NDArray[np.int64] | None = None,
+        truncation: float = 1.0,
+    ) -> Order:
+        """An order for one image a row.
+
+        Args:
+            model: makes them.
+            labels: (N,), 1 <= N <= 1024.
+            seeds: (N,); one is drawn for all if not given.
+            indices: (N,), not negative; if not given, images of a seed and class are numbered.
+            truncation: in (0, 1].
+
+        Raises:
+            Problem: 422 for a label that is no class of the model.
+        """
+        classes = len(model.info.class_names)
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            message = f"is not a class; allowed is an index from 0 to {classes - 1}"
+            raise wrong_value("LABEL", int(wrong[0]), message)
+        if seeds is None:
+            seeds = np.full(len(labels), getrandbits(53), dtype=np.uint64)
+        if indices is None:
+            seen: Counter[tuple[int, int]] = Counter()
+            numbers = []
+            for key in zip(seeds.tolist(), labels.tolist(), strict=True):
+                numbers.append(seen[key])
+                seen[key] += 1
+            indices = np.array(numbers, dtype=np.int64)
+        counts: dict[int | str, int] = dict(Counter(labels.tolist()))
+        variation = None if truncation == 1.0 else Variation(truncation)
+        return Order(model, seeds, labels, indices, counts, variation)
+
     async def fulfil(self, order: Order, client: Client, timeout_s: float | None = None) -> Images:
         """Make an order's images, unless the client goes away.
 
@@ -228,6 +267,25 @@ class Generation:
             Problem: 429 overloaded, 503 draining or failed, 504 past its deadline.
             Disconnected: nobody waits for them any more.
         """
+        tally = order.model.tally
+        began = time.perf_counter()
+        try:
+            made = await self._make(order, client, timeout_s)
+        except Problem:
+            tally.failed += 1
+            tally.failed_s += time.perf_counter() - began
+            raise
+        self._queue_seconds.observe(made.queue_s)
+        self._forward_seconds.observe(made.forward_s)
+        tally.answered += 1
+        tally.images += len(order.labels)
+        tally.queue_s += made.queue_s
+        tally.forward_s += made.forward_s
+        tally.last_at = time.time()
+        return Images(made.pixels, made.queue_s, made.forward_s)
+
+    async def _make(self, order: Order, client: Client, timeout_s: float | None) -> Generated:
+        """The images of an order, with what the batcher says against it as problems."""
         try:
             ticket = self._batcher.admit(
                 order.model.engine,
@@ -237,7 +295,7 @@ class Generation:
                 timeout_s,
                 order.variation,
             )
-            made = await self._wait(ticket, client)
+            return await self._wait(ticket, client)
         except Overloaded as error:
             seconds = max(1, math.ceil(error.retry_after_s))
             raise self._rejected(
@@ -256,9 +314,6 @@ class Generation:
             raise self._rejected(
                 503, "forward-failed", "The device failed; try again.", 1
             ) from error
-        self._queue_seconds.observe(made.queue_s)
-        self._forward_seconds.observe(made.forward_s)
-        return Images(made.pixels, made.queue_s, made.forward_s)
 
     async def _wait(self, ticket: Ticket, client: Client) -> Generated:
         """The images of a ticket, which is cancelled when the client goes away."""
@@ -314,6 +369,10 @@ class Generation:
                 now = time.perf_counter()
                 small = now - self._batcher.small_at < 1.0
                 until = now + (_STRIDE_S if small else _LONG_STRIDE_S)
+
+    def forwards(self, model: Model) -> int:
+        """How many forwards computed a model's images, whoever asked for them."""
+        return self._batcher.forwards(model.engine)
 
     def count(self, order: Order, client: Client) -> None:
         """Count the images of an order, as sent unless nobody takes them."""

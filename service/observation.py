@@ -18,7 +18,7 @@ log = logging.getLogger("service")
 access_log = logging.getLogger("service.access")
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_PROBES = frozenset({"/livez", "/readyz", "/metrics"})
+_PROBES = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 _SHOWN = 300  # characters of a path or query in the log
 
 

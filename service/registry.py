@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,31 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _BUNDLED_DEFAULT = "mnist"
 
 
+@dataclass
+class Tally:
+    """What came of the requests for a model, in this process.
+
+    Attributes:
+        since: when the model was loaded, in seconds since 1970.
+        answered: requests whose images were made.
+        images: of these.
+        queue_s: seconds they waited in all.
+        forward_s: seconds they were computed in all.
+        failed: requests that were refused, or whose images could not be made.
+        failed_s: seconds until that was known, in all.
+        last_at: when the last images were made, in seconds since 1970; 0 for never.
+    """
+
+    since: float = field(default_factory=time.time)
+    answered: int = 0
+    images: int = 0
+    queue_s: float = 0.0
+    forward_s: float = 0.0
+    failed: int = 0
+    failed_s: float = 0.0
+    last_at: float = 0.0
+
+
 @dataclass(frozen=True)
 class Model:
     """A model that is being served.
@@ -26,10 +52,12 @@ class Model:
         name: the stem of the artifact's file name.
         engine: makes its images.
         labels: the class index that each class name, and each index as a text, stands for.
+        tally: what it did.
     """
 
     name: str
     engine: Engine
+    tally: Tally = field(default_factory=Tally, repr=False, compare=False)
     labels: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

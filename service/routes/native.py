@@ -15,7 +15,6 @@ from service.caching import entity_tag, is_known
 from service.formats import (
     CONTENT_TYPES,
     MEDIA_TYPES,
-    Format,
     GeneratedImages,
     encoder,
     negotiate,
@@ -158,7 +157,7 @@ class FrontDoor:
             asked = parse_body(await _read_body(head, scope, receive))
         chosen = asked.format or negotiate(head.accept)
         order = asked.order(generation)
-        pixels = _count_pixels(order, asked.scale)
+        pixels = count_pixels(order, asked.scale)
         caching: RawHeaders = []
         if scope["method"] != "POST":
             repeatable = asked.seed is not None
@@ -174,8 +173,13 @@ class FrontDoor:
             encoder(chosen, order, images, asked.scale), pixels=pixels
         )
         generation.count(order, client)
-        headers = _headers(chosen, order, images, encode_s, len(body))
-        return 200, headers + caching, body
+        headers = [
+            (b"content-type", CONTENT_TYPES[chosen]),
+            (b"content-length", b"%d" % len(body)),
+            *provenance(order, images, encode_s),
+            *caching,
+        ]
+        return 200, headers, body
 
 
 def front_door_schema() -> list[APIRoute]:
@@ -320,30 +324,27 @@ def _caching(scope: Scope, asked: GenerateQuery | GenerateBody, tag: str | None)
     return headers
 
 
-def _count_pixels(order: Order, scale: int) -> int:
+def count_pixels(order: Order, scale: int, field: str = "scale") -> int:
     """All pixels of an answer.
 
     Raises:
-        Problem: 422, they are too many.
+        Problem: 422, they are too many; it names the field that enlarges them.
     """
     height, width, _ = order.model.engine.image_shape
     pixels: int = len(order.labels) * height * width * scale**2
     if pixels > MAX_PIXELS:
         message = f"{pixels} pixels in all; at most {MAX_PIXELS} are allowed"
-        raise wrong_value("scale", scale, message)
+        raise wrong_value(field, scale, message)
     return pixels
 
 
-def _headers(
-    chosen: Format, order: Order, images: Images, encode_s: float, length: int
-) -> RawHeaders:
+def provenance(order: Order, images: Images, encode_s: float) -> RawHeaders:
+    """The headers that say what made the images of an answer, and how long that took."""
     timing = (
         f"queue;dur={1e3 * images.queue_s:.3f}, forward;dur={1e3 * images.forward_s:.3f}, "
         f"encode;dur={1e3 * encode_s:.3f}"
     )
     return [
-        (b"content-type", CONTENT_TYPES[chosen]),
-        (b"content-length", b"%d" % length),
         (b"x-seed", b"%d" % order.seed),
         (b"x-model", order.model.identity),
         (b"server-timing", timing.encode()),
