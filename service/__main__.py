@@ -42,7 +42,15 @@ def _verify(arguments: list[str]) -> int:
     return main(arguments)
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"verify": _verify}
+def _fetch(arguments: list[str]) -> int:
+    try:
+        from service.fetch import main  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ServiceError(f"pip install 'cgan-service[fetch]': {error}") from error
+    return main(arguments)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"verify": _verify, "fetch-dataset": _fetch}
 
 
 def _say(line: str) -> None:

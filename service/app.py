@@ -22,7 +22,7 @@ from service.observation import Observe
 from service.readiness import Prover, Readiness
 from service.registry import Registry
 from service.reload import Reloader
-from service.routes import inference, native, openai, operations, pages
+from service.routes import datasets, inference, native, openai, operations, pages
 from service.routes.native import FrontDoor
 from service.settings import Settings
 
@@ -66,9 +66,16 @@ class App(FastAPI):
                     operation["responses"] = of_the_wire | operation["responses"]
                     if self.needs_key and path not in OPEN_PATHS:
                         operation["responses"] |= of_the_key
-                        operation["security"] = [{"key": []}]
+                        operation["security"] = [{"key": []}, {"password": []}]
             if self.needs_key:
-                schemes = {"key": {"type": "http", "scheme": "bearer"}}
+                schemes = {
+                    "key": {"type": "http", "scheme": "bearer"},
+                    "password": {
+                        "type": "http",
+                        "scheme": "basic",
+                        "description": "for browsers: any name, and the key as the password",
+                    },
+                }
                 self.openapi_schema["components"]["securitySchemes"] = schemes
         return self.openapi_schema
 
@@ -144,6 +151,7 @@ def create_app(
     # For other methods than its own, which get 405.
     app.router.routes.append(Route(FrontDoor.path, front_door, methods=FrontDoor.methods))
     app.include_router(native.create_router(generation))
+    app.include_router(datasets.create_router(generation))
     app.include_router(openai.create_router(generation))
     app.include_router(inference.create_router(generation, readiness))
     app.include_router(operations.create_router(readiness))

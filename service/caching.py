@@ -4,8 +4,11 @@ import hashlib
 from typing import Any
 
 from numpy.typing import NDArray
+from starlette.types import Scope
 
 from service.generation import Order
+
+_YEAR_S = 31_536_000
 
 
 def entity_tag(order: Order, form: str) -> str:
@@ -26,6 +29,22 @@ def entity_tag(order: Order, form: str) -> str:
         digest.update(array.tobytes())
     digest.update(form.encode())
     return f'"{digest.hexdigest()[:32]}"'
+
+
+def caching_rule(scope: Scope, *, known: bool, pinned: bool) -> str:
+    """Who may keep an answer for how long: its Cache-Control.
+
+    Args:
+        scope: of the request.
+        known: whether the same request has the same answer, as long as the model is the same.
+        pinned: whether the request says which file the model is.
+    """
+    if not known:
+        return "no-store"
+    if not pinned:
+        return "no-cache"
+    shared = "private" if "key" in scope["state"] else "public"
+    return f"{shared}, max-age={_YEAR_S}, immutable"
 
 
 def is_known(if_none_match: str | None, tag: str) -> bool:

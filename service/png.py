@@ -36,19 +36,31 @@ def encode_png(pixels: Pixels, recipe: Mapping[str, object]) -> bytes:
         pixels: (H, W, C) uint8, C = 1 (grey) or 3 (RGB).
         recipe: what the image was made from; written as JSON into a text chunk named `Recipe`.
     """
+    return _join(pixels, _to_json(recipe), isal_zlib.compress(_filter(pixels), _LEVEL))
+
+
+def store_png(pixels: Pixels, recipe: str) -> bytes:
+    """One image as a PNG that is not compressed: its length depends on the shape alone.
+
+    Args:
+        pixels: (H, W, C) uint8, C = 1 (grey) or 3 (RGB).
+        recipe: as of `encode_png`, in JSON; its length counts, too.
+    """
+    return _join(pixels, recipe, zlib.compress(_filter(pixels).data, 0))
+
+
+def _filter(pixels: Pixels) -> Pixels:
+    """The rows (H, 1 + W * C) of an image, with filter type 0 before each."""
     height, width, channels = pixels.shape
-    rows = np.zeros((height, 1 + width * channels), dtype=np.uint8)  # filter type 0 before each row
+    rows = np.zeros((height, 1 + width * channels), dtype=np.uint8)
     rows[:, 1:] = pixels.reshape(height, -1)
-    compressed = isal_zlib.compress(rows, _LEVEL)
-    text = f"{RECIPE_KEYWORD}\0{_to_json(recipe)}".encode("ascii")
-    return b"".join(
-        (
-            _head(height, width, channels),
-            _chunk(b"tEXt", text),
-            _chunk(b"IDAT", compressed),
-            _TAIL,
-        )
-    )
+    return rows
+
+
+def _join(pixels: Pixels, recipe: str, compressed: bytes) -> bytes:
+    head = _head(*pixels.shape)
+    text = f"{RECIPE_KEYWORD}\0{recipe}".encode("ascii")
+    return b"".join((head, _chunk(b"tEXt", text), _chunk(b"IDAT", compressed), _TAIL))
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -109,7 +109,7 @@ class Shape(NamedTuple):
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of an error, which stands on its own wherever it is put."""
-        return _inline(self.model.model_json_schema())
+        return inline(self.model.model_json_schema())
 
 
 def shape_of(path: str) -> Shape:
@@ -264,7 +264,7 @@ _SHAPES = {
 }
 
 
-def _inline(schema: dict[str, Any]) -> dict[str, Any]:
+def inline(schema: dict[str, Any]) -> dict[str, Any]:
     """A schema with what it refers to in its place."""
     known = schema.pop("$defs", {})
 

@@ -61,10 +61,36 @@ class VerifySettings(Models):
     file: CliPositionalArg[Path] = Field(description="a PNG file that the service made")
 
 
+class FetchSettings(BaseSettings):
+    """Download a data set from a service, and go on with it where it broke off.
+
+    The same command again goes on where the last one ended. Ends with status 0 when the file is
+    there, 1 when the service cannot give it, and 2 when the address or an option is wrong.
+    """
+
+    model_config = _options(" fetch-dataset")
+
+    url: CliPositionalArg[str] = Field(
+        description="http://HOST:PORT/dataset?per_class=1000&seed=0&format=webdataset and so on; "
+        "without a seed it could not go on"
+    )
+    out: Path = Field(description="folder for the file, which is made if it is not there")
+    api_key_file: Path | None = Field(
+        None, description="file that holds the secret of an API key alone, if the service needs one"
+    )
+    retries: int = Field(
+        10,
+        ge=0,
+        le=1000,
+        description="most attempts in a row that bring nothing before it gives up",
+    )
+
+
 class Settings(Models):
     """Serve class-conditional image generators over HTTP.
 
-    `python -m service verify FILE` tells whether a PNG is what its recipe makes.
+    `python -m service verify FILE` tells whether a PNG is what its recipe makes, and
+    `python -m service fetch-dataset URL --out DIR` downloads a data set.
 
     Every option is also read from the environment: --max-batch from CGAN_MAX_BATCH, and so on. A
     flag wins over the environment.

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from service.access import charge
 from service.generation import CLIENT, Client, Disconnected, Generation
-from service.problems import answers
+from service.problems import answers, inline
 from service.readiness import Readiness
 from service.registry import Model
 from service.routes.native import CLIENT_GONE, provenance
@@ -131,7 +131,7 @@ _TENSORS: dict[int | str, dict[str, Any]] = {
 _REQUEST_BODY = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": InferenceRequest.model_json_schema()}},
+        "content": {"application/json": {"schema": inline(InferenceRequest.model_json_schema())}},
     }
 }
 

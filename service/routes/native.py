@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service.access import charge
-from service.caching import entity_tag, is_known
+from service.caching import caching_rule, entity_tag, is_known
 from service.formats import (
     CONTENT_TYPES,
     MEDIA_TYPES,
@@ -28,7 +28,6 @@ from service.verification import Verdict, compare, read_png, repeat
 
 RawHeaders = list[tuple[bytes, bytes]]
 CLIENT_GONE = 499  # nobody reads this answer; the log and the metrics do
-_YEAR_S = 31_536_000
 
 
 class ModelEntry(BaseModel):
@@ -312,13 +311,11 @@ async def _read_body(head: _Head, scope: Scope, receive: Receive) -> bytearray:
 
 def _caching(scope: Scope, asked: GenerateQuery | GenerateBody, tag: str | None) -> RawHeaders:
     """Who may keep an answer of this ETag for how long; nobody one that has none."""
-    if tag is None:
-        headers = [(b"cache-control", b"no-store")]
-    else:
-        shared = "private" if "key" in scope["state"] else "public"
-        pinned = asked.model is not None and "@" in asked.model
-        rule = f"{shared}, max-age={_YEAR_S}, immutable" if pinned else "no-cache"
-        headers = [(b"cache-control", rule.encode()), (b"etag", tag.encode())]
+    pinned = asked.model is not None and "@" in asked.model
+    rule = caching_rule(scope, known=tag is not None, pinned=pinned)
+    headers = [(b"cache-control", rule.encode())]
+    if tag is not None:
+        headers.append((b"etag", tag.encode()))
     if asked.format is None:
         headers.append((b"vary", b"accept"))
     return headers
