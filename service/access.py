@@ -1,5 +1,6 @@
 """Who is let in, and how much of the service each of them gets."""
 
+import base64
 import fcntl
 import hashlib
 import hmac
@@ -7,6 +8,7 @@ import math
 import mmap
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +23,12 @@ from service.settings import Settings
 
 # They say nothing but that the process answers, to whoever has to restart it.
 OPEN_PATHS = frozenset({"/livez", "/v2/health/live"})
-_UNAUTHORIZED = Problem(
-    401,
-    "unauthorized",
-    "A valid API key is needed, as `Authorization: Bearer KEY`.",
-    headers={"WWW-Authenticate": "Bearer"},
-)
+_NEEDED = "A valid API key is needed, as `Authorization: Bearer KEY`."
+# A browser that opens a page asks its user where it is challenged so, and nothing else does.
+_CHALLENGES = {
+    True: 'Basic realm="API key as the password", charset="UTF-8"',
+    False: "Bearer",
+}
 
 
 class Allowance:
@@ -41,10 +43,13 @@ class Allowance:
         burst: images that it holds when full.
         rejected: counts refusals.
         path: a file of the workers that share it; None for a single process.
+
+    Attributes:
+        burst: images that it holds when full.
     """
 
     def __init__(self, rate: float, burst: int, rejected: Counter, path: Path | None) -> None:
-        self._rate, self._burst, self._rejected = rate, burst, rejected
+        self._rate, self.burst, self._rejected = rate, burst, rejected
         self._file = None if path is None else path.open("a+b")
         if self._file is not None:
             self._file.truncate(8)
@@ -57,8 +62,8 @@ class Allowance:
         Raises:
             Problem: 429, they are not there yet; 422, they will never be.
         """
-        if images > self._burst:
-            message = f"{images} images in all; the limit of this key allows {self._burst} at once"
+        if images > self.burst:
+            message = f"{images} images in all; the limit of this key allows {self.burst} at once"
             raise wrong_value("n", images, message)
         wait_s = self._take(images)
         if wait_s > 0:
@@ -84,7 +89,7 @@ class Allowance:
     def _take_alone(self, images: int) -> float:
         now = time.monotonic()
         filling_s = max(0.0, self._full_at[0] - now) + images / self._rate
-        wait_s = filling_s - self._burst / self._rate
+        wait_s = filling_s - self.burst / self._rate
         if wait_s <= 0:
             self._full_at[0] = now + filling_s
         return max(0.0, wait_s)
@@ -129,10 +134,18 @@ def charge(scope: Scope, images: int) -> None:
         allowance.take(images)
 
 
+def burst_of(scope: Scope) -> float:
+    """How many images the key of a request may have at once."""
+    allowance = scope["state"].get("allowance")
+    return math.inf if allowance is None else allowance.burst
+
+
 class Access:
     """ASGI middleware that lets in who sends a key.
 
-    Whether it is missing, malformed or wrong, the answer is the same and takes as long.
+    Whether it is missing, malformed or wrong, the answer is the same and takes as long. A browser
+    cannot send a bearer token when it opens a page, so it may send the key as a password, under any
+    name; but not on behalf of another site, which could otherwise spend it.
     """
 
     def __init__(self, app: ASGIApp, grants: Sequence[Grant]) -> None:
@@ -145,7 +158,10 @@ class Access:
             return
         grant = self._find(scope)
         if grant is None:
-            await respond(Request(scope), _UNAUTHORIZED)(scope, receive, send)
+            challenge = _CHALLENGES[_header(scope, b"sec-fetch-mode") == b"navigate"]
+            headers = {"WWW-Authenticate": challenge}
+            problem = Problem(401, "unauthorized", _NEEDED, headers=headers)
+            await respond(Request(scope), problem)(scope, receive, send)
             return
         state = scope.setdefault("state", {})
         state["key"], state["allowance"] = grant.key.name, grant.allowance
@@ -161,7 +177,17 @@ class Access:
 
 
 def _token(scope: Scope) -> bytes:
-    """The bearer token of a request; empty where there is none, or more than one."""
-    sent: list[bytes] = [value for name, value in scope["headers"] if name == b"authorization"]
-    scheme, _, token = sent[0].partition(b" ") if len(sent) == 1 else (b"", b"", b"")
-    return token.strip(b" ") if scheme.lower() == b"bearer" else b""
+    """The key that a request sends; empty where there is none, or more than one."""
+    scheme, _, token = _header(scope, b"authorization").partition(b" ")
+    if scheme.lower() == b"bearer":
+        return token.strip(b" ")
+    if scheme.lower() == b"basic" and _header(scope, b"sec-fetch-site") != b"cross-site":
+        with suppress(ValueError):
+            return base64.b64decode(token.strip(b" "), validate=True).partition(b":")[2]
+    return b""
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    """The value of a header; empty where there is none, or more than one."""
+    sent: list[bytes] = [value for each, value in scope["headers"] if each == name]
+    return sent[0] if len(sent) == 1 else b""

@@ -1,5 +1,6 @@
 """API keys and their limits, on a real service."""
 
+import base64
 import hmac
 import json
 import time
@@ -45,6 +46,10 @@ def client(locked: ServiceProcess) -> httpx.Client:
     return locked.client
 
 
+def password(secret: str) -> str:
+    return base64.b64encode(f"anybody:{secret}".encode()).decode()
+
+
 def requests(client: httpx.Client, headers: dict[str, str]) -> Iterator[httpx.Response]:
     for path in PATHS:
         yield client.get(path, headers=headers)
@@ -68,22 +73,42 @@ def test_only_liveness_needs_no_key(client: httpx.Client) -> None:
 
 def test_the_schema_says_where_a_key_is_needed(client: httpx.Client) -> None:
     schema = client.get("/openapi.json", headers=bearer(ALICE)).json()
-    assert schema["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
+    schemes = schema["components"]["securitySchemes"]
+    assert {name: each["scheme"] for name, each in schemes.items()} == {
+        "key": "bearer",
+        "password": "basic",
+    }
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             needed = path not in {"/livez", "/v2/health/live"}
             assert ("401" in operation["responses"]) == needed
-            assert operation.get("security") == ([{"key": []}] if needed else None)
+            assert operation.get("security") == (
+                [{"key": []}, {"password": []}] if needed else None
+            )
 
 
 def test_with_a_key_everything_is_as_it_was(client: httpx.Client) -> None:
     statuses = [answer.status_code for answer in requests(client, bearer(ALICE))]
-    assert statuses == [307, 200, 200, 200, 200, 200, 200, 404, 200, 422, 405]
+    assert statuses == [200, 200, 200, 200, 200, 200, 200, 404, 200, 422, 405]
 
 
 @pytest.mark.parametrize("scheme", ["bearer ", "BEARER ", "Bearer   "])
 def test_the_scheme_is_read_as_it_is_defined(client: httpx.Client, scheme: str) -> None:
     assert client.get("/models", headers={"Authorization": scheme + BOB}).status_code == 200
+
+
+def test_a_browser_sends_a_key_as_a_password(client: httpx.Client) -> None:
+    basic = {"Authorization": f"Basic {password(BOB)}"}
+    for site in ({}, {"Sec-Fetch-Site": "none"}, {"Sec-Fetch-Site": "same-origin"}):
+        assert client.get("/", headers=basic | site).status_code == 200
+    assert client.get("/", headers=basic | {"Sec-Fetch-Site": "cross-site"}).status_code == 401
+
+
+def test_only_a_page_that_is_opened_asks_for_a_password(client: httpx.Client) -> None:
+    page = client.get("/", headers={"Sec-Fetch-Mode": "navigate"})
+    assert page.headers["WWW-Authenticate"].startswith("Basic realm=")
+    script = client.get("/models", headers={"Sec-Fetch-Mode": "cors"})
+    assert script.headers["WWW-Authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +119,8 @@ def test_the_scheme_is_read_as_it_is_defined(client: httpx.Client, scheme: str) 
         ["Bearer"],
         [ALICE],
         [f"Basic {ALICE}"],
+        [f"Basic {password(ALICE[:-1])}"],
+        [f"Basic {password(ALICE)}x"],
         [f"Bearer{ALICE}"],
         [f"Bearer {ALICE[:-1]}"],
         [f"Bearer {ALICE}a"],

@@ -28,10 +28,6 @@ def test_a_running_service_is_alive_and_ready(client: httpx.Client) -> None:
     assert client.get("/readyz").json() == {"status": "ready"}
 
 
-def test_the_root_leads_somewhere(client: httpx.Client) -> None:
-    assert client.get("/", follow_redirects=True).status_code == 200
-
-
 def test_metrics_count_what_was_done(client: httpx.Client) -> None:
     before = samples(client)
     client.post("/generate?label=7&label=seven&label=2&n=5")

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,12 @@ def test_its_requests_are_answered(service: ServiceProcess, tmp_path: Path, line
     )
     (path,) = tmp_path.iterdir()
     assert path.name in line
-    with Image.open(path) as image:
-        image.verify()
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as opened:
+            assert opened.testzip() is None
+    else:
+        with Image.open(path) as image:
+            image.verify()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import RedirectResponse
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, Field
@@ -19,12 +18,8 @@ class Health(BaseModel):
 
 
 def create_router(readiness: Readiness) -> APIRouter:
-    """The root and the health checks."""
+    """The health checks."""
     router = APIRouter()
-
-    @router.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
 
     @router.get("/livez", summary="Whether the process answers")
     async def livez() -> Health:

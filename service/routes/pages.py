@@ -1,4 +1,4 @@
-"""Pages for people: the documentation of the API, from files that are installed with it."""
+"""Pages for people, from files that are installed: the playground, and the API's documentation."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -44,7 +44,20 @@ SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true})
 def create_router() -> APIRouter:
     """The routes of this module."""
     router = APIRouter(include_in_schema=False)
+    playground = Path(__file__).parent.parent / "playground"
     static = Path(str(files("fastapi_offline") / "static"))
+
+    @router.get("/")
+    async def root() -> FileResponse:
+        return FileResponse(playground / "index.html", headers=PAGE_HEADERS)
+
+    @router.get("/playground/playground.js")
+    async def playground_script() -> FileResponse:
+        return FileResponse(playground / "playground.js", headers=PAGE_HEADERS)
+
+    @router.get("/playground/playground.css")
+    async def playground_style() -> FileResponse:
+        return FileResponse(playground / "playground.css", headers=PAGE_HEADERS)
 
     @router.get("/docs")
     async def docs() -> HTMLResponse:

@@ -1,0 +1,378 @@
+"use strict";
+
+// All state is in the form and in the page's address, which is a link to it. Every address is
+// relative, so that the page also works behind a prefix.
+
+const $ = (id) => document.getElementById(id);
+const form = $("form");
+let models = [];
+let shown = { images: [], seed: "", query: new URLSearchParams() }; // what the grid has
+let open = 0; // which of them the viewer has
+let request = null; // an AbortController
+let countdown = 0;
+
+const make = (tag, properties = {}, ...children) => {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+};
+const model = () => models.find((each) => each.name === $("model").value);
+const mode = () => form.elements.mode.value;
+const percent = (share) => `${Math.round(100 * share)} %`;
+
+// The form ------------------------------------------------------------------------------------
+
+function fillClasses() {
+  const { classes } = model();
+  $("chips").replaceChildren(
+    ...classes.map((name, label) =>
+      make("label", {}, make("input", { type: "checkbox", name: "label", value: label }), make("span", { textContent: name })),
+    ),
+  );
+  for (const id of ["from", "to", "subject"]) {
+    $(id).replaceChildren(...classes.map((name, label) => make("option", { value: label, textContent: name })));
+  }
+  $("to").selectedIndex = Math.min(1, classes.length - 1);
+}
+
+function showMode() {
+  for (const part of form.querySelectorAll("[data-mode]")) {
+    part.hidden = !part.dataset.mode.split(" ").includes(mode());
+  }
+  const walk = mode() === "walk";
+  form.querySelector("label[for=n]").textContent = mode() === "mix" ? "Images" : "Images of each";
+  form.querySelector("label[for=seed]").textContent = walk ? "From seed" : "Seed";
+}
+
+function showValues() {
+  $("share-value").textContent = percent($("share").value);
+  $("truncation-value").textContent = percent($("truncation").value);
+}
+
+/** What the form asks for, as the query of /generate; null where it is not complete. */
+function read() {
+  const query = new URLSearchParams({ model: $("model").value });
+  if (mode() === "mix") {
+    const share = Number($("share").value);
+    const weights = new Map([[$("from").value, 1 - share]]);
+    weights.set($("to").value, (weights.get($("to").value) ?? 0) + share);
+    if ($("from").value === $("to").value) weights.set($("to").value, 1);
+    for (const [label, weight] of weights) query.append("mix", `${label}:${+weight.toFixed(4)}`);
+    query.set("n", $("n").value);
+  } else if (mode() === "walk") {
+    query.set("label", $("subject").value);
+    query.set("to_seed", $("to-seed").value);
+    query.set("steps", $("steps").value);
+  } else {
+    const labels = [...form.querySelectorAll("input[name=label]:checked")];
+    if (!labels.length) {
+      complain("Pick at least one class.");
+      $("chips").querySelector("input").focus();
+      return null;
+    }
+    for (const { value } of labels) query.append("label", value);
+    query.set("n", $("n").value);
+  }
+  if ($("seed").value) query.set("seed", $("seed").value);
+  if (Number($("truncation").value) < 1) query.set("truncation", $("truncation").value);
+  return query;
+}
+
+/** Fill the form from such a query. */
+function write(query) {
+  const name = query.get("model");
+  if (models.some((each) => each.name === name)) $("model").value = name;
+  fillClasses();
+  showCertificate();
+  const mix = query.getAll("mix").map((each) => each.split(":"));
+  form.elements.mode.value = mix.length ? "mix" : query.has("to_seed") ? "walk" : "classes";
+  if (mix.length) {
+    const [[from], [to, share]] = [mix[0], mix[1] ?? [mix[0][0], 0]];
+    $("from").value = from;
+    $("to").value = to;
+    $("share").value = share;
+  } else if (query.has("to_seed")) {
+    $("subject").value = query.get("label");
+    $("to-seed").value = query.get("to_seed");
+    $("steps").value = query.get("steps") ?? 12;
+  }
+  const labels = mode() === "classes" ? query.getAll("label") : [];
+  for (const chip of form.querySelectorAll("input[name=label]")) {
+    chip.checked = labels.length ? labels.includes(chip.value) : true;
+  }
+  $("n").value = query.get("n") ?? 2;
+  $("seed").value = query.get("seed") ?? "";
+  $("truncation").value = query.get("truncation") ?? 1;
+  showMode();
+  showValues();
+}
+
+// Asking --------------------------------------------------------------------------------------
+
+function complain(text, retryAfterS = 0) {
+  clearInterval(countdown);
+  const say = () => {
+    $("problem").textContent = retryAfterS > 0 ? `${text} Try again in ${retryAfterS} s.` : text;
+    $("generate").disabled = retryAfterS > 0;
+  };
+  $("problem").hidden = !text;
+  if (text && retryAfterS > 0) {
+    countdown = setInterval(() => {
+      retryAfterS -= 1;
+      if (retryAfterS <= 0) {
+        clearInterval(countdown);
+        text += " Now it is worth another try.";
+      }
+      say();
+    }, 1000);
+  }
+  say();
+}
+
+/** An answer of the service, or an Error in words for whoever looks at the page. */
+async function ask(path, options = {}) {
+  let answer;
+  try {
+    answer = await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The service cannot be reached. Is it running, and are you online?");
+  }
+  if (answer.ok) return answer;
+  const problem = await answer.json().catch(() => ({}));
+  const words = new Error(problem.detail ?? `The service answered with status ${answer.status}.`);
+  words.retryAfterS = answer.status === 429 ? Number(answer.headers.get("Retry-After") ?? 1) : 0;
+  if (words.retryAfterS) words.message = words.message.replace(/[;,.]? ?try again in \d+ s\.?$/i, ".");
+  throw words;
+}
+
+async function generate(query) {
+  request?.abort();
+  const mine = (request = new AbortController());
+  complain("");
+  $("grid").classList.add("old");
+  $("status").textContent = "Generating…";
+  const began = performance.now();
+  try {
+    const answer = await ask(`generate?${query}&format=json`, { method: "POST", signal: mine.signal });
+    const { images, sha256 } = await answer.json();
+    const took = performance.now() - began;
+    // A seed may have more digits than a number keeps here, but its header is a text.
+    shown = { images, sha256, query, seed: answer.headers.get("X-Seed") };
+    showImages();
+    showTiming(answer.headers.get("Server-Timing") ?? "", took);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    $("status").textContent = "";
+    complain(error.message, error.retryAfterS);
+  } finally {
+    if (request === mine) $("grid").classList.remove("old");
+  }
+}
+
+// The images ----------------------------------------------------------------------------------
+
+const source = (image) => `data:image/png;base64,${image.png}`;
+
+function describe(image) {
+  const { mix, at } = image.recipe;
+  const what = mix
+    ? Object.entries(mix).map(([name, weight]) => `${percent(weight)} ${name}`).join(", ")
+    : image.class_name;
+  return at === undefined ? `${what}, number ${image.index}` : `${what}, ${percent(at)} of the way`;
+}
+
+function showImages() {
+  const { images, seed } = shown;
+  $("grid").replaceChildren(
+    ...images.map((image, place) => {
+      const button = make("button", { type: "button" }, make("img", { src: source(image), alt: describe(image) }));
+      button.addEventListener("click", () => view(place));
+      return button;
+    }),
+  );
+  $("status").textContent = `${images.length} ${images.length === 1 ? "image" : "images"} of seed ${seed}`;
+  $("keep").hidden = $("seed").value === seed;
+}
+
+function showTiming(header, took) {
+  const ms = Object.fromEntries([...header.matchAll(/(\w+);dur=([\d.]+)/g)].map(([, name, dur]) => [name, Number(dur)]));
+  const all = Math.max(took, 0.001);
+  for (const stage of ["queue", "forward", "encode"]) {
+    $(`ms-${stage}`).textContent = `${(ms[stage] ?? 0).toFixed(1)} ms`;
+    $(`bar-${stage}`).style.width = `${Math.min(100, (100 * (ms[stage] ?? 0)) / all)}%`;
+  }
+  $("ms-total").textContent = `${took.toFixed(1)} ms`;
+  $("timing").hidden = false;
+}
+
+/** The query that makes one image, and this one for ever. */
+function permanent(image) {
+  const { model: name, mix, label, at, truncation } = image.recipe;
+  const query = new URLSearchParams({ model: `${name}@sha256:${shown.sha256}` });
+  if (mix) for (const [each, weight] of Object.entries(mix)) query.append("mix", `${each}:${weight}`);
+  else query.set("label", label);
+  query.set("seed", shown.seed);
+  query.set("index", image.index);
+  if (at !== undefined) {
+    query.set("to_seed", shown.query.get("to_seed"));
+    query.set("at", at);
+  }
+  if (truncation !== undefined) query.set("truncation", truncation);
+  // As people write it: neither sign has a meaning in a query.
+  return new URL(`generate?${query}`, document.baseURI).href.replaceAll("%40", "@").replaceAll("%3A", ":");
+}
+
+function view(place) {
+  open = place;
+  const image = shown.images[place];
+  const link = permanent(image);
+  $("viewer-title").textContent = describe(image);
+  $("large").src = source(image);
+  $("large").alt = describe(image);
+  const recipe = { ...image.recipe, seed: shown.seed };
+  if ("to_seed" in recipe) recipe.to_seed = shown.query.get("to_seed");
+  $("recipe").replaceChildren(
+    ...Object.entries(recipe).flatMap(([name, value]) => [
+      make("dt", { textContent: name }),
+      make("dd", { textContent: typeof value === "object" ? JSON.stringify(value) : value }),
+    ]),
+  );
+  $("link").href = link;
+  $("link").textContent = link;
+  $("curl").textContent = `curl '${link}' -o image.png`;
+  $("copied").textContent = "";
+  $("previous").disabled = place === 0;
+  $("next").disabled = place === shown.images.length - 1;
+  if (!$("viewer").open) $("viewer").showModal();
+}
+
+function turn(by) {
+  const place = open + by;
+  if (place < 0 || place >= shown.images.length) return;
+  view(place);
+  // A button that has become useless does not keep the focus.
+  if ($("previous").disabled && document.activeElement === document.body) $("next").focus();
+  if ($("next").disabled && document.activeElement === document.body) $("previous").focus();
+}
+
+async function copy(id) {
+  const text = $(id).textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+    $("copied").textContent = "Copied.";
+  } catch {
+    getSelection().selectAllChildren($(id)); // where the page is not served securely
+    $("copied").textContent = "Selected; copy it with your keyboard.";
+  }
+}
+
+// The certificate -----------------------------------------------------------------------------
+
+const MEASURES = [
+  ["Recognised as its class (GAN-test)", "gan_test", (value) => `${(100 * value).toFixed(1)} %`],
+  ["Precision", "precision", (value) => value.toFixed(3)],
+  ["Recall", "recall", (value) => value.toFixed(3)],
+  ["Density", "density", (value) => value.toFixed(3)],
+  ["Coverage", "coverage", (value) => value.toFixed(3)],
+  ["Fréchet distance", "frechet_distance", (value) => value.toFixed(3)],
+];
+
+function showCertificate() {
+  const { certificate, classes, name, images_seen: seen } = model();
+  $("certificate").hidden = !certificate;
+  if (!certificate) return;
+  const { generated, real, gan_train: train, dataset, images } = certificate;
+  $("about").textContent =
+    `${name} has seen ${seen.toLocaleString("en")} real images of ${dataset}; ${images.toLocaleString("en")} of its own were measured.`;
+  const row = (...cells) =>
+    make("tr", {}, make("th", { scope: "row", textContent: cells[0] }), ...cells.slice(1).map((text) => make("td", { textContent: text })));
+  const rows = MEASURES.filter(([, key]) => key in generated).map(([words, key, format]) => row(words, format(generated[key]), format(real[key])));
+  if (train) {
+    const mean = train.accuracies.reduce((sum, each) => sum + each, 0) / train.accuracies.length;
+    rows.unshift(row("A classifier trained on it alone (GAN-train)", `${(100 * mean).toFixed(1)} %`, `${(100 * train.real).toFixed(1)} %`));
+  }
+  $("figures").tBodies[0].replaceChildren(...rows);
+  $("per-class").tBodies[0].replaceChildren(
+    ...classes.map((each, label) => {
+      const recognised = generated.gan_test_per_class?.[label];
+      const line = row(each, recognised === undefined ? "" : `${(100 * recognised).toFixed(1)} %`);
+      line.append(make("td", {}, make("div", { className: "samples" })));
+      return line;
+    }),
+  );
+  showSamples(model());
+}
+
+async function showSamples({ name, sha256, classes }) {
+  const columns = Math.max(1, Math.min(12, Math.floor(1024 / classes.length)));
+  const query = new URLSearchParams({ model: `${name}@sha256:${sha256}`, n: columns, seed: 1, format: "json" });
+  for (const label of classes.keys()) query.append("label", label);
+  try {
+    const { images } = await (await ask(`generate?${query}`)).json();
+    if (model().name !== name) return;
+    const rows = document.querySelectorAll("#per-class .samples");
+    for (const image of images) {
+      rows[image.label].append(make("img", { src: source(image), alt: `${image.class_name}, sample ${image.index + 1}` }));
+    }
+  } catch {
+    // The table stands without them; asking for images will say what is wrong.
+  }
+}
+
+// What happens --------------------------------------------------------------------------------
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  const query = read();
+  if (query === null) return;
+  if (`?${query}` !== location.search) history.pushState(null, "", `?${query}`);
+  generate(query);
+});
+form.addEventListener("input", showValues);
+for (const radio of form.elements.mode) radio.addEventListener("change", showMode);
+$("model").addEventListener("change", () => {
+  fillClasses();
+  for (const chip of form.querySelectorAll("input[name=label]")) chip.checked = true;
+  showCertificate();
+});
+$("keep").addEventListener("click", () => {
+  $("seed").value = shown.seed;
+  $("keep").hidden = true;
+  $("seed").focus();
+});
+$("close").addEventListener("click", () => $("viewer").close());
+$("viewer").addEventListener("close", () => $("grid").children[open]?.focus());
+$("viewer").addEventListener("click", (event) => {
+  if (event.target === $("viewer")) $("viewer").close();
+});
+$("viewer").addEventListener("keydown", (event) => {
+  if (event.key === "ArrowLeft") turn(-1);
+  if (event.key === "ArrowRight") turn(1);
+});
+$("previous").addEventListener("click", () => turn(-1));
+$("next").addEventListener("click", () => turn(1));
+for (const button of document.querySelectorAll("[data-copy]")) {
+  button.addEventListener("click", () => copy(button.dataset.copy));
+}
+
+function restore() {
+  write(new URLSearchParams(location.search));
+  const query = read();
+  if (query !== null) generate(query);
+}
+addEventListener("popstate", restore);
+
+async function begin() {
+  try {
+    models = (await (await ask("models")).json()).models;
+  } catch (error) {
+    complain(error.message);
+    $("generate").disabled = true;
+    return;
+  }
+  $("model").replaceChildren(...models.map(({ name }) => make("option", { value: name, textContent: name })));
+  $("model").value = models.find((each) => each.default).name;
+  restore();
+}
+begin();
