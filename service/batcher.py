@@ -34,7 +34,10 @@ from service.latents import Variation, Varied
 
 SMALL = 16  # rows of a small request at most
 GROWTH = 4  # rows by which every request that waits makes the next batch larger
-SHORT_S = 0.0015  # about how long a forward takes while few requests wait
+# About how long a forward takes while few requests wait, in seconds or, where the least one takes
+# long, in times of that: what comes meanwhile waits for no more than two, and needs one itself.
+SHORT_S, SHORT_TIMES = 0.0015, 2.0
+WHOLE = 64  # rows that are not split, for which parts would take about twice as long
 COST_WEIGHT = 0.2  # of the newest batch in the moving averages of seconds per row
 HASTE = 0.8  # of the time it may take, a request is expected to need at most so much: rates vary
 MIN_RETRY_AFTER_S = 0.01
@@ -133,6 +136,7 @@ class _Lane:
     # batch to the next; None until measured.
     forward_row_s: float | None = None
     row_s: float | None = None
+    least_s: float = 0.0  # seconds of a forward of small requests; 0 until measured
     forwards: int = 0  # that succeeded
 
     def finish_s(self, rows: int) -> float:
@@ -512,6 +516,8 @@ class Batcher:
         forward_s = done_at - started_at
         lane.forward_row_s = _measure(lane.forward_row_s, rows, full, forward_s)
         lane.row_s = _measure(lane.row_s, rows, full, done_at - self._ready_at)
+        if rows <= SMALL:
+            lane.least_s += COST_WEIGHT * (forward_s - lane.least_s) if lane.least_s else forward_s
         self._ready_at = done_at
         lane.forwards += 1
         self._observer.batch(rows, forward_s)
@@ -588,14 +594,16 @@ def _full_batch(lane: _Lane, engine: Engine) -> int:
     Large batches cost less per row, and with many requests waiting nobody waits longer for them.
     With few, a request that comes now would: it has to wait for the end of the batch. Large
     requests, for which small ones have waited already, add to those no more than as many rows. No
-    small rest is left over, which would take about as long as a batch.
+    small rest is left over, which would take about as long as a batch, and what is not large in all
+    is not split.
     """
     if lane.small and lane.large:
         full = max(SMALL, 2 * lane.small_rows)
     else:
-        short = math.ceil(SHORT_S / (lane.forward_row_s or SHORT_S) / SMALL) * SMALL
+        short_s = max(SHORT_S, SHORT_TIMES * lane.least_s)
+        short = math.ceil(short_s / (lane.forward_row_s or short_s) / SMALL) * SMALL
         full = max(short, GROWTH * (len(lane.small) + len(lane.large)))
-    if full < lane.queued_rows <= full + full // 2:
+    if full < lane.queued_rows <= max(WHOLE, full + full // 2):
         full = lane.queued_rows
     return min(engine.max_batch, full)
 

@@ -39,7 +39,7 @@ SUFFIXES: dict[SetFormat, str] = {"zip": "zip", "webdataset": "tar", "idx": "idx
 
 _LAYOUT = 1  # of the bytes of this module; part of the ETag
 _SHUFFLE = np.uint64(0x6A09E667F3BCC909)  # so that no image's latent comes of the same numbers
-_UNSAFE = re.compile(r"[^\w.-]+")
+_UNSAFE = re.compile(r"[^\w.-]+", re.ASCII)  # a zip has other names in a way of their own
 
 Pixels = NDArray[np.uint8]
 

@@ -25,6 +25,7 @@ from service.batcher import (
     SENDING_ROUNDS,
     SHORT_S,
     SMALL,
+    WHOLE,
     Batcher,
     DeadlineExceeded,
     Draining,
@@ -308,6 +309,37 @@ def test_a_lone_large_request_is_split_into_batches_that_take_a_moment(clock: Fa
     run(scenario)
     # Before anything is known it gives a quantum, and no small rest is left over.
     assert engine.sizes == [SMALL, 48, 48, 38]
+
+
+def test_a_lone_request_that_is_not_large_is_not_split_however_slow_the_engine_is(
+    clock: FakeClock,
+) -> None:
+    engine = TimedEngine(clock, row_s=SHORT_S)
+
+    async def scenario(batcher: Batcher) -> None:
+        for _ in range(2):
+            await submit(batcher, engine, 1, n=WHOLE)
+        await submit(batcher, engine, 1, n=WHOLE + 1)
+
+    run(scenario)
+    assert engine.sizes == [WHOLE, WHOLE, SMALL, WHOLE + 1 - SMALL]
+
+
+def test_batches_of_a_lone_request_grow_where_even_the_smallest_takes_long(
+    clock: FakeClock,
+) -> None:
+    """What comes meanwhile waits for no more than twice the least."""
+    fixed_s = 2 * SHORT_S
+    engine = TimedEngine(clock, max_batch=256, fixed_s=fixed_s, row_s=fixed_s / 64)
+
+    async def scenario(batcher: Batcher) -> None:
+        await submit(batcher, engine, 1)
+        await submit(batcher, engine, 1, n=1024)
+
+    run(scenario)
+    longest = max(engine.sizes)
+    assert longest > 2 * SMALL
+    assert fixed_s + longest * engine.row_s < 2.5 * (fixed_s + SMALL * engine.row_s)
 
 
 @pytest.mark.parametrize(("waiting", "size"), [(1, SMALL), (4, SMALL), (9, 9 * GROWTH)])

@@ -276,7 +276,7 @@ def test_colour_and_odd_class_names_are_laid_out_as_well(tmp_path: Path, form: S
             files = extract({form: answer.content}, form, tmp_path / "idx")
             head = (files / "train-images-idx3-ubyte").read_bytes()[:20]
             assert struct.unpack(">HBB4I", head) == (0, 8, 4, 9, 12, 12, 3)
-    assert class_folders(["a/b", "..", "c d"]) == ["0-a_b", "1-..", "2-c_d"]
+    assert class_folders(["a/b", "..", "c d", "é"]) == ["0-a_b", "1-..", "2-c_d", "3-_"]
 
 
 def test_the_layout_of_ten_million_images_is_known_without_making_them() -> None:

@@ -92,6 +92,9 @@ class DataSetQuery(BaseModel):
         if self.per_class * classes > MAX_SET:
             message = f"{self.per_class * classes} images in all; at most {MAX_SET} are allowed"
             raise wrong_value("per_class", self.per_class, message)
+        if self.format == "idx" and classes > 256:
+            message = f"has one byte for a class, and {model.name} has {classes} classes"
+            raise wrong_value("format", self.format, message)
         if self.start % classes or self.start >= self.per_class * classes:
             message = (
                 f"must be a multiple of {classes}, the number of classes, and less than "
