@@ -5,9 +5,11 @@ import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.routing import Route
@@ -118,6 +120,9 @@ def create_app(
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         batcher.start(readiness.lose)
         metrics.watch(metrics.queue_rows, lambda: batcher.queued_rows)
+        metrics.queue_limit.set(settings.max_queue)
+        for device in {model.engine.device for model in registry}:
+            _watch_memory(metrics, device)
         readiness.refresh()
         reloader.start()
         proving = asyncio.ensure_future(prover.run())
@@ -162,3 +167,13 @@ def create_app(
         app.add_middleware(Access, grants=grants)
     app.add_middleware(Observe, metrics=metrics)
     return app
+
+
+def _watch_memory(metrics: Metrics, device: torch.device) -> None:
+    """Report the memory of a GPU whenever metrics are scraped; a CPU has none of its own."""
+    if device.type != "cuda":
+        return
+    free_and_total = partial(torch.cuda.mem_get_info, device)
+    used = metrics.device_memory.labels(str(device), "used")
+    metrics.watch(used, lambda: free_and_total()[1] - free_and_total()[0])
+    metrics.device_memory.labels(str(device), "total").set(free_and_total()[1])

@@ -4,9 +4,12 @@ The instruments of several worker processes live in files of a folder they share
 worker is scraped adds up all of them.
 """
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from prometheus_client.gc_collector import GCCollector
@@ -19,6 +22,10 @@ from prometheus_client.samples import Sample
 _SECONDS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+MEASURES = (
+    *("gan_test", "gan_train", "precision", "recall", "density", "coverage"),
+    "frechet_distance",
 )
 _ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 
@@ -45,6 +52,26 @@ def shared_registry(folder: Path) -> CollectorRegistry:
     registry.register(_WorkerProcesses(folder))
     MultiProcessCollector(registry, folder)
     return registry
+
+
+class ModelLabels(NamedTuple):
+    """What tells a model from others."""
+
+    model: str
+    sha256: str
+    device: str
+    dtype: str
+
+
+def _figures(certificate: Mapping[str, Any] | None) -> dict[str, float]:
+    """The figures of a certificate that are reported."""
+    if certificate is None:
+        return {}
+    found = {name: certificate["generated"].get(name) for name in MEASURES}
+    train = certificate.get("gan_train")
+    if train is not None:
+        found["gan_train"] = mean(train["accuracies"])
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 class _WorkerProcesses(Collector):
@@ -87,6 +114,8 @@ class _LoadedModels(CollectorRegistry):
 def _is_current(sample: Sample, loaded: set[str]) -> bool:
     if sample.name == "cgan_model_info":
         return bool(sample.value)
+    if sample.name == "cgan_certificate" and math.isnan(sample.value):
+        return False
     return "model" not in sample.labels or sample.labels["model"] in loaded
 
 
@@ -189,7 +218,32 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemax",
         )
-
+        self.certificate = Gauge(
+            "cgan_certificate",
+            "Measured quality of each model, from its certificate; better the larger, but for the "
+            "Frechet distance.",
+            ["model", "measure"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
+        self.queue_limit = Gauge(
+            "cgan_queue_limit_rows",
+            "Images that may wait.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.device_memory = Gauge(
+            "cgan_device_memory_bytes",
+            "Memory of a GPU, used by whatever process or in all; none of a CPU.",
+            ["device", "kind"],
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self.devices_lost = Counter(
+            "cgan_devices_lost_total",
+            "Devices that failed so that the process had to end.",
+            registry=registry,
+        )
         self.reloads = Counter(
             "cgan_reloads_total",
             "Models that were loaded or removed, and files that were refused, while serving.",
@@ -199,15 +253,20 @@ class Metrics:
         for outcome in ("loaded", "removed", "refused"):
             self.reloads.labels(outcome)  # a first one is only seen to be more where there was a 0
 
-    def model_loaded(self, name: str, sha256: str, device: str, dtype: str) -> None:
-        """Report a model from now on."""
-        self.model.labels(name, sha256, device, dtype).set(1)
+    def model_loaded(self, labels: ModelLabels, certificate: Mapping[str, Any] | None) -> None:
+        """Report a model, and what its certificate says, from now on."""
+        self.model.labels(*labels).set(1)
+        measured = _figures(certificate)
+        for measure in MEASURES:
+            # A file that was replaced may have had a figure that the new one has not.
+            value = measured.get(measure, math.nan)
+            self.certificate.labels(labels.model, measure).set(value)
 
-    def model_gone(self, name: str, sha256: str, device: str, dtype: str) -> None:
+    def model_gone(self, labels: ModelLabels) -> None:
         """Report a model no longer."""
-        self.model.labels(name, sha256, device, dtype).set(0)
+        self.model.labels(*labels).set(0)
         if not self._shared:
-            self.model.remove(name, sha256, device, dtype)
+            self.model.remove(*labels)
 
     def watch(self, gauge: Gauge, read: Callable[[], float]) -> None:
         """Let a gauge be read when it is scraped, which costs nothing in between.

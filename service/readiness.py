@@ -56,6 +56,7 @@ class Readiness:
     def lose(self, error: DeviceLost) -> None:
         """Turn readiness off, and let the server end the process."""
         log.critical("the device is lost", extra={"fields": {"cause": str(error)}})
+        self._metrics.devices_lost.inc()
         self.find("it is lost")
         self.lost = True
         if self.on_lost is not None:

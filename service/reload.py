@@ -12,7 +12,7 @@ from functools import partial
 
 from watchfiles import awatch
 
-from service.metrics import Metrics
+from service.metrics import Metrics, ModelLabels
 from service.registry import Found, Model, Registry, Weights
 
 _STEP_MS = 200  # a change is acted on when nothing else changed for so long
@@ -41,7 +41,7 @@ class Reloader:
         self._closing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         for model in registry:
-            metrics.model_loaded(*_labels(model))
+            metrics.model_loaded(_labels(model), model.info.certificate)
 
     def start(self) -> None:
         """Watch the weights from now on."""
@@ -93,12 +93,12 @@ class Reloader:
         self._registry.replace(found)
         for model in before:
             if model not in found.models:
-                self._metrics.model_gone(*_labels(model))
+                self._metrics.model_gone(_labels(model))
             if self._registry.find(model.name) is None:
                 self._tell("removed", logging.INFO, model=model.name, sha256=model.sha256)
         for model in found.models:
             if model not in before:
-                self._metrics.model_loaded(*_labels(model))
+                self._metrics.model_loaded(_labels(model), model.info.certificate)
                 self._tell("loaded", logging.INFO, model=model.name, sha256=model.sha256)
         for name, refusal in found.refused.items():
             if refused_before.get(name) is not refusal:
@@ -110,7 +110,7 @@ class Reloader:
         log.log(level, f"{subject} was {outcome}", extra={"fields": fields})
 
 
-def _labels(model: Model) -> tuple[str, str, str, str]:
+def _labels(model: Model) -> ModelLabels:
     engine = model.engine
     dtype = str(engine.dtype).removeprefix("torch.")
-    return model.name, model.sha256, str(engine.device), dtype
+    return ModelLabels(model.name, model.sha256, str(engine.device), dtype)
