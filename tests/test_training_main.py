@@ -15,6 +15,9 @@ from PIL import Image
 
 import training.__main__ as command_line
 from tests import tiny
+from tests.conftest import make_artifact
+from tests.serving import ServiceProcess
+from tests.wire import wait_until
 from training import data, judge
 from training.__main__ import main
 from training.artifact import load_artifact
@@ -103,6 +106,32 @@ def test_train_exports_an_artifact_and_says_how_to_measure_it(out: Path, preset:
     info = load_artifact(exported).info
     assert (info.training["preset"], info.training["seed"]) == (preset, 7)
     assert info.class_names == tiny.CLASS_NAMES
+
+
+def test_what_is_published_is_served_without_a_restart(out: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    make_artifact(weights / "small.safetensors")
+    with ServiceProcess("--weights", str(weights)) as service:
+        target = weights / "fresh.safetensors"
+        result = train(out, "--publish", str(target))
+        assert result.exit_code == 0, result.output
+        assert f"{target}: the same" in result.stdout
+
+        def names() -> list[str]:
+            return [each["name"] for each in service.client.get("/models").json()["models"]]
+
+        wait_until(lambda: names() == ["fresh", "small"], "the new model is served")
+        made = service.client.post(f"/generate?model=fresh&label={tiny.CLASS_NAMES[0]}&n=4")
+        digest = hashlib.sha256((out / "generator.safetensors").read_bytes()).hexdigest()
+        assert made.headers["X-Model"] == f"fresh@sha256:{digest}"
+
+
+def test_a_name_that_no_service_would_serve_is_refused_before_training(out: Path) -> None:
+    refused(
+        train(out, "--publish", "fresh.pt"), "--publish", ".safetensors", "'fresh.pt'", status=2
+    )
+    assert not out.exists()
 
 
 def test_a_run_lies_in_a_folder_of_its_data_set_and_preset_unless_told_otherwise(

@@ -22,7 +22,7 @@ from training.devices import DeviceError, describe, has_native_bfloat16, resolve
 from training.distributed import World, join, local_device
 from training.evaluation import Certificate, generate, with_certificate
 from training.examiner import MIN_TRAINING_SHARE, Examiner
-from training.files import prepare_folder
+from training.files import prepare_folder, write_atomically
 from training.folder import MAX_SIZE, MIN_SIZE, is_folder, read_folder
 from training.glance import Glance
 from training.importing import ForeignCheckpointError, read_published
@@ -159,6 +159,12 @@ def _by_preset(default: Callable[[TrainingConfig], str]) -> str:
 )
 @click.option("--certify", "certified", is_flag=True, help="Measure the generator at the end.")
 @click.option(
+    "--publish",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="At the end put the artifact here, too, as NAME.safetensors: a service that watches the "
+    "folder serves it as NAME.",
+)
+@click.option(
     "--from",
     "source",
     type=click.Path(file_okay=False, path_type=Path),
@@ -184,6 +190,7 @@ def train_command(
     flip: bool,
     augment: bool | None,
     certified: bool,
+    publish: Path | None,
     source: Path | None,
     resume: bool,
     dry_run: bool,
@@ -199,6 +206,10 @@ def train_command(
     if source is not None and resume:
         raise click.UsageError(
             "--from begins a run and --resume goes on with one; give one of them."
+        )
+    if publish is not None and publish.suffix != ".safetensors":
+        raise click.BadParameter(
+            f"has to end with .safetensors, not {publish.name!r}", param_hint="--publish"
         )
     if size is not None and not is_folder(dataset):
         raise click.UsageError(f"--size is for folders of images; {dataset} has its own.")
@@ -236,6 +247,8 @@ def train_command(
                 f"{folder.path} holds a run already: go on with --resume, or name another --out."
             )
         folder.prepare()
+        if publish is not None:
+            prepare_folder(publish.parent)
         examiner = None
         if world.writes:
             examiner = Examiner.prepare(train_set, test_set, report, minutes=identity.minutes)
@@ -261,7 +274,13 @@ def train_command(
                 )
             finished = not stop() and run.finish(stop)
         if examiner is not None:
-            _conclude(run, examiner, stop, dataset=dataset, finished=finished, certified=certified)
+            _conclude(
+                *(run, examiner, stop),
+                dataset=dataset,
+                finished=finished,
+                certified=certified,
+                publish=publish,
+            )
 
 
 def _splits(
@@ -413,6 +432,7 @@ def _conclude(
     dataset: str,
     finished: bool,
     certified: bool,
+    publish: Path | None,
 ) -> None:
     """Say how a run on what a person calls `dataset` has ended, and what to do next."""
     artifact, images = run.folder.artifact, run.state.images_seen
@@ -426,6 +446,10 @@ def _conclude(
         certificate = examiner.certify(generator, click.echo)
         save_artifact(artifact, generator, with_certificate(loaded.info, certificate))
         click.echo(table(certificate, loaded.info.class_names))
+    if publish is not None:
+        write_atomically(publish, artifact.read_bytes())
+        click.echo(f"{publish}: the same")
+    if certified:
         return
     command = ["python", "-m", "training", "evaluate", str(artifact)]
     if is_folder(dataset):  # the artifact knows its name, but not where it lies
