@@ -113,12 +113,15 @@ def test_in_bfloat16_they_are_as_close_to_the_true_ones_as_the_loops(
     ]
     for report in reports[1:]:
         torch.testing.assert_close(report, reports[0], rtol=1e-2, atol=2e-3)
-    found, also = gradients(ours), gradients(loops)
-    for name, gradient in gradients(exact).items():
+    found, also, true = gradients(ours), gradients(loops), gradients(exact)
+    for name, gradient in true.items():
         if gradient.norm() > 1e-6:  # else it cancels in a batch norm
             error, allowed = ((g[name] - gradient).norm() for g in (found, also))
             assert error < 1.5 * allowed + 0.01 * gradient.norm(), name
-            assert error < 0.2 * gradient.norm(), name
+    # All together, because the sums of a small one depend on how a processor rounds.
+    size = sum(gradient.square().sum() for gradient in true.values()) ** 0.5
+    wrong = sum((found[name] - true[name]).square().sum() for name in true) ** 0.5
+    assert wrong < 0.2 * size
 
 
 @pytest.mark.parametrize(
