@@ -1,6 +1,7 @@
 """What docker-compose.yml promises, as far as it can be read without an engine."""
 
 import re
+import tomllib
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def test_every_container_is_locked_down_and_reached_from_this_machine_alone(name
     assert service["init"]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
-    for port in service["ports"]:
+    for port in service.get("ports", []):
         assert re.fullmatch(r"127\.0\.0\.1:\$\{\w+:-\d+\}:\d+", port)
 
 
@@ -29,6 +30,26 @@ def test_without_a_name_only_the_gpu_service_starts() -> None:
     (device,) = SERVICES["api"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     assert SERVICES["api-cpu"]["environment"] == {"CGAN_DEVICE": "cpu"}
+
+
+@pytest.mark.parametrize("name", ["train", "train-cpu"])
+def test_a_training_publishes_into_the_folder_that_is_served(name: str) -> None:
+    train = SERVICES[name]
+    (served,) = SERVICES["api"]["volumes"]
+    assert served == SERVICES["api-cpu"]["volumes"][0] == "weights:/app/weights:ro"
+    assert "weights:/app/weights" in train["volumes"]
+    command = train["command"]
+    assert command[command.index("--publish") + 1] == "weights/trained.safetensors"
+    assert train["restart"] == "no"
+    # Only a name, or the profile on a GPU host, starts one.
+    assert train["profiles"] == (["training"] if name == "train" else ["cpu"])
+    assert ("deploy" in train) is (name == "train")
+
+
+def test_images_say_the_version_of_the_project() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    found = re.findall(r'image\.version="(.*?)"', (REPOSITORY / "Dockerfile").read_text())
+    assert found == 2 * [project["version"]]
 
 
 @pytest.mark.parametrize("name", ["prometheus", "grafana"])
