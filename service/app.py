@@ -7,16 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import problems
-from service.access import OPEN_PATHS, Access, create_grants
+from service.access import OPEN_PATHS, Access, Grant, create_grants
 from service.batcher import Batcher
 from service.generation import Generation
 from service.metrics import Metrics
@@ -27,6 +27,10 @@ from service.reload import Reloader
 from service.routes import datasets, inference, native, openai, operations, pages
 from service.routes.native import FrontDoor
 from service.settings import Settings
+from service.startup import ServiceError
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 DESCRIPTION = """\
 Labelled synthetic images on demand. The same model, label, seed and index always give the same
@@ -41,7 +45,7 @@ class App(FastAPI):
     to the front door do not pass it.
     """
 
-    front_door: Observe
+    front_door: ASGIApp
     needs_key = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,6 +118,7 @@ def create_app(
     batcher = Batcher(settings.max_queue, settings.timeout_ms / 1e3, metrics, threaded=threaded)
     encoders = ThreadPoolExecutor(cores, thread_name_prefix="encoder")
     reloader = Reloader(registry, metrics)
+    tracing = _create_tracing(settings.otlp_endpoint)
     prover = Prover(registry, batcher, readiness, metrics, settings.self_check_s)
 
     @asynccontextmanager
@@ -134,6 +139,8 @@ def create_app(
             await reloader.close()
             await batcher.close()
             await asyncio.to_thread(encoders.shutdown)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = App(
         title="cgan-service",
@@ -150,9 +157,6 @@ def create_app(
     problems.install(app)
     generation = Generation(registry, batcher, metrics, encoders)
     front_door = FrontDoor(generation)
-    grants = create_grants(settings, metrics, folder)
-    app.needs_key = bool(grants)
-    app.front_door = Observe(Access(front_door, grants) if grants else front_door, metrics)
     # For other methods than its own, which get 405.
     app.router.routes.append(Route(FrontDoor.path, front_door, methods=FrontDoor.methods))
     app.include_router(native.create_router(generation))
@@ -163,10 +167,45 @@ def create_app(
     app.include_router(pages.create_router())
     if settings.metrics_port is None:
         app.include_router(operations.create_metrics_router(metrics.registry, metrics.refresh))
-    if grants:
-        app.add_middleware(Access, grants=grants)
-    app.add_middleware(Observe, metrics=metrics)
+    grants = create_grants(settings, metrics, folder)
+    app.needs_key = bool(grants)
+    _surround(app, front_door, grants, metrics, tracing)
     return app
+
+
+def _surround(
+    app: App,
+    front_door: ASGIApp,
+    grants: list[Grant],
+    metrics: Metrics,
+    tracing: "Tracing | None",
+) -> None:
+    """Put around both ways in, from the inside out, what lets in, what watches, and what traces."""
+    if grants:
+        front_door = Access(front_door, grants)
+        app.add_middleware(Access, grants=grants)
+    app.front_door = Observe(front_door, metrics)
+    app.add_middleware(Observe, metrics=metrics)
+    if tracing is not None:
+        app.front_door = tracing.around(app.front_door)
+        app.add_middleware(tracing.around)
+
+
+def _create_tracing(endpoint: str | None) -> "Tracing | None":
+    """What makes traces and sends them to a collector, if there is one.
+
+    Raises:
+        ServiceError: the packages for it are not installed.
+    """
+    if endpoint is None:
+        return None
+    try:
+        from service.tracing import Tracing  # noqa: PLC0415  (of an extra)
+    except ModuleNotFoundError as error:
+        raise ServiceError(
+            f"--otlp-endpoint needs pip install 'cgan-service[traces]': {error}"
+        ) from error
+    return Tracing(endpoint)
 
 
 def _watch_memory(metrics: Metrics, device: torch.device) -> None:

@@ -110,6 +110,15 @@ class ForwardFailed(Exception):
     """A batch with rows of this request failed; `__cause__` is what the engine raised."""
 
 
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class Forward:
+    """One batch that was computed, which requests may share; times are of `perf_counter`."""
+
+    rows: int
+    started_at: float
+    done_at: float
+
+
 @dataclass(slots=True)
 class Generated:
     """The images of one request and the time they took."""
@@ -117,6 +126,7 @@ class Generated:
     pixels: NDArray[np.uint8]  # (n, H, W, C), in the order of the request's rows
     queue_s: float  # from admission until the first row started in a forward
     forward_s: float  # from there until the last row was done
+    forwards: Sequence[Forward] = ()  # that had rows of it, in their order
 
 
 @dataclass(slots=True, eq=False)
@@ -166,7 +176,7 @@ class Ticket:
     next_row: int = 0  # the first row that was not yet put into a batch
     filled: int = 0  # rows that were computed while somebody waited for them
     gone: bool = False  # nobody waits any more, or one of its rows failed
-    first_forward_at: float = 0.0
+    forwards: tuple[Forward, ...] = ()  # that had rows of it
     pixels: NDArray[np.uint8] | None = None  # (n, H, W, C), only when more than one batch fills it
 
 
@@ -523,7 +533,7 @@ class Batcher:
         self._observer.batch(rows, forward_s)
         answers = [] if corrupt is None else self._reject(_hit(batch, corrupt.rows), corrupt)
         self._count(batch)
-        return answers + _scatter(batch, pixels, started_at, done_at)
+        return answers + _scatter(batch, pixels, Forward(rows, started_at, done_at))
 
     def _count(self, batch: list[_Slice]) -> None:
         """Tell the rows that somebody still waits for from the others."""
@@ -697,9 +707,7 @@ def _measure(row_s: float | None, rows: int, full: int, spent_s: float) -> float
     return row_s
 
 
-def _scatter(
-    batch: list[_Slice], pixels: NDArray[np.uint8], started_at: float, done_at: float
-) -> list[_Answer]:
+def _scatter(batch: list[_Slice], pixels: NDArray[np.uint8], forward: Forward) -> list[_Answer]:
     """Hand out the pixels (B, H, W, C) of a batch: views, and copies for what is split."""
     answers: list[_Answer] = []
     offset = 0
@@ -708,8 +716,7 @@ def _scatter(
         offset += stop - start
         if request.gone:
             continue
-        if start == 0:
-            request.first_forward_at = started_at
+        request.forwards += (forward,)
         if stop - start == request.rows:
             request.pixels = part
         else:
@@ -717,9 +724,14 @@ def _scatter(
                 request.pixels = np.empty((request.rows, *pixels.shape[1:]), np.uint8)
             request.pixels[start:stop] = part
         if stop == request.rows:
-            queue_s = request.first_forward_at - request.admitted_at
-            forward_s = done_at - request.first_forward_at
-            answers.append((request.future, Generated(request.pixels, queue_s, forward_s)))
+            began = request.forwards[0].started_at
+            generated = Generated(
+                request.pixels,
+                began - request.admitted_at,
+                forward.done_at - began,
+                request.forwards,
+            )
+            answers.append((request.future, generated))
     return answers
 
 

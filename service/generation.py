@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from random import getrandbits
@@ -19,6 +20,7 @@ from service.batcher import (
     Batcher,
     DeadlineExceeded,
     Draining,
+    Forward,
     ForwardFailed,
     Generated,
     Overloaded,
@@ -43,6 +45,28 @@ MIXTURE = "mix"  # in the metrics, in place of a class index
 CLIENT = "client_of_connection"  # key of the scope, for a `Client`
 
 log = logging.getLogger("service")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the time that a request took, by `perf_counter`.
+
+    Attributes:
+        name: `queue`, `forward` or `encode`.
+        began: when.
+        ended: when.
+        forwards: the batches with rows of the request, of a `forward`.
+    """
+
+    name: str
+    began: float
+    ended: float
+    forwards: Sequence[Forward] = ()
+
+
+# The stages of the request that is being answered; None where nobody wants to know.
+stages: ContextVar[list[Stage] | None] = ContextVar("stages", default=None)
+_MOST_STAGES = 128  # that are kept of one request: a data set has thousands
 
 
 @dataclass(frozen=True)
@@ -282,6 +306,10 @@ class Generation:
         tally.queue_s += made.queue_s
         tally.forward_s += made.forward_s
         tally.last_at = time.time()
+        if stages.get() is not None:
+            started = began + made.queue_s
+            _note(Stage("queue", began, started))
+            _note(Stage("forward", started, started + made.forward_s, made.forwards))
         return Images(made.pixels, made.queue_s, made.forward_s)
 
     async def _make(self, order: Order, client: Client, timeout_s: float | None) -> Generated:
@@ -354,6 +382,8 @@ class Generation:
                 encoded = await self._take_steps(work)
         spent = time.perf_counter() - began
         self._encode_seconds.observe(spent)
+        if stages.get() is not None:
+            _note(Stage("encode", began, began + spent))
         return encoded, spent
 
     async def _take_steps(self, steps: Steps) -> bytes:
@@ -412,6 +442,13 @@ class Generation:
         self._metrics.rejections.labels(kind).inc()
         headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
         return Problem(status, kind, detail, headers=headers)
+
+
+def _note(stage: Stage) -> None:
+    """Keep a stage of the request that is being answered."""
+    noted = stages.get()
+    if noted is not None and len(noted) < _MOST_STAGES:
+        noted.append(stage)
 
 
 def _label(model: Model, wanted: str | int, field: str = "label") -> int:

@@ -18,7 +18,7 @@ log = logging.getLogger("service")
 access_log = logging.getLogger("service.access")
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_PROBES = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
+PROBES = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 _SHOWN = 300  # characters of a path or query in the log
 
 
@@ -111,7 +111,7 @@ class Observe:
         counter.inc()
         histogram.observe(seconds)
         # Probes and scrapes come every few seconds for ever, and would bury the rest.
-        level = logging.DEBUG if route in _PROBES else logging.INFO
+        level = logging.DEBUG if route in PROBES else logging.INFO
         if not access_log.isEnabledFor(level):
             return
         client = scope.get("client")
@@ -125,8 +125,9 @@ class Observe:
             "duration_ms": round(1e3 * seconds, 3),
             "client": client[0] if client else None,
         }
-        if "key" in scope["state"]:
-            fields["key"] = scope["state"]["key"]  # its name
+        for name in ("key", "trace_id"):  # the name of a key, not its secret
+            if name in scope["state"]:
+                fields[name] = scope["state"][name]
         access_log.log(level, "request", extra={"fields": fields})
 
 

@@ -1,9 +1,10 @@
 """Every option of the service, once: as a flag, as an environment variable, and in the help."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, PlainValidator, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -20,6 +21,12 @@ MAX_PIXELS = 1 << 24  # of one picture, enlargement included
 MAX_TIMEOUT_MS = 600_000
 
 _BUNDLED = Path(__file__).parent.parent / "weights"
+
+
+def _check_endpoint(address: str | None) -> str | None:
+    if address is not None and not re.match(r"https?://[^/]", address):
+        raise ValueError(f"has to begin with http:// or https:// and a host, not {address!r}")
+    return address
 
 
 def _options(command: str) -> SettingsConfigDict:
@@ -183,6 +190,11 @@ class Settings(Models):
         ge=1,
         le=1_000_000,
         description="most images that an API key with a limit may have at once, after a pause",
+    )
+    otlp_endpoint: Annotated[str | None, AfterValidator(_check_endpoint)] = Field(
+        None,
+        description="collector that OpenTelemetry traces are sent to, by OTLP over HTTP: "
+        "http://HOST:4318; none are made if not given",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe messages to log; info has a line per request"

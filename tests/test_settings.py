@@ -42,6 +42,7 @@ def test_every_option_is_a_flag_and_a_variable(
         "api_keys_file": str(keys),
         "images_per_second": "2.5",
         "burst_images": "100",
+        "otlp_endpoint": "http://collector:4318",
         "log_level": "error",
     }
     assert values.keys() == Settings.model_fields.keys()
