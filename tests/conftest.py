@@ -1,5 +1,6 @@
 """Fixtures that several modules share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,15 @@ from training.networks import (
     MLPGeneratorConfig,
     build_generator,
 )
+
+
+def pytest_configure() -> None:
+    """Several processes of tests, and what they start, share the cores."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes > 1:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(threads)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

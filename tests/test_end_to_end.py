@@ -36,7 +36,7 @@ def crowd(count: int) -> list[Recipe]:
 
 
 def test_the_same_seed_gives_the_same_bytes_alone_in_a_crowd_and_after_a_restart() -> None:
-    with ServiceProcess("--max-queue", "100000") as service:
+    with ServiceProcess("--max-queue", "100000", "--timeout-ms", "600000") as service:
         alone = images(service.client, KNOWN)
         requests = crowd(64)
         with ThreadPoolExecutor(64) as pool:
@@ -61,9 +61,10 @@ def batch_sizes(client: httpx.Client) -> dict[str, float]:
     return {">1 request": found["64.0"] - found["48.0"]}
 
 
-def test_an_image_is_the_same_with_one_thread() -> None:
-    with ServiceProcess() as many, ServiceProcess(environment={"OMP_NUM_THREADS": "1"}) as one:
-        assert images(many.client, KNOWN) == images(one.client, KNOWN)
+def test_an_image_is_the_same_with_one_thread_and_with_two() -> None:
+    one, two = ({"OMP_NUM_THREADS": number} for number in "12")
+    with ServiceProcess(environment=one) as single, ServiceProcess(environment=two) as double:
+        assert images(double.client, KNOWN) == images(single.client, KNOWN)
 
 
 def test_float32_keeps_the_contract_too() -> None:
