@@ -160,3 +160,16 @@ def test_the_top_level_holds_the_four_folders_and_what_belongs_to_the_whole() ->
 def test_weights_hold_no_code() -> None:
     suffixes = {path.suffix for path in (REPOSITORY / "weights").rglob("*") if path.is_file()}
     assert suffixes <= {".safetensors", ".png", ".md"}
+
+
+def test_models_are_loaded_without_the_compiler_of_pytorch() -> None:
+    """It takes seconds, at every start, and wants to write files."""
+    loaded = fresh(
+        "import sys\n"
+        "from service.registry import load_registry\n"
+        "from service.settings import parse_settings\n"
+        "names = load_registry(parse_settings([])).names\n"
+        "print(*names, *sys.modules)"
+    )
+    assert {"mnist", "mnist-mlp", "fashion-mnist"} <= set(loaded)
+    assert "torch._dynamo" not in loaded

@@ -134,7 +134,9 @@ class _Uninitialised(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
+        # Not every one of the former can be told; those call the latter.
+        draws = getattr(func, "__module__", None) == "torch.nn.init"
+        if draws or func in (Tensor.normal_, Tensor.uniform_):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
 
