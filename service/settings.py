@@ -93,17 +93,8 @@ class FetchSettings(BaseSettings):
     )
 
 
-class Settings(Models):
-    """Serve class-conditional image generators over HTTP.
-
-    `python -m service verify FILE` tells whether a PNG is what its recipe makes, and
-    `python -m service fetch-dataset URL --out DIR` downloads a data set.
-
-    Every option is also read from the environment: --max-batch from CGAN_MAX_BATCH, and so on. A
-    flag wins over the environment.
-    """
-
-    model_config = _options("")
+class AppSettings(Models):
+    """What holds wherever the app runs."""
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
     port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 takes a free one")
@@ -111,13 +102,6 @@ class Settings(Models):
         None,
         description="name of the model that answers requests which name none; if not given, mnist, "
         "or the first by name where there is no mnist",
-    )
-    workers: int = Field(
-        1,
-        ge=1,
-        le=256,
-        description="processes that share the port; each one has its own models, batches and "
-        "queue, and, where there are several GPUs, its own GPU",
     )
     max_batch: int = Field(
         256, ge=1, le=4096, description="most images of one forward; 64 where few requests wait"
@@ -139,33 +123,6 @@ class Settings(Models):
         ge=0.1,
         le=3600.0,
         description="seconds between two proofs that known images still come out as they did",
-    )
-    client_timeout_s: float = Field(
-        20.0,
-        ge=1.0,
-        le=3600.0,
-        description="seconds that a client may take to send a whole request, to read more of an "
-        "answer, or to ask again on an open connection",
-    )
-    max_connections: int = Field(
-        4096,
-        ge=1,
-        le=1_000_000,
-        description="most connections at a time; one beyond that is answered 503 and closed",
-    )
-    drain_delay_ms: int = Field(
-        0,
-        ge=0,
-        le=600_000,
-        description="milliseconds to serve on after SIGTERM, with readiness off, for a load "
-        "balancer to notice",
-    )
-    metrics_port: int | None = Field(
-        None,
-        ge=0,
-        le=65_535,
-        description="port for /metrics alone, at the same address, which the other port then has "
-        "not; 0 takes a free one",
     )
     api_keys: Annotated[tuple[Key, ...], NoDecode, PlainValidator(parse_keys)] = Field(
         (),
@@ -214,6 +171,99 @@ class Settings(Models):
                 "--api-keys or --api-keys-file must be given too"
             )
         return self
+
+
+class Settings(AppSettings):
+    """Serve class-conditional image generators over HTTP.
+
+    `python -m service verify FILE` tells whether a PNG is what its recipe makes, and
+    `python -m service fetch-dataset URL --out DIR` downloads a data set.
+
+    Every option is also read from the environment: --max-batch from CGAN_MAX_BATCH, and so on. A
+    flag wins over the environment.
+    """
+
+    model_config = _options("")
+
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="processes that share the port; each one has its own models, batches and "
+        "queue, and, where there are several GPUs, its own GPU",
+    )
+    client_timeout_s: float = Field(
+        20.0,
+        ge=1.0,
+        le=3600.0,
+        description="seconds that a client may take to send a whole request, to read more of an "
+        "answer, or to ask again on an open connection",
+    )
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        le=1_000_000,
+        description="most connections at a time; one beyond that is answered 503 and closed",
+    )
+    drain_delay_ms: int = Field(
+        0,
+        ge=0,
+        le=600_000,
+        description="milliseconds to serve on after SIGTERM, with readiness off, for a load "
+        "balancer to notice",
+    )
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65_535,
+        description="port for /metrics alone, at the same address, which the other port then has "
+        "not; 0 takes a free one",
+    )
+
+
+class ClusterSettings(AppSettings):
+    """Serve class-conditional image generators from the machines of a Ray cluster.
+
+    Options are also read from the environment, as those of the service. The weights have to lie at
+    the same place on every machine, and limits of API keys hold in each replica.
+    """
+
+    model_config = _options(".cluster")
+
+    ray_address: str | None = Field(
+        None,
+        description="address of a Ray cluster, or auto for the one this machine belongs to; if not "
+        "given, one of this machine alone is started, and ends with this process",
+    )
+    min_replicas: int = Field(1, ge=1, le=10_000, description="replicas that always run")
+    max_replicas: int = Field(
+        1, ge=1, le=10_000, description="replicas that run when there is enough to do for them"
+    )
+    target_requests: float = Field(
+        64.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="requests under way in each replica, above which there have to be more of them",
+    )
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"--max-replicas (or CGAN_MAX_REPLICAS): has to be at least --min-replicas, which "
+                f"is {self.min_replicas}, not {self.max_replicas}"
+            )
+        if self.device.startswith("cuda:"):
+            raise ValueError(
+                "--device (or CGAN_DEVICE): Ray chooses the GPU of each replica; allowed are auto, "
+                f"cpu, cuda, not {self.device!r}"
+            )
+        return self
+
+    def of_replica(self) -> Settings:
+        """The settings of a service in each replica, whose port and connections are Ray's."""
+        own = {name: getattr(self, name) for name in AppSettings.model_fields}
+        return Settings.model_construct(**own, metrics_port=0)
 
 
 def parse_settings(arguments: list[str]) -> Settings:
