@@ -21,6 +21,7 @@ from service.startup import ServiceError, printable
 
 NAME = "cgan-service"
 _MOST_REQUESTS = 1024  # under way in a replica, whose own admission is to decide what it takes
+_LOGGING = {"enable_access_log": False}  # the app has its own
 _DRAIN_S = 30.0  # for a replica to answer what it has taken
 
 
@@ -71,6 +72,7 @@ def create_application(settings: Settings, **options: Any) -> Any:
 
     return serve.deployment(
         name=NAME,
+        logging_config=_LOGGING,
         max_ongoing_requests=_MOST_REQUESTS,
         graceful_shutdown_timeout_s=_DRAIN_S,
         health_check_period_s=5,
@@ -93,22 +95,23 @@ def main() -> int:
 
 def _deploy(settings: ClusterSettings) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    # Where a replica needs no GPU, it may still see those of the machine, as it does elsewhere.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray  # noqa: PLC0415
         from ray import serve  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ServiceError(f"pip install 'cgan-service[cluster]': {error}") from error
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
     _connect(settings.ray_address)
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # not before: Ray has handlers of its own
+        signal.signal(number, lambda *_: stopped.set())
     port = settings.port or _free_port(settings.host)
     try:
         serve.start(
             proxy_location="EveryNode",
             http_options={"host": settings.host, "port": port},
-            logging_config={"enable_access_log": False},  # the app has its own
+            logging_config=_LOGGING,
         )
         serve.run(
             create_application(

@@ -27,7 +27,7 @@ def resolve_device(name: str) -> torch.device:
     if int(index or 0) >= count:
         raise DeviceError(
             f"device: {name} was asked for, but PyTorch {torch.__version__} sees {count} CUDA "
-            "devices here; use --device cpu, or auto"
+            "devices here; use --device cpu, or auto, or with Docker Compose api-cpu or train-cpu"
         )
     return torch.device(name)
 
