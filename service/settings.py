@@ -104,7 +104,10 @@ class AppSettings(Models):
         "or the first by name where there is no mnist",
     )
     max_batch: int = Field(
-        256, ge=1, le=4096, description="most images of one forward; 64 where few requests wait"
+        256,
+        ge=1,
+        le=4096,
+        description="most images of one forward; it takes fewer where few requests wait",
     )
     max_queue: int = Field(
         4096,
