@@ -4,22 +4,15 @@ import sys
 from collections.abc import Callable
 
 from service.settings import parse_settings
-from service.startup import ServiceError, printable
+from service.startup import ServiceError, status_of
 
 
 def main() -> int:
     """Do what the command line says; returns the exit status."""
     command = _COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    try:
-        if command is not None:
-            return command(sys.argv[2:])
-        return _serve(sys.argv[1:])
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except ServiceError as error:
-        print(printable(str(error)), file=sys.stderr)
-        return 1
+    if command is not None:
+        return status_of(lambda: command(sys.argv[2:]))
+    return status_of(lambda: _serve(sys.argv[1:]))
 
 
 def _serve(arguments: list[str]) -> int:

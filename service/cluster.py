@@ -17,7 +17,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.settings import ClusterSettings, Settings, parse
-from service.startup import ServiceError, printable
+from service.startup import ServiceError, status_of
 
 NAME = "cgan-service"
 _MOST_REQUESTS = 1024  # under way in a replica, whose own admission is to decide what it takes
@@ -82,21 +82,11 @@ def create_application(settings: Settings, **options: Any) -> Any:
 
 def main() -> int:
     """Deploy, serve until told to stop, and undo it; returns the exit status."""
-    try:
-        settings = parse(ClusterSettings, sys.argv[1:])
-        return _deploy(settings)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except ServiceError as error:
-        print(printable(str(error)), file=sys.stderr)
-        return 1
+    return status_of(lambda: _deploy(parse(ClusterSettings, sys.argv[1:])))
 
 
 def _deploy(settings: ClusterSettings) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
-    # Where a replica needs no GPU, it may still see those of the machine, as it does elsewhere.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray  # noqa: PLC0415
         from ray import serve  # noqa: PLC0415

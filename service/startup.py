@@ -1,7 +1,8 @@
 """What a service says when it serves, and when it cannot."""
 
 import asyncio
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 Address = tuple[str, int]
 
@@ -34,3 +35,15 @@ def address_of(server: asyncio.Server) -> Address:
 def _url(address: Address) -> str:
     host, port = address
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def status_of(command: Callable[[], int]) -> int:
+    """The exit status of a command; what it cannot do is said in words on stderr."""
+    try:
+        return command()
+    except ValueError as error:  # of an option
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except ServiceError as error:
+        sys.stderr.write(printable(str(error)) + "\n")
+        return 1

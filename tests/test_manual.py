@@ -118,7 +118,8 @@ def test_in_bfloat16_they_are_as_close_to_the_true_ones_as_the_loops(
         if gradient.norm() > 1e-6:  # else it cancels in a batch norm
             error, allowed = ((g[name] - gradient).norm() for g in (found, also))
             assert error < 1.5 * allowed + 0.01 * gradient.norm(), name
-    # All together, because the sums of a small one depend on how a processor rounds.
+            if gradient.numel() > 100:  # else what it sums to depends on how a processor rounds
+                assert error < 0.2 * gradient.norm(), name
     size = sum(gradient.square().sum() for gradient in true.values()) ** 0.5
     wrong = sum((found[name] - true[name]).square().sum() for name in true) ** 0.5
     assert wrong < 0.2 * size

@@ -134,7 +134,7 @@ class _Uninitialised(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        # Not every one of the former can be told; those call the latter.
+        # Some initialisers, as kaiming_normal_, are not seen here, but the method they call is.
         draws = getattr(func, "__module__", None) == "torch.nn.init"
         if draws or func in (Tensor.normal_, Tensor.uniform_):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
