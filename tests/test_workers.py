@@ -126,15 +126,16 @@ def test_metrics_are_of_all_workers_whichever_is_asked(two: ServiceProcess) -> N
         assert memory == {(("worker", "0"),), (("worker", "1"),)}
 
 
-def test_rows_that_wait_in_another_worker_are_seen(artifact: Path) -> None:
+def test_rows_that_wait_in_another_worker_are_seen(bundled: Path) -> None:
     """A worker that hangs is the one whose queue matters, and the one that is not scraped."""
     with (
-        ServiceProcess(*PATIENT, "--weights", str(artifact)) as service,
-        ThreadPoolExecutor(64) as pool,
+        ServiceProcess(*PATIENT, "--weights", str(bundled)) as service,
+        ThreadPoolExecutor(16) as pool,
     ):
         first, second = pids(service)
         with stopped(second):
-            answers = [pool.submit(ask, service, "/generate?label=cat&n=1024") for _ in range(64)]
+            # Of a large model, so that they wait for longer than clients take to begin.
+            answers = [pool.submit(ask, service, "/generate?label=7&n=1024") for _ in range(16)]
             wait_until(lambda: scraped(service, "cgan_queue_rows") > 0, "rows wait")
             os.kill(first, signal.SIGSTOP)
         assert scraped(service, "cgan_queue_rows") > 0
