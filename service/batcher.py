@@ -44,6 +44,7 @@ MIN_RETRY_AFTER_S = 0.01
 # On the event loop, what was answered is sent within so many of its rounds, and what has arrived by
 # then is admitted within `QUIET_ROUNDS` of the last arrival.
 SENDING_ROUNDS, QUIET_ROUNDS = 3, 2
+HEARING = 0.5  # of the time of a batch, for which what comes may keep a full one waiting there
 
 _UINT64, _INT64 = np.dtype(np.uint64), np.dtype(np.int64)
 
@@ -221,6 +222,7 @@ class Batcher:
         # Written between forwards alone, as are the costs of the lanes; read for estimates.
         self._running_until = 0.0  # when the current batch should be done, by perf_counter
         self._ready_at = 0.0  # since when there was work and no forward
+        self._turn_s = 0.0  # how long the last forward took
         # On the event loop alone; the first is read by others, too:
         self.small_at = -math.inf  # when the last small request came, by perf_counter
         self._rounds_left = 0  # of the event loop, before the next turn
@@ -333,6 +335,8 @@ class Batcher:
         if timeout_s is None or timeout_s > self._timeout_s:
             timeout_s = self._timeout_s
         now = perf_counter()
+        if not self._threaded and self._is_overdue(engine, now):
+            self._take_turn()
         with self._lock:
             if not self._accepting:
                 raise self._lost or Draining("no new work is taken")
@@ -390,6 +394,18 @@ class Batcher:
             ticket.future.set_exception(late)
 
     # On the event loop, where it takes the turns
+
+    def _is_overdue(self, engine: Engine, now: float) -> bool:
+        """Whether a full batch has waited for long enough, however much there still is to hear.
+
+        A round of the loop hears all that has come, and a refusal costs time as well: where more
+        comes than can be refused, the loop would do nothing else.
+        """
+        return (
+            now - self._ready_at > HEARING * self._turn_s
+            and bool(self._turns)
+            and self._turns[0].queued_rows >= engine.max_batch
+        )
 
     def _await_quiet(self, more_fits: bool) -> None:
         if not self._turning:
@@ -528,7 +544,7 @@ class Batcher:
         lane.row_s = _measure(lane.row_s, rows, full, done_at - self._ready_at)
         if rows <= SMALL:
             lane.least_s += COST_WEIGHT * (forward_s - lane.least_s) if lane.least_s else forward_s
-        self._ready_at = done_at
+        self._ready_at, self._turn_s = done_at, forward_s
         lane.forwards += 1
         self._observer.batch(rows, forward_s)
         answers = [] if corrupt is None else self._reject(_hit(batch, corrupt.rows), corrupt)

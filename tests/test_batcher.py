@@ -2,12 +2,12 @@
 
 import asyncio
 import gc
+import itertools
 import threading
 import time
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -1124,6 +1124,47 @@ def test_without_a_thread_a_full_batch_waits_for_nothing_more() -> None:
     run(scenario, threaded=False)
 
 
+def test_without_a_thread_a_full_batch_does_not_wait_until_all_that_came_is_heard(
+    clock: FakeClock,
+) -> None:
+    engine = TimedEngine(clock, max_batch=10, row_s=0.1)
+    engine.thread = "MainThread"
+
+    async def scenario(batcher: Batcher) -> None:
+        await submit(batcher, engine, 0, n=10)  # a batch takes a second
+        tickets = []
+        for seed, passed_s in ((1, 0.0), (2, 0.4), (3, 0.2)):  # all of it in one round of the loop
+            assert engine.sizes == [10]
+            clock.now_s += passed_s
+            n = np.arange(10)
+            tickets.append(batcher.admit(engine, np.full(10, seed, np.uint64), n, n))
+        assert engine.sizes == [10, 10]
+        await asyncio.gather(*map(batcher.wait, tickets))
+
+    run(scenario, threaded=False)
+    assert engine.sizes == [10, 10, 10, 10]
+
+
+def test_without_a_thread_the_time_of_a_turn_makes_room_for_whoever_is_heard_next(
+    clock: FakeClock,
+) -> None:
+    engine = TimedEngine(clock, max_batch=10, row_s=0.1)
+    engine.thread = "MainThread"
+
+    async def scenario(batcher: Batcher) -> None:
+        await submit(batcher, engine, 0, n=10)
+        n = np.arange(10)
+        waiting = batcher.admit(engine, np.full(10, 1, np.uint64), n, n)
+        with pytest.raises(Overloaded):
+            batcher.admit(engine, np.full(10, 2, np.uint64), n, n)
+        clock.now_s += 1.0
+        admitted_now = batcher.admit(engine, np.full(10, 3, np.uint64), n, n)
+        await asyncio.gather(batcher.wait(waiting), batcher.wait(admitted_now))
+
+    run(scenario, max_queue=10, threaded=False)
+    assert [batch[0][0] for batch in engine.batches] == [0, 1, 3]
+
+
 def test_without_a_thread_draining_finishes_what_was_admitted() -> None:
     engine = FakeEngine(max_batch=4, thread="MainThread")
 
@@ -1153,6 +1194,9 @@ class Anything(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.late_s = 0.0
+        self.patch = pytest.MonkeyPatch()
+        ticks = itertools.count()  # the same whenever an example is run
+        self.patch.setattr(batcher_module, "perf_counter", lambda: 1e-6 * next(ticks))
         clock = self.loop.time
         self.loop.time = lambda: clock() + self.late_s  # type: ignore[method-assign]
         self.mishaps: list[dict[str, Any]] = []
@@ -1185,12 +1229,13 @@ class Anything(RuleBasedStateMachine):
         seeds, labels = np.full(n, seed, np.uint64), np.full(n, label)
 
         async def admit() -> Ticket | None:
-            fits = self.batcher.queued_rows + n <= bound
-            with nullcontext() if fits else pytest.raises(Overloaded):
+            try:
                 return self.batcher.admit(
                     self.engines[engine], seeds, np.arange(n), labels, timeout_s
                 )
-            return None
+            except Overloaded:
+                assert self.batcher.queued_rows + n > bound
+                return None
 
         ticket = self.loop.run_until_complete(admit())
         if ticket is None:
@@ -1233,6 +1278,7 @@ class Anything(RuleBasedStateMachine):
             assert not self.mishaps
         finally:
             self.loop.close()
+            self.patch.undo()
 
     def check(self, seed: int) -> None:
         """It was answered, with its own rows unless it had a reason not to be."""
