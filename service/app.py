@@ -1,11 +1,11 @@
 """The app: wires the parts together, and owns start-up and drain."""
 
 import asyncio
+import math
 import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,7 +212,14 @@ def _watch_memory(metrics: Metrics, device: torch.device) -> None:
     """Report the memory of a GPU whenever metrics are scraped; a CPU has none of its own."""
     if device.type != "cuda":
         return
-    free_and_total = partial(torch.cuda.mem_get_info, device)
-    used = metrics.device_memory.labels(str(device), "used")
-    metrics.watch(used, lambda: free_and_total()[1] - free_and_total()[0])
-    metrics.device_memory.labels(str(device), "total").set(free_and_total()[1])
+
+    def used() -> float:
+        try:
+            free, total = torch.cuda.mem_get_info(device)
+        except RuntimeError:  # the device is lost; until the end, a scrape is answered all the same
+            return math.nan
+        return total - free
+
+    metrics.watch(metrics.device_memory.labels(str(device), "used"), used)
+    total = torch.cuda.mem_get_info(device)[1]
+    metrics.device_memory.labels(str(device), "total").set(total)

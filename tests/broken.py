@@ -4,7 +4,8 @@
 
 takes the options of `python -m service`. Of the ten classes, label 6 takes half a second, 7 makes
 images of what is no number, 8 runs out of memory where more than four images are made at once, and
-9 loses the device.
+9 loses the device. On a GPU the last two are real: a tensor larger than any memory, and an index
+out of bounds in a kernel, after which the process cannot use the device any more.
 """
 
 import sys
@@ -22,20 +23,33 @@ SLOW, NAN, MEMORY, LOST = 6, 7, 8, 9
 FITS = 4
 
 
+def exhaust(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.empty(1 << 50, dtype=torch.uint8, device=device)
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def lose(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.zeros(1, device=device)[torch.ones(1, dtype=torch.int64, device=device)].cpu()
+    raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+
 class Broken:
     """A network on a device that fails."""
 
     def __init__(self, network: FusedMLP | FusedConv) -> None:
         self.network = network
+        self.device = network.label_bias.rows.device
 
     def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
         if (labels == SLOW).any():
             time.sleep(0.5)
         if (labels == LOST).any():
-            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+            lose(self.device)
         if (labels == MEMORY).sum() > FITS:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        x = self.network(latents, labels)
+            exhaust(self.device)
+        x = self.network(latents.to(self.device), labels.to(self.device)).cpu()
         return x.masked_fill((labels == NAN)[:, None], torch.nan)
 
 
@@ -43,6 +57,7 @@ def load(settings: Settings) -> Registry:
     registry = sound_load(settings)
     for model in registry:
         model.engine._network = Broken(model.engine._network)  # type: ignore[assignment]
+        model.engine._captured = None  # a captured forward is the sound one
     return registry
 
 

@@ -1,5 +1,6 @@
 """The wired app on a real socket, with an engine that waits until it is told to go on."""
 
+import math
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -243,6 +244,24 @@ def test_a_device_that_makes_other_images_than_before_is_lost(
         assert client.get("/livez").status_code == 200
     (record,) = [each for each in caplog.records if each.levelname == "CRITICAL"]
     assert record.__dict__["fields"] == {"cause": "known images of small are not what they were"}
+
+
+def test_the_memory_of_a_gpu_is_read_at_every_scrape_until_the_gpu_is_lost(
+    engine: GatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([(3, 8), (1, 8)])  # bytes free and in all
+
+    def read(_device: torch.device) -> tuple[int, int]:
+        for reading in readings:
+            return reading
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", read)
+    engine.device = torch.device("cuda")
+    with serving(build(engine)) as client:
+        assert metric(client, 'cgan_device_memory_bytes{device="cuda",kind="used"}') == 7
+        assert math.isnan(metric(client, 'cgan_device_memory_bytes{device="cuda",kind="used"}'))
+        assert metric(client, 'cgan_device_memory_bytes{device="cuda",kind="total"}') == 8
 
 
 def test_all_who_wait_for_a_lost_device_are_told_at_once(
