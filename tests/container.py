@@ -1,0 +1,185 @@
+"""The images, built and run by a real engine through docker-compose.yml.
+
+    pytest tests/container.py
+
+Not among the tests of `pytest`: it wants a Docker engine with Compose, room, and minutes.
+`.ci/engine` finds or starts an engine for it.
+"""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.serving import REPOSITORY
+
+PROJECT = f"cgan-test-{os.getpid()}"
+START_S = 180.0  # until a service has loaded its models, on a busy machine
+
+
+def compose(
+    *arguments: str, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    ended = subprocess.run(
+        ["docker", "compose", "--project-name", PROJECT, *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if check and ended.returncode:
+        raise AssertionError(f"{arguments} ended with {ended.returncode}:\n{ended.stderr}")
+    return ended
+
+
+def inspect(kind: str, name: str) -> dict[str, object]:
+    found = subprocess.run(["docker", kind, "inspect", name], capture_output=True, check=True)
+    (one,) = json.loads(found.stdout)
+    assert isinstance(one, dict)
+    return one
+
+
+@pytest.fixture(scope="module")
+def images() -> dict[str, object]:
+    compose("build", "api-cpu", "train-cpu", SOURCE="https://example.org/cgan", REVISION="abc")
+    return {name: inspect("image", name)["Id"] for name in ("cgan-service", "cgan-training")}
+
+
+@pytest.fixture(scope="module")
+def port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def client(images: dict[str, object], port: str) -> Iterator[httpx.Client]:
+    """`docker compose up api-cpu`, healthy."""
+    try:
+        wait = f"{START_S:.0f}"
+        started = compose(
+            *("up", "--detach", "--wait", "--wait-timeout", wait, "api-cpu"),
+            check=False,
+            CGAN_PORT=port,
+        )
+        assert not started.returncode, started.stderr + compose("logs", "api-cpu").stdout
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as asking:
+            yield asking
+    finally:
+        compose("--profile", "*", "down", "--volumes", check=False)
+
+
+def inside(*command: str) -> subprocess.CompletedProcess[str]:
+    return compose("exec", "-T", "api-cpu", *command, check=False)
+
+
+def test_all_of_the_composition_is_valid() -> None:
+    compose("--profile", "*", "config", "--quiet")
+
+
+def test_built_again_nothing_changes(images: dict[str, object]) -> None:
+    compose("build", "api-cpu", "train-cpu", SOURCE="https://example.org/cgan", REVISION="abc")
+    assert {name: inspect("image", name)["Id"] for name in images} == images
+
+
+@pytest.mark.parametrize("name", ["cgan-service", "cgan-training"])
+def test_an_image_says_what_it_was_built_from(images: dict[str, object], name: str) -> None:
+    config = inspect("image", name)["Config"]
+    assert isinstance(config, dict)
+    assert config["Labels"]["org.opencontainers.image.source"] == "https://example.org/cgan"
+    assert config["Labels"]["org.opencontainers.image.revision"] == "abc"
+    assert config["User"] == "10001:10001"
+
+
+def test_the_container_serves_the_bundled_models(client: httpx.Client) -> None:
+    answer = client.post("/generate", params={"label": 7, "n": 16, "seed": 1})
+    assert answer.status_code == 200
+    with Image.open(io.BytesIO(answer.content)) as sheet:
+        assert sheet.size == (4 * 28, 4 * 28)
+    names = {model["name"] for model in client.get("/models").json()["models"]}
+    bundled = {path.stem for path in (REPOSITORY / "weights").glob("*.safetensors")}
+    assert names == bundled
+
+
+def test_the_container_may_do_nothing_but_serve(client: httpx.Client) -> None:
+    assert inside("id", "-u").stdout.strip() == "10001"
+    status = inside("cat", "/proc/1/status").stdout
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0
+    assert fields["NoNewPrivs"] == "1"
+    for path in ("/app/new", "/app/weights/new", "/opt/venv/new"):
+        refused = inside("touch", path)
+        assert refused.returncode
+        assert "Read-only file system" in refused.stderr
+    assert not inside("touch", "/tmp/new").returncode
+    for tool in ("gcc", "cc", "make"):
+        assert inside("sh", "-c", f"command -v {tool}").returncode
+
+
+def test_without_a_gpu_the_default_service_ends_with_the_error_in_the_readme(
+    client: httpx.Client,
+) -> None:
+    drivers = subprocess.run(
+        ["docker", "info", "--format", "{{json .Runtimes}}"], capture_output=True, check=True
+    )
+    if b"nvidia" in drivers.stdout:
+        pytest.skip("this engine has a driver for GPUs")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        other = str(free.getsockname()[1])
+    ended = compose("up", "api", check=False, CGAN_PORT=other)
+    assert ended.returncode
+    quoted = 'could not select device driver "nvidia"'
+    assert quoted in ended.stderr
+    assert quoted in " ".join((REPOSITORY / "README.md").read_text().split())
+
+
+def test_what_the_training_container_publishes_is_served_without_a_restart(
+    client: httpx.Client, tmp_path: Path
+) -> None:
+    began = inside("cat", "/proc/1/stat").stdout
+    made = client.get("/dataset", params={"per_class": 60, "seed": 0, "format": "zip"})
+    with zipfile.ZipFile(io.BytesIO(made.content)) as pictures:
+        pictures.extractall(tmp_path / "digits")
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        path.chmod(0o755)  # the container's user is another
+    compose(
+        *(
+            "run",
+            "--rm",
+            "train-cpu",
+            "train",
+            "/data/digits",
+            "--preset",
+            "mlp",
+            "--minutes",
+            "0.4",
+        ),
+        *("--publish", "weights/trained.safetensors"),
+        CGAN_DATA_DIR=str(tmp_path),
+    )
+    deadline = time.monotonic() + 60
+    while "trained" not in {model["name"] for model in client.get("/models").json()["models"]}:
+        assert time.monotonic() < deadline, client.get("/models").json()
+        time.sleep(0.2)
+    answer = client.post("/generate", params={"model": "trained", "label": 0, "seed": 1})
+    assert answer.status_code == 200
+    assert answer.headers["X-Model"].startswith("trained@sha256:")
+    assert inside("cat", "/proc/1/stat").stdout.split()[21] == began.split()[21]  # when it started
+
+
+def test_the_container_stops_in_good_order(client: httpx.Client) -> None:
+    container = compose("ps", "--all", "--quiet", "api-cpu").stdout.strip()
+    compose("stop", "api-cpu")
+    state = inspect("container", container)["State"]
+    assert isinstance(state, dict)
+    assert state["ExitCode"] == 0
+    assert not state["OOMKilled"]
