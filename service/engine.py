@@ -25,9 +25,13 @@ from training.networks import ConvGenerator, Generator, MLPGenerator
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 
-# On the CPU a batch is filled up to a multiple of this: with fewer than 8 rows a float32 product
-# takes another route with other roundings, and few shapes mean few kernels to prepare.
+# On the CPU a batch is filled up to a multiple of this: few shapes mean few kernels to prepare.
 _ROW_MULTIPLE = 8
+# The batch on the CPU whose results count. A product of few rows may take another kernel, which
+# sums in another order: on some processors one of 8 rows does, on others one of 32. Then one image
+# in fifty is another in some value, and few of these in a pixel: so shapes are compared by values,
+# the small ones by twice as many images.
+_REFERENCE_ROWS, _SMALL_ROWS = 256, 64
 # By how many levels of 255 the served pixels may differ, on average, from the artifact's own
 # float32 forward, which is not rounded to levels. A network folded wrongly is off by tens of them.
 _TOLERANCE = {torch.float32: 0.5, torch.bfloat16: 1.5}
@@ -228,7 +232,7 @@ class Engine:
         artifact: what is served.
         device: where it runs.
         dtype: what it computes in.
-        max_batch: most rows a call takes.
+        max_batch: most rows a call takes; fewer than were asked for, where more give other results.
         image_shape: (H, W, C).
         known: a few images that are not to change, by which the device can be proved later.
     """
@@ -254,8 +258,11 @@ class Engine:
         # Not `self._eager` otherwise: what refers to itself is only freed by a collection, and what
         # was there at the start, which is frozen, never.
         self._captured: _Captured | None = None
+        self._least_rows = _ROW_MULTIPLE  # of a batch on the CPU
         if device.type == "cuda":
             self._captured = _Captured(self._pixels, max_batch, network.latent_dim, device)
+        else:
+            self._choose_shapes()
         self.known = self._check()
 
     def __call__(
@@ -312,7 +319,7 @@ class Engine:
 
     def _eager(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         rows = len(labels)
-        missing = -rows % _ROW_MULTIPLE
+        missing = max(self._least_rows - rows, -rows % _ROW_MULTIPLE)
         if missing:
             latents = F.pad(latents, (0, 0, 0, missing))
             labels = F.pad(labels, (0, missing))
@@ -328,21 +335,60 @@ class Engine:
         x = x.view(-1, channels, height, width).permute(0, 2, 3, 1)
         return x.contiguous(), finite  # (N, H, W, C)
 
+    def _choose_shapes(self) -> None:
+        """Find the batches that give what those of `_REFERENCE_ROWS` do, and prepare their kernels.
+
+        They are all multiples of `_ROW_MULTIPLE` from a least to a largest one.
+        """
+        most = self.max_batch + -self.max_batch % _ROW_MULTIPLE
+        count = max(2 * _REFERENCE_ROWS, most)
+        latents, labels = self._rows(count)
+
+        def made(rows: int, among: int) -> Tensor:
+            """As many images as fill whole batches of so many rows."""
+            starts = range(0, among - rows + 1, rows)
+            parts = [slice(start, start + rows) for start in starts]
+            return torch.cat([self._network(latents[part], labels[part]) for part in parts])
+
+        def agrees(rows: int) -> bool:
+            among = count if rows <= _SMALL_ROWS else max(rows, _REFERENCE_ROWS)
+            found = made(rows, among)
+            return torch.equal(found[: len(reference)], reference[: len(found)])
+
+        with torch.inference_mode():
+            reference = made(_REFERENCE_ROWS, count)
+            while most > _REFERENCE_ROWS and not agrees(most):
+                most -= _ROW_MULTIPLE
+            least = most
+            while least < _REFERENCE_ROWS and not agrees(least):
+                least += _ROW_MULTIPLE
+            while least <= most and least > _ROW_MULTIPLE and agrees(least - _ROW_MULTIPLE):
+                least -= _ROW_MULTIPLE
+        self.max_batch, self._least_rows = min(self.max_batch, most), least
+
+    def _rows(self, count: int) -> tuple[Tensor, Tensor]:
+        """Latents and labels of as many images of `_KNOWN_SEED`, the classes in turn."""
+        seeds, indices, labels = self._order(count)
+        latents = draw_latents(seeds, indices, self._latent_dim)
+        return torch.from_numpy(latents), torch.from_numpy(labels)
+
+    def _order(self, count: int) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
+        indices = np.arange(count, dtype=np.int64)
+        labels = indices % self.artifact.info.network.num_classes
+        return np.full(count, _KNOWN_SEED, dtype=np.uint64), indices, labels
+
     def _check(self) -> Known:
-        """Warm every batch shape up, and prove the two things that an answer relies on."""
-        labels = np.arange(self.max_batch, dtype=np.int64) % self.artifact.info.network.num_classes
-        indices = np.arange(self.max_batch, dtype=np.int64)
-        seeds = np.full(self.max_batch, _KNOWN_SEED, dtype=np.uint64)
+        """Prove the two things that an answer relies on."""
+        seeds, indices, labels = self._order(self.max_batch)
         known = self(seeds, indices, labels)
-        for rows in (1, *range(_ROW_MULTIPLE, self.max_batch, _ROW_MULTIPLE)):
+        for rows in {1, max(1, self.max_batch // 2)}:
             some = self(seeds[-rows:], indices[-rows:], labels[-rows:])
             if not np.array_equal(some, known[-rows:]):
                 raise EngineError(
                     f"an image in a batch of {rows} differs from the same in a larger"
                 )
-        latents = torch.from_numpy(draw_latents(seeds, indices, self._latent_dim))
         with torch.inference_mode():
-            images = self.artifact.generator(latents, torch.from_numpy(labels))
+            images = self.artifact.generator(*self._rows(self.max_batch))
         reference = images.mul(127.5).add(127.5).permute(0, 2, 3, 1).numpy()
         difference = float(np.abs(known - reference).mean())
         if not difference <= _TOLERANCE[self.dtype]:

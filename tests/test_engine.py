@@ -40,7 +40,7 @@ def rows(count: int, classes: int = 10) -> Rows:
 )
 def engine(request: pytest.FixtureRequest) -> Engine:
     path, dtype = request.param
-    return Engine(load_artifact(path), device=CPU, dtype=dtype, max_batch=64)
+    return Engine(load_artifact(path), device=CPU, dtype=dtype, max_batch=256)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -90,11 +90,11 @@ def test_pixels_are_the_rounded_image_in_rows_of_height_width_channels(tmp_path:
 
 
 def test_an_image_is_the_same_in_every_batch_it_rides_in(engine: Engine) -> None:
-    seeds, indices, labels = rows(64)
+    seeds, indices, labels = rows(256)
     known = engine(seeds, indices, labels)
     rng = np.random.default_rng(1)
-    for size in (1, 2, 3, 7, 8, 9, 15, 31, 33, 63, 64):
-        chosen = rng.permutation(64)[:size]
+    for size in 2 * (1, 2, 3, 7, 8, 9, 15, 31, 33, 63, 64, 129, 255):
+        chosen = rng.permutation(256)[:size]
         some = engine(seeds[chosen], indices[chosen], labels[chosen])
         assert (some == known[chosen]).all(), f"in a batch of {size}"
 
@@ -163,6 +163,43 @@ def test_a_network_folded_wrongly_is_not_served(
         Engine(small_artifact, device=CPU, dtype=torch.float32, max_batch=8)
 
 
+@pytest.mark.parametrize(
+    ("asked", "other", "taken", "filled"),
+    [
+        (64, range(17), 64, 24),  # a product of few rows goes another way
+        (16, range(33), 16, 40),  # so do all that are asked for
+        (64, range(250), 64, 256),
+        (300, range(273, 400), 272, 8),  # so does one of many
+    ],
+)
+def test_only_batches_that_round_alike_are_computed(
+    asked: int,
+    other: range,
+    taken: int,
+    filled: int,
+    small_artifact: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = FusedMLP.__call__
+    shapes: set[int] = set()
+
+    def round_otherwise(
+        fused: FusedMLP, latents: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        shapes.add(len(latents))
+        x = original(fused, latents, labels)
+        return x * (1 + 1e-6) if len(latents) in other else x
+
+    monkeypatch.setattr(FusedMLP, "__call__", round_otherwise)
+    engine = Engine(small_artifact, device=CPU, dtype=torch.float32, max_batch=asked)
+    assert engine.max_batch == taken
+    shapes.clear()
+    for size in (1, 9, taken):
+        engine(*rows(size, classes=3))
+    assert min(shapes) == filled
+    assert not shapes & set(other)
+
+
 def test_an_image_that_depends_on_its_batch_is_not_served(
     small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,11 +220,12 @@ def test_a_dtype_asked_for_by_name_is_taken() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mnist", "mnist-mlp"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_captured_forward_agrees_with_the_cpu_and_with_itself(
-    bundled: Path, dtype: torch.dtype
+    bundled: Path, name: str, dtype: torch.dtype
 ) -> None:
-    artifact = load_artifact(bundled)
+    artifact = load_artifact(bundled.with_stem(name))
     gpu = Engine(artifact, device=torch.device("cuda"), dtype=dtype, max_batch=64)
     cpu = Engine(artifact, device=CPU, dtype=torch.float32, max_batch=64)
     order = rows(64)
