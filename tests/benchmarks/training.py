@@ -1,6 +1,6 @@
 """Training steps beside the loop as it is commonly published, at the same batch and networks.
 
-    python -m tests.benchmarks.training [--device cuda] [--data-dir DIR]
+    python -m tests.benchmarks.training [--device cuda] [--data-dir DIR] [--batches 64 256 1024]
 
 The published loop (CGAN-PyTorch, PyTorch-GAN): a DataLoader over torchvision's MNIST with ToTensor
 and Normalize, in the training process as the one has it, or in four workers as the other; real and
@@ -9,8 +9,10 @@ networks here are this project's own, and its defects are left out: labels are d
 classes, weights start as PyTorch starts them. The same loop with images that are float tensors
 beforehand shows how much of the difference is the loading.
 
-All are compared at two batch sizes. Rounds are interleaved; printed are medians, in images per
-second. The ratios are to the faster of the published loops, and to the one with nothing to load.
+All are compared at several batch sizes. Rounds are interleaved; printed are medians, in images per
+second and in microseconds a step. The ratios are to the faster of the published loops, and to the
+one with nothing to load. The floor is what the matrix products of a step take, one after the other
+and nothing else. On a GPU steps are also launched one by one, and those of preset `conv` timed.
 """
 
 import argparse
@@ -18,8 +20,9 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,9 +35,7 @@ from training.capture import make_stepper
 from training.config import PRESETS, TrainingConfig
 from training.data import Dataset, default_data_dir, load_dataset
 from training.devices import describe, has_native_bfloat16, resolve_device
-from training.loop import create_state, generator_config
-
-BATCHES = (64, 256)
+from training.loop import Stepper, create_state, eager_stepper, generator_config
 
 
 class PerImage(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -131,11 +132,15 @@ def plain_loop(
 
 
 def our_loop(
-    dataset: Dataset, device: torch.device, config: TrainingConfig
+    dataset: Dataset, device: torch.device, config: TrainingConfig, *, eager: bool = False
 ) -> Callable[[float], float]:
     """This project's steps as a function: seconds to spend -> images per second."""
     state = create_state(config, generator_config(config, dataset), device, seed=0)
-    stepper = make_stepper(state, dataset, config, print)
+    stepper: Stepper
+    if eager:
+        stepper = eager_stepper(state, dataset, config)
+    else:
+        stepper = make_stepper(state, dataset, config, print)
 
     def run(seconds: float) -> float:
         began, first = time.perf_counter(), state.images_seen
@@ -147,17 +152,74 @@ def our_loop(
     return run
 
 
+def products(device: torch.device, batch: int, dtype: torch.dtype) -> Callable[[float], float]:
+    """The products of a step of the document's pair, as a function like a loop.
+
+    A generator's forward, and the discriminator's on real and fake images; back through it to its
+    weights; its forward on the fakes again, back to them, and through the generator.
+    """
+    generator = list(pairwise((110, 128, 256, 512, 1024, 784)))
+    discriminator = list(pairwise((794, 512, 256, 1)))
+    passes = [
+        (batch, generator, "forward"),
+        (2 * batch, discriminator, "forward"),
+        (2 * batch, discriminator, "to the weights"),
+        (batch, discriminator, "forward"),
+        (batch, discriminator, "to the input"),
+        (batch, generator, "to the weights"),
+    ]
+
+    def filled(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    work: list[tuple[Tensor, Tensor]] = []
+    for rows, layers, kind in passes:
+        for place, (fan_in, fan_out) in enumerate(layers):
+            x, weight, slope = filled(rows, fan_in), filled(fan_out, fan_in), filled(rows, fan_out)
+            if kind == "forward":
+                work.append((x, weight.T))
+            elif kind == "to the input" or place:  # nobody needs the slope at a network's input
+                work.append((slope, weight))
+            if kind == "to the weights":
+                work.append((slope.T, x))
+
+    def once() -> None:
+        for one, other in work:
+            torch.mm(one, other)
+
+    once()
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            once()
+    step = graph.replay if device.type == "cuda" else once
+
+    def run(seconds: float) -> float:
+        began, steps = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            step()
+            steps += 1
+            if device.type == "cuda" and steps % 64 == 0:
+                torch.cuda.synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return steps * batch / (time.perf_counter() - began)
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data-dir", type=Path, default=default_data_dir())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each loop in each round")
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256])
     options = parser.parse_args()
     device = resolve_device(options.device)
     dataset = load_dataset("mnist", "train", options.data_dir).to(device)
     print(f"{describe(device)}, torch {torch.__version__}")
-    for batch in BATCHES:
+    for batch in options.batches:
         compare(dataset, device, batch, options.rounds, options.seconds)
 
 
@@ -174,11 +236,21 @@ def compare(
     loops = {
         **published,
         "the same, ready-made floats": plain_loop(dataset, device, ready, batch=batch, workers=0),
-        "preset paper, float32": our_loop(dataset, device, paper),
     }
+    conv = dataclasses.replace(PRESETS["conv"], batch_size=batch)
+    precisions: list[Literal["float32", "bfloat16"]] = ["float32"]
     if has_native_bfloat16(device):
-        half = dataclasses.replace(paper, precision="bfloat16")
-        loops["preset paper, bfloat16"] = our_loop(dataset, device, half)
+        precisions.append("bfloat16")
+    for precision in precisions:
+        config = dataclasses.replace(paper, precision=precision)
+        loops[f"preset paper, {precision}"] = our_loop(dataset, device, config)
+        loops[f"floor, {precision}"] = products(device, batch, getattr(torch, precision))
+        if device.type == "cuda":
+            name = f"preset paper, {precision}, eager"
+            loops[name] = our_loop(dataset, device, config, eager=True)
+    if device.type == "cuda":
+        loops["preset conv"] = our_loop(dataset, device, conv)
+        loops["preset conv, eager"] = our_loop(dataset, device, conv, eager=True)
     speeds: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
         loop(2.0)
@@ -187,10 +259,11 @@ def compare(
             speeds[name].append(loop(seconds))
     medians = {name: statistics.median(found) for name, found in speeds.items()}
     floors = max(medians[name] for name in published), medians["the same, ready-made floats"]
-    print(f"{f'batch {batch}':<28}{'images/s':>10}{'to published':>16}{'to ready-made':>16}")
+    head = f"{'images/s':>12}{'us a step':>12}{'to published':>16}{'to ready-made':>16}"
+    print(f"{f'batch {batch}':<32}{head}")
     for name, median in medians.items():
         ratios = "".join(f"{median / floor:>15.2f}x" for floor in floors)
-        print(f"{name:<28}{median:>10,.0f}{ratios}")
+        print(f"{name:<32}{median:>12,.0f}{1e6 * batch / median:>12,.0f}{ratios}")
 
 
 if __name__ == "__main__":
