@@ -27,6 +27,7 @@ from service.reload import Reloader
 from service.routes import datasets, inference, native, openai, operations, pages
 from service.routes.native import FrontDoor
 from service.settings import Settings
+from service.shedding import Shedder
 from service.startup import ServiceError
 
 if TYPE_CHECKING:
@@ -152,7 +153,6 @@ def create_app(
     )
     app.state.readiness = readiness
     app.state.batcher = batcher
-    app.state.refusal = Observe(problems.refuse, metrics)  # of what never becomes a request
     app.state.reloader = reloader
     problems.install(app)
     generation = Generation(registry, batcher, metrics, encoders)
@@ -170,6 +170,11 @@ def create_app(
     grants = create_grants(settings, metrics, folder)
     app.needs_key = bool(grants)
     _surround(app, front_door, grants, metrics, tracing)
+    app.state.refusal = Observe(problems.refuse, metrics)  # of what never becomes a request
+    # Whoever needs a key, or has a trace, is looked at before being refused.
+    app.state.shed = (
+        None if grants or tracing else Shedder(generation, Observe(front_door, metrics))
+    )
     return app
 
 

@@ -44,7 +44,7 @@ MIN_RETRY_AFTER_S = 0.01
 # On the event loop, what was answered is sent within so many of its rounds, and what has arrived by
 # then is admitted within `QUIET_ROUNDS` of the last arrival.
 SENDING_ROUNDS, QUIET_ROUNDS = 3, 2
-HEARING = 0.5  # of the time of a batch, for which what comes may keep a full one waiting there
+HEARING = 1.0  # in times of a batch, for which what comes may keep a full one waiting there
 
 _UINT64, _INT64 = np.dtype(np.uint64), np.dtype(np.int64)
 
@@ -225,6 +225,7 @@ class Batcher:
         self._turn_s = 0.0  # how long the last forward took
         # On the event loop alone; the first is read by others, too:
         self.small_at = -math.inf  # when the last small request came, by perf_counter
+        self.crowded = False  # whether the last request found no room, or no time
         self._rounds_left = 0  # of the event loop, before the next turn
         self._turning = False
 
@@ -332,11 +333,8 @@ class Batcher:
         """
         _check_rows(seeds, indices, labels)
         rows = len(seeds)
-        if timeout_s is None or timeout_s > self._timeout_s:
-            timeout_s = self._timeout_s
-        now = perf_counter()
-        if not self._threaded and self._is_overdue(engine, now):
-            self._take_turn()
+        timeout_s = self._bounded(timeout_s)
+        now = self._hear(engine)
         with self._lock:
             if not self._accepting:
                 raise self._lost or Draining("no new work is taken")
@@ -344,6 +342,7 @@ class Batcher:
             if lane is None:
                 lane = self._lanes[engine] = _Lane()
             self._check_room(lane, rows, timeout_s, now)
+            self.crowded = False
 
             future: asyncio.Future[Generated] = self._loop.create_future()
             ticket = Ticket(
@@ -363,6 +362,22 @@ class Batcher:
             if not self._threaded:
                 self._await_quiet(lane.queued_rows < engine.max_batch)
         return ticket
+
+    def refusal(self, engine: Engine, rows: int, timeout_s: float | None) -> Overloaded | None:
+        """What `admit` would raise for so many rows, for want of room or time."""
+        now = self._hear(engine)
+        with self._lock:
+            lane = self._lanes.get(engine)
+            if lane is None or not self._accepting:
+                return None
+            try:
+                self._check_room(lane, rows, self._bounded(timeout_s), now)
+            except Overloaded as error:
+                return error
+        return None
+
+    def _bounded(self, timeout_s: float | None) -> float:
+        return self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
 
     def _check_room(self, lane: _Lane, rows: int, timeout_s: float, now: float) -> None:
         """Raise Overloaded unless `rows` more fit the queue and can be done in time.
@@ -386,6 +401,7 @@ class Batcher:
             excess = rows - room
             fits_s = running_s + backlog_s * min(1.0, excess / queued) if excess > 0 else 0.0
             room_s = min(room_s, max(fits_s, late_s))
+        self.crowded = True
         raise Overloaded(queued, max(room_s, MIN_RETRY_AFTER_S))
 
     def _expire(self, ticket: "Ticket") -> None:
@@ -395,17 +411,18 @@ class Batcher:
 
     # On the event loop, where it takes the turns
 
-    def _is_overdue(self, engine: Engine, now: float) -> bool:
-        """Whether a full batch has waited for long enough, however much there still is to hear.
+    def _hear(self, engine: Engine) -> float:
+        """Take a turn before a request, if a full batch has waited for long enough; the time.
 
         A round of the loop hears all that has come, and a refusal costs time as well: where more
         comes than can be refused, the loop would do nothing else.
         """
-        return (
-            now - self._ready_at > HEARING * self._turn_s
-            and bool(self._turns)
-            and self._turns[0].queued_rows >= engine.max_batch
-        )
+        now = perf_counter()
+        if self._threaded or now - self._ready_at <= HEARING * self._turn_s:
+            return now
+        if self._turns and self._turns[0].queued_rows >= engine.max_batch:
+            self._take_turn()
+        return now
 
     def _await_quiet(self, more_fits: bool) -> None:
         if not self._turning:

@@ -8,14 +8,18 @@ keeps what one sends, without a bound; nor does it tell a request that its clien
 import asyncio
 import logging
 import resource
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 from uvicorn.server import ServerState
 
 from service.generation import CLIENT, Client
@@ -35,6 +39,8 @@ _OTHER_FILES = 512  # that the process may need besides connections
 
 log = logging.getLogger("service.connection")
 
+RawHeaders = Sequence[tuple[bytes, bytes]]
+
 
 @dataclass
 class Terms:
@@ -45,12 +51,15 @@ class Terms:
         client_timeout_s: how long a client may keep the server waiting.
         max_connections: most that are open at a time; more are answered 503 and closed.
         draining: whether every answer is the last one of its connection.
+        shed: status, headers and body for a POST without a body that is refused at once, by its
+            target, headers and client; None for others.
     """
 
     refusal: ASGIApp
     client_timeout_s: float
     max_connections: int
     draining: bool = False
+    shed: Callable[[bytes, RawHeaders, Any], tuple[int, RawHeaders, bytes] | None] | None = None
 
 
 class JoiningTransport:
@@ -196,6 +205,8 @@ class JoiningProtocol(HttpToolsProtocol):
         if problem is not None:
             self._refuse(problem)
             return
+        if self._is_shed():
+            return
         super().on_headers_complete()
         # After a body that may never come, nobody could tell where the next request begins.
         if self._terms.draining or self.expect_100_continue:
@@ -204,7 +215,33 @@ class JoiningProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """End a request."""
         self._whole = True
-        super().on_message_complete()
+        if not self._in_head:  # else it was shed
+            super().on_message_complete()
+
+    def _is_shed(self) -> bool:
+        """Answer a request that is refused before it is one; whether it was."""
+        plain = (
+            self._terms.shed is not None
+            and not (self._terms.draining or self._answering or self.pipeline)
+            and not self.expect_100_continue
+            and self.parser.get_method() == b"POST"
+            and self.parser.get_http_version() == "1.1"
+            and self.parser.should_keep_alive()
+            and not self.parser.should_upgrade()
+        )
+        if not plain:
+            return False
+        assert self._terms.shed is not None
+        refused = self._terms.shed(self.url, self.headers, self.client)
+        if refused is None:
+            return False
+        status, headers, body = refused
+        lines = [STATUS_LINE[status]]
+        for name, value in (*self.server_state.default_headers, *headers):
+            lines += (name, b": ", value, b"\r\n")
+        self.transport.write(b"".join((*lines, b"\r\n", body)))
+        self.server_state.total_requests += 1
+        return True
 
     def _find_problem(self) -> Problem | None:
         """Which bound a complete head breaks."""

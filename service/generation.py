@@ -279,6 +279,22 @@ class Generation:
         variation = None if truncation == 1.0 else Variation(truncation)
         return Order(model, seeds, labels, indices, counts, variation)
 
+    @property
+    def crowded(self) -> bool:
+        """Whether the last order was refused for want of room or time."""
+        return self._batcher.crowded
+
+    def refusal(self, model: Model, images: int, timeout_s: float | None) -> Problem | None:
+        """The problem that an order of so many images ends in now, where there is no room for it.
+
+        It counts as an order that was refused.
+        """
+        error = self._batcher.refusal(model.engine, images, timeout_s)
+        if error is None:
+            return None
+        model.tally.failed += 1
+        return self._overloaded(error)
+
     async def fulfil(self, order: Order, client: Client, timeout_s: float | None = None) -> Images:
         """Make an order's images, unless the client goes away.
 
@@ -325,10 +341,7 @@ class Generation:
             )
             return await self._wait(ticket, client)
         except Overloaded as error:
-            seconds = max(1, math.ceil(error.retry_after_s))
-            raise self._rejected(
-                429, "overloaded", f"Too much waits already; try again in {seconds} s.", seconds
-            ) from None
+            raise self._overloaded(error) from None
         except Draining:
             raise self._rejected(503, "draining", "The service is shutting down.", 1) from None
         except DeadlineExceeded as error:
@@ -435,6 +448,11 @@ class Generation:
             message = f"is not loaded; {plain} is now {model.identity.decode()}"
             raise wrong_value("model", name, message, status=404)
         return model
+
+    def _overloaded(self, error: Overloaded) -> Problem:
+        seconds = max(1, math.ceil(error.retry_after_s))
+        detail = f"Too much waits already; try again in {seconds} s."
+        return self._rejected(429, "overloaded", detail, seconds)
 
     def _rejected(
         self, status: int, kind: str, detail: str, retry_after_s: int | None = None

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Iterable
 from random import getrandbits
 from typing import Any
 
@@ -69,7 +70,7 @@ class Observe:
             return
         began = time.perf_counter()
         status, sent_bytes, started = 500, 0, False
-        request_id = _request_id(scope)
+        request_id = request_id_of(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def observed_send(message: Message) -> None:
@@ -93,11 +94,12 @@ class Observe:
             await answer(scope, receive, observed_send)
         finally:
             self._metrics.requests_in_progress.dec()
-            self._report(scope, request_id, status, sent_bytes, time.perf_counter() - began)
+            self.report(scope, request_id, status, sent_bytes, time.perf_counter() - began)
 
-    def _report(
+    def report(
         self, scope: Scope, request_id: str, status: int, sent_bytes: int, seconds: float
     ) -> None:
+        """Count and log a request that was answered."""
         # The template and not the path: a label may only take values that we chose.
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if route != "unmatched" else "any"
@@ -131,9 +133,9 @@ class Observe:
         access_log.log(level, "request", extra={"fields": fields})
 
 
-def _request_id(scope: Scope) -> str:
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The caller's own id where it is a harmless one, else a new one."""
-    for name, value in scope["headers"]:
+    for name, value in headers:
         if name == b"x-request-id":
             sent: str = value.decode("latin-1")
             if _SAFE_ID.fullmatch(sent):

@@ -6,6 +6,7 @@ A problem says what is wrong in words a caller can act on; nothing internal ever
 import http
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request, Response
@@ -172,7 +173,11 @@ def wrong_values(
 def describe(problem: Problem, scope: Scope) -> tuple[int, str, bytes]:
     """Status, media type and body of the answer to a request that ended in a problem."""
     shape = shape_of(scope["path"])
-    body = _to_json(shape.fill(problem, scope)).encode()
+    if shape is _DETAILS and not problem.errors:
+        before, after = _around_id(problem.status, problem.kind, problem.detail)
+        body = f"{before}{_to_json(_request_id(scope))}{after}".encode()
+    else:
+        body = _to_json(shape.fill(problem, scope)).encode()
     return shape.status(problem), shape.media_type, body
 
 
@@ -229,13 +234,27 @@ def _detail(request: Request, error: HTTPException) -> str:
     return str(error.detail)
 
 
+@lru_cache(maxsize=256)  # under overload the same is said again and again
+def _around_id(status: int, kind: str, detail: str) -> tuple[str, str]:
+    """The body of a problem without wrong values, before and after the request's id."""
+    name = '"request_id":'  # never in a text, where quotes are escaped
+    body = _to_json(_fill_details(Problem(status, kind, detail), {}))
+    before, _, after = body.partition(f"{name}null")
+    return before + name, after
+
+
+def _request_id(scope: Scope) -> str | None:
+    found: str | None = scope.get("state", {}).get("request_id")
+    return found
+
+
 def _fill_details(problem: Problem, scope: Scope) -> dict[str, Any]:
     return {
         "type": f"urn:cgan:problem:{problem.kind}",
         "title": problem.kind.replace("-", " ").capitalize(),
         "status": problem.status,
         "detail": problem.detail,
-        "request_id": scope.get("state", {}).get("request_id"),
+        "request_id": _request_id(scope),
         "errors": [error.model_dump() for error in problem.errors],
     }
 

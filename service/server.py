@@ -63,7 +63,10 @@ class Server(uvicorn.Server):
                 every_second()
 
         self._terms = Terms(
-            app.state.refusal, settings.client_timeout_s, make_room(settings.max_connections)
+            app.state.refusal,
+            settings.client_timeout_s,
+            make_room(settings.max_connections),
+            shed=app.state.shed,
         )
         http: Any = partial(JoiningProtocol, self._terms)
         super().__init__(

@@ -1133,7 +1133,7 @@ def test_without_a_thread_a_full_batch_does_not_wait_until_all_that_came_is_hear
     async def scenario(batcher: Batcher) -> None:
         await submit(batcher, engine, 0, n=10)  # a batch takes a second
         tickets = []
-        for seed, passed_s in ((1, 0.0), (2, 0.4), (3, 0.2)):  # all of it in one round of the loop
+        for seed, passed_s in ((1, 0.0), (2, 0.7), (3, 0.4)):  # all of it in one round of the loop
             assert engine.sizes == [10]
             clock.now_s += passed_s
             n = np.arange(10)
@@ -1157,7 +1157,7 @@ def test_without_a_thread_the_time_of_a_turn_makes_room_for_whoever_is_heard_nex
         waiting = batcher.admit(engine, np.full(10, 1, np.uint64), n, n)
         with pytest.raises(Overloaded):
             batcher.admit(engine, np.full(10, 2, np.uint64), n, n)
-        clock.now_s += 1.0
+        clock.now_s += 1.5
         admitted_now = batcher.admit(engine, np.full(10, 3, np.uint64), n, n)
         await asyncio.gather(batcher.wait(waiting), batcher.wait(admitted_now))
 

@@ -1,5 +1,6 @@
 """The front door, `/generate`; what becomes of its images, `/verify`; and the list of models."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated, Any, NamedTuple
 
@@ -110,7 +111,7 @@ _IMAGES: dict[int | str, dict[str, Any]] = {
 }
 
 
-class _Head(NamedTuple):
+class Head(NamedTuple):
     """What matters of a request's headers."""
 
     accept: str | None
@@ -148,7 +149,7 @@ class FrontDoor:
 
     async def _generate(self, scope: Scope, receive: Receive) -> tuple[int, RawHeaders, bytes]:
         generation = self._generation
-        head = _read_headers(scope["headers"])
+        head = read_headers(scope["headers"])
         asked: GenerateQuery | GenerateBody
         if head.body is None:
             asked = parse_query(scope["query_string"])
@@ -260,7 +261,8 @@ async def _verify(generation: Generation, request: Request) -> Verdict:
     return await run_in_threadpool(compare, found, order, images)
 
 
-def _read_headers(headers: RawHeaders) -> _Head:
+def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> Head:
+    """What matters of the headers of a request, whose names are in lower case."""
     accept = body = known = None
     media_type = b""
     for name, value in headers:
@@ -274,10 +276,10 @@ def _read_headers(headers: RawHeaders) -> _Head:
         elif name == b"if-none-match":
             more = value.decode("latin-1")
             known = more if known is None else f"{known}, {more}"
-    return _Head(accept, media_type, body, known)
+    return Head(accept, media_type, body, known)
 
 
-async def _read_body(head: _Head, scope: Scope, receive: Receive) -> bytearray:
+async def _read_body(head: Head, scope: Scope, receive: Receive) -> bytearray:
     """The body, which has to be JSON; the server bounds it.
 
     Raises:
