@@ -21,7 +21,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -110,7 +110,11 @@ def fault(done: str, expected: str) -> Callable[[Scene], Scene]:
 
 @contextmanager
 def served(
-    *arguments: str, cores: int = 1, weights: Path = WEIGHTS, module: str = "service"
+    *arguments: str,
+    cores: int = 1,
+    weights: Path = WEIGHTS,
+    module: str = "service",
+    environment: Mapping[str, str] = {},
 ) -> Iterator[ServiceProcess]:
     """The document's MLP, on the first cores of this machine; this process takes the others."""
     all_cores = sorted(os.sched_getaffinity(0))
@@ -120,7 +124,7 @@ def served(
     try:
         with ServiceProcess(
             *("--weights", str(weights), "--log-level", "warning", *arguments),
-            environment={"OMP_NUM_THREADS": "1"},
+            environment={"OMP_NUM_THREADS": "1", **environment},
             module=module,
         ) as service:
             if apart:
@@ -315,6 +319,8 @@ async def flood() -> Findings:
 # Clients -----------------------------------------------------------------------------------------
 
 LEAVERS, WAVE = 10_000, 250
+# The allocator would keep now 50 and now 250 MB of what is free, in which no leak could be seen.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @fault(
@@ -323,11 +329,11 @@ LEAVERS, WAVE = 10_000, 250
 )
 async def disconnects() -> Findings:
     """Disconnects while queued."""
-    with served(*PATIENT) as service:
+    with served(*PATIENT, environment=GIVES_BACK) as service:
         port = port_of(service)
         before = await _warm_up(service)
         most_rows = 0.0
-        grown = []  # MB after each fifth: the allocator keeps now more and now less
+        grown = []  # MB after each fifth
         for fifth in range(1, 6):
             while _gone(await scrape(port)) < LEAVERS * fifth / 5:
                 most_rows = max(most_rows, await _wave(port))
@@ -344,7 +350,7 @@ async def disconnects() -> Findings:
             ),
             (
                 f"memory after each fifth {', '.join(f'{more:+.0f}' for more in grown)} MB",
-                grown[-1] <= max(grown[:-1]) + 10,
+                max(grown) <= min(grown) + 10,
             ),
             *left_over(before, after),
             await no_error_logged(service),
