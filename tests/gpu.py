@@ -25,7 +25,7 @@ from training.data import default_data_dir
 from training.devices import DeviceError, resolve_device
 
 LIMIT_S = 590.0  # of a part
-SERVICES = ("end_to_end", "readiness", "reload", "workers", "datasets", "verify")
+SERVICES = ("end_to_end", "readiness", "reload", "workers")
 FAULTS = ("not_a_number", "out_of_memory", "lost_device")
 
 
