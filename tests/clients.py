@@ -86,13 +86,19 @@ class Client:
             self.close()
 
     async def send_slowly(self, request: bytes, *, pause_s: float, at_once: int = 0) -> Answer:
-        """Send a request byte by byte, but for the first `at_once`, and read its answer."""
+        """Send a request byte by byte, but for the first `at_once`, until it is answered."""
         _, writer = await self.connect()
         writer.write(request[:at_once])
-        for position in range(at_once, len(request)):
-            await asyncio.sleep(pause_s)
-            writer.write(request[position : position + 1])
-        return await self.read()
+        answer = asyncio.ensure_future(self.read())
+        try:
+            for position in range(at_once, len(request)):
+                await asyncio.wait({answer}, timeout=pause_s)
+                if answer.done():
+                    break
+                writer.write(request[position : position + 1])
+            return await answer
+        finally:
+            answer.cancel()
 
     def deafen(self) -> None:
         """Read nothing from now on."""

@@ -17,6 +17,7 @@ import itertools
 import os
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -193,16 +194,20 @@ class Soak:
         await self.forever("leaver", act, 0.5)
 
     async def slow(self) -> None:
-        """A byte a second."""
+        """A byte a second: in turn of all the request, which takes too long, and of its end."""
         client = Client(self.port)
+        whole = itertools.cycle((True, False))
 
         async def act() -> None:
             target = _target("small", "1", 1)
             request = f"POST {target} HTTP/1.1\r\nHost: s\r\n\r\n".encode()
-            sending = client.send_slowly(request, pause_s=1.0)
+            at_once, expected = len(request) - 10, frozenset({200, 429})
+            if next(whole):
+                at_once, expected = 0, frozenset({408})
+            sending = client.send_slowly(request, pause_s=1.0, at_once=at_once)
             try:
                 async with asyncio.timeout(max(0.1, self.until - time.monotonic())):
-                    self.note("slow", await sending, frozenset({200, 429}), target)
+                    self.note("slow", await sending, expected, target)
             except TimeoutError:
                 if time.monotonic() < self.until:  # the end of the soak is no fault
                     raise
@@ -405,6 +410,12 @@ async def warm_up(service: ServiceProcess) -> Held:
         await asyncio.gather(*(client.ask("/generate?label=1&n=64") for client in clients))
     for client in clients:
         client.close()
+    # These make the threads that are only made when they are needed.
+    large = [Client(port_of(service)) for _ in range(2)]
+    await asyncio.gather(*(client.ask("/generate?label=1&n=1024&scale=4") for client in large))
+    for client in large:
+        client.close()
+    service.signal(signal.SIGHUP)
     return await at_rest(service)
 
 
