@@ -1230,12 +1230,14 @@ class Anything(RuleBasedStateMachine):
 
         async def admit() -> Ticket | None:
             try:
-                return self.batcher.admit(
+                ticket = self.batcher.admit(
                     self.engines[engine], seeds, np.arange(n), labels, timeout_s
                 )
             except Overloaded:
                 assert self.batcher.queued_rows + n > bound
                 return None
+            assert self.batcher.queued_rows <= bound
+            return ticket
 
         ticket = self.loop.run_until_complete(admit())
         if ticket is None:
