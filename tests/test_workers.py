@@ -80,7 +80,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(artifact: Path) -> Iterator[ServiceProcess]:
-    with ServiceProcess("--workers", "2", "--weights", str(artifact)) as running:
+    arguments = ("--workers", "2", "--self-check-s", "3600", "--weights", str(artifact))
+    with ServiceProcess(*arguments) as running:
         yield running
 
 
