@@ -8,7 +8,7 @@ keeps what one sends, without a bound; nor does it tell a request that its clien
 import asyncio
 import logging
 import resource
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from uvicorn.server import ServerState
 
 from service.generation import CLIENT, Client
 from service.problems import Problem
+from service.routes.native import RawHeaders
 
 MAX_TARGET_BYTES = 1 << 14  # 16 KiB: 1024 labels with long names
 MAX_HEAD_BYTES = 1 << 16
@@ -38,8 +39,6 @@ _BEYOND = 256  # connections above the limit that are told so; beyond these, non
 _OTHER_FILES = 512  # that the process may need besides connections
 
 log = logging.getLogger("service.connection")
-
-RawHeaders = Sequence[tuple[bytes, bytes]]
 
 
 @dataclass

@@ -6,7 +6,6 @@ little more than to read it. The answer is the one that `routes.native` would gi
 """
 
 import time
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,11 +15,9 @@ from service.formats import negotiate
 from service.generation import Generation
 from service.observation import Observe, request_id_of
 from service.problems import Problem, describe
-from service.routes.native import FrontDoor, read_headers
+from service.routes.native import FrontDoor, RawHeaders, read_headers
 from service.routes.parameters import parse_query
 from service.settings import MAX_IMAGES
-
-RawHeaders = Sequence[tuple[bytes, bytes]]
 
 
 class Plain(NamedTuple):
@@ -41,7 +38,7 @@ class Shedder:
 
     def __call__(
         self, target: bytes, headers: RawHeaders, client: tuple[str, int] | None
-    ) -> tuple[int, list[tuple[bytes, bytes]], bytes] | None:
+    ) -> tuple[int, RawHeaders, bytes] | None:
         """Refuse a POST without a body.
 
         Returns:
