@@ -26,6 +26,7 @@ PANELS = {
 }
 RULES = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
 NEEDS_GPU = {"GPU memory"}
+FREE, LIMITED = "f" * 20, "l" * 20  # keys; the second may have an image a second
 
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="needs prometheus and promtool on the PATH"
@@ -41,15 +42,18 @@ def prometheus(
     weights = folder / "weights"
     weights.mkdir()
     make_artifact(weights / "small.safetensors")
-    with ServiceProcess("--weights", str(weights), "--workers", "2") as several:
+    with ServiceProcess(
+        *("--weights", str(weights), "--workers", "2", "--burst-images", "4"),
+        environment={"CGAN_API_KEYS": f"free:{FREE},limited:{LIMITED}:1"},
+    ) as several:
         clients = (service.client, several.client)
         targets = [f"'127.0.0.1:{client.base_url.port}'" for client in clients]
         config = folder / "prometheus.yml"
         config.write_text(
             "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
             f"rule_files: ['{ALERTS}']\n"
-            "scrape_configs: [{job_name: cgan, static_configs: "
-            f"[{{targets: [{', '.join(targets)}]}}]}}]\n"
+            f"scrape_configs: [{{job_name: cgan, authorization: {{credentials: {FREE}}}, "
+            f"static_configs: [{{targets: [{', '.join(targets)}]}}]}}]\n"
         )
         address = f"127.0.0.1:{free_port()}"
         process = subprocess.Popen(
@@ -66,8 +70,9 @@ def prometheus(
                 deadline = time.monotonic() + DEADLINE_S
                 while missing(client):
                     assert time.monotonic() < deadline, missing(client)
-                    drive(service.client, "7")
-                    drive(several.client, "cat")
+                    assert post(service.client, "label=7") == 200
+                    assert post(several.client, "label=cat") == 200
+                    assert post(several.client, "label=cat", LIMITED) in {200, 429}
                 (weights / "broken.safetensors").write_bytes(b"no artifact")
                 yield client
         finally:
@@ -75,9 +80,9 @@ def prometheus(
             process.wait(timeout=30)
 
 
-def drive(client: httpx.Client, label: str) -> None:
-    client.post(f"/generate?label={label}&n=4")
-    client.post(f"/generate?label={label}&n=1024&timeout_ms=1&format=npz")  # refused
+def post(client: httpx.Client, query: str, key: str = FREE) -> int:
+    headers = {"Authorization": f"Bearer {key}"}
+    return client.post(f"/generate?n=4&{query}", headers=headers).status_code
 
 
 def ask(client: httpx.Client, expression: str) -> list[Any]:
