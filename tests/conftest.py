@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.serving import REPOSITORY, ServiceProcess
+from tests.serving import MODEL, REPOSITORY, ServiceProcess
 from training.artifact import Artifact, ArtifactInfo, load_artifact, save_artifact
 from training.data import default_data_dir
 from training.loop import recompute_batch_norm
@@ -88,16 +88,18 @@ def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="session")
 def bundled() -> Path:
-    return REPOSITORY / "weights" / "mnist.safetensors"
+    return MODEL
 
 
 @pytest.fixture(scope="session")
 def service() -> Iterator[ServiceProcess]:
-    """The bundled model, served as a newcomer would.
+    """The bundled models, served as a newcomer would.
 
     But for the self-check: its known images would be counted in the middle of a test that counts.
     """
-    with ServiceProcess("--self-check-s", "3600") as running:
+    with ServiceProcess(
+        "--weights", str(REPOSITORY / "weights"), "--self-check-s", "3600"
+    ) as running:
         yield running
 
 

@@ -21,6 +21,13 @@ from fastapi import FastAPI
 from service.connection import JoiningProtocol, Terms
 
 REPOSITORY = Path(__file__).parent.parent
+MODEL = REPOSITORY / "weights" / "mnist.safetensors"
+
+
+def _environment() -> dict[str, str]:
+    """One model where nothing else is said, because loading them all takes half of a start."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("CGAN_")}
+    return {**clean, "CGAN_WEIGHTS": str(MODEL)}
 
 
 class ServiceProcess:
@@ -32,11 +39,10 @@ class ServiceProcess:
         environment: Mapping[str, str] | None = None,
         module: str = "service",
     ) -> None:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("CGAN_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "--port", "0", *arguments],
             cwd=REPOSITORY,
-            env={**clean, **(environment or {})},
+            env={**_environment(), **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -86,7 +92,7 @@ def refused(*arguments: str) -> str:
     ended = subprocess.run(
         [sys.executable, "-m", "service", "--port", "0", *arguments],
         cwd=REPOSITORY,
-        env={k: v for k, v in os.environ.items() if not k.startswith("CGAN_")},
+        env=_environment(),
         capture_output=True,
         text=True,
         timeout=60,

@@ -162,7 +162,7 @@ def test_augmentation_moves_images_a_little_and_each_its_own_way() -> None:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_module, "EPOCHS", 2)
-    monkeypatch.setattr(judge_module, "MIN_IMAGES", 256 * 30)
+    monkeypatch.setattr(judge_module, "MIN_IMAGES", 256 * 10)
 
 
 TEST = tiny.dataset(120, 1)
@@ -174,7 +174,7 @@ def test_an_unknown_data_set_gets_a_judge_once(tmp_path: Path) -> None:
     lines: list[str] = []
     first = judge_for(DATA, TEST, cache=tmp_path, report=lines.append)
     assert len(lines) == 1
-    assert lines[0].startswith(f"{START}30 passes over its training images, about ")
+    assert lines[0].startswith(f"{START}10 passes over its training images, about ")
     assert first.accuracy(TEST) > 0.9
 
     again = judge_for(DATA, TEST, cache=tmp_path, report=lines.append)
@@ -215,15 +215,15 @@ def test_a_judge_learns_no_longer_than_there_is_time(
 
     hasty = find(seconds=5.0)
     assert lines == [
-        f"{START}for want of time 2.5 instead of 30 passes over its training images, about "
+        f"{START}for want of time 2.5 instead of 10 passes over its training images, about "
         "0.1 minutes"
     ]
     assert find(seconds=9.0).digest == hasty.digest  # near enough to what there is time for
     assert len(lines) == 1
     find(seconds=11.0)
-    assert lines[1].startswith(f"{START}for want of time 5.5 instead of 30 passes")
+    assert lines[1].startswith(f"{START}for want of time 5.5 instead of 10 passes")
     full = find()
-    assert lines[2].startswith(f"{START}30 passes")
+    assert lines[2].startswith(f"{START}10 passes")
     assert find(seconds=1.0).digest == find().digest == full.digest != hasty.digest
     assert len(lines) == 3
 

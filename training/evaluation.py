@@ -21,7 +21,7 @@ from training.data import Dataset
 from training.figures import NEIGHBOURS, frechet_distance, kernel_distance, manifold_figures
 from training.gan_train import IMAGES as GAN_TRAIN_IMAGES
 from training.gan_train import GANTrain, estimate_gan_train_s, gan_train
-from training.judge import Judge
+from training.judge import Judge, share_right
 from training.memorisation import AT_A_TIME as NEAREST_AT_A_TIME
 from training.memorisation import IMAGES as MEMORISATION_IMAGES
 from training.memorisation import Memorisation, memorisation, nearest
@@ -125,7 +125,7 @@ def certify(
     rng = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(train.labels), generator=rng)[:images].to(train.labels.device)
     real = dataclasses.replace(train, images=train.images[chosen], labels=train.labels[chosen])
-    _, features = judge.look(test.images)
+    predictions, features = judge.look(test.images)
     report("Comparing them with the test images …")
     generated, yardstick = (measure(judge, each, features) for each in (fake, real))
     report("Looking for copies of training images …")
@@ -135,7 +135,7 @@ def certify(
         dataset=test.name,
         dataset_sha256=train.digest,
         judge_sha256=judge.digest,
-        judge_accuracy=judge.accuracy(test),
+        judge_accuracy=share_right(predictions, test),
         images=images,
         neighbours=_neighbours(len(features)),
         seed=seed,

@@ -106,7 +106,12 @@ class Judge:
     def accuracy(self, dataset: Dataset) -> float:
         """The share of a data set's images that are given their own label."""
         predictions, _ = self.look(dataset.images)
-        return (predictions == dataset.labels).float().mean().item()
+        return share_right(predictions, dataset)
+
+
+def share_right(predictions: Tensor, dataset: Dataset) -> float:
+    """The share, in [0, 1], of predictions (N,) that are the label of their image."""
+    return (predictions == dataset.labels).float().mean().item()
 
 
 def to_images(pixels: Tensor) -> Tensor:
