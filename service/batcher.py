@@ -150,13 +150,17 @@ class _Lane:
     least_s: float = 0.0  # seconds of a forward of small requests; 0 until measured
     forwards: int = 0  # that succeeded
 
-    def finish_s(self, rows: int) -> float:
-        """How long it will take until another request is done; 0 where nothing is known."""
+    def finish_s(self, rows: int, ahead: int = 0) -> float:
+        """How long it will take until another request is done; 0 where nothing is known.
+
+        Rows that are not queued yet, and will be `ahead` of it, take their time as well.
+        """
         if rows <= SMALL:
-            rows += self.small_rows
+            rows += ahead + self.small_rows
             rows += min(rows, self.queued_rows - self.small_rows)  # of large ones, in turn
         else:
-            rows = 2 * (rows + self.queued_rows - self.small_rows)  # small ones may come
+            rows += ahead + self.queued_rows - self.small_rows
+            rows *= 2  # small ones may come
         return rows * (self.row_s or 0.0)
 
 
@@ -209,7 +213,7 @@ class Batcher:
         self._max_queue = max_queue
         self._timeout_s = timeout_s
         self._observer = observer
-        self._threaded = threaded
+        self.threaded = threaded
         self._thread: threading.Thread | None = None
         self._stopped = asyncio.Event()
         self._lock = threading.Lock()
@@ -225,7 +229,8 @@ class Batcher:
         self._turn_s = 0.0  # how long the last forward took
         # On the event loop alone; the first is read by others, too:
         self.small_at = -math.inf  # when the last small request came, by perf_counter
-        self.crowded = False  # whether the last request found no room, or no time
+        self.crowded = False  # whether one found no room, or no time, since the queue was empty
+        self._let_in = 0  # rows that `refusal` had room for in this round of the loop
         self._rounds_left = 0  # of the event loop, before the next turn
         self._turning = False
 
@@ -241,7 +246,7 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._on_lost = on_lost
         self._accepting = True
-        if self._threaded:
+        if self.threaded:
             self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
             self._thread.start()
 
@@ -342,13 +347,14 @@ class Batcher:
             if lane is None:
                 lane = self._lanes[engine] = _Lane()
             self._check_room(lane, rows, timeout_s, now)
-            self.crowded = False
+            if not self._turns:
+                self.crowded = False
 
             future: asyncio.Future[Generated] = self._loop.create_future()
             ticket = Ticket(
                 engine, lane, seeds, indices, labels, rows, future, timeout_s, now, variation
             )
-            if not self._turns and self._threaded:
+            if not self._turns and self.threaded:
                 self._work.notify()
             if not lane.queued_rows:
                 self._turns.append(lane)
@@ -359,44 +365,57 @@ class Batcher:
             else:
                 lane.large.append(ticket)
             lane.queued_rows += rows
-            if not self._threaded:
+            if not self.threaded:
                 self._await_quiet(lane.queued_rows < engine.max_batch)
         return ticket
 
     def refusal(self, engine: Engine, rows: int, timeout_s: float | None) -> Overloaded | None:
-        """What `admit` would raise for so many rows, for want of room or time."""
+        """What `admit` would raise for so many rows, for want of room or time.
+
+        Room is told of once: a round of the loop reads many requests before it admits the first.
+        """
         now = self._hear(engine)
         with self._lock:
             lane = self._lanes.get(engine)
             if lane is None or not self._accepting:
                 return None
             try:
-                self._check_room(lane, rows, self._bounded(timeout_s), now)
+                self._check_room(lane, rows, self._bounded(timeout_s), now, self._let_in)
             except Overloaded as error:
                 return error
+        if not self._let_in:
+            self._loop.call_soon(self._end_round)
+        self._let_in += rows
         return None
+
+    def _end_round(self) -> None:
+        self._let_in = 0  # those are admitted next
 
     def _bounded(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
 
-    def _check_room(self, lane: _Lane, rows: int, timeout_s: float, now: float) -> None:
+    def _check_room(
+        self, lane: _Lane, rows: int, timeout_s: float, now: float, ahead: int = 0
+    ) -> None:
         """Raise Overloaded unless `rows` more fit the queue and can be done in time.
 
         With an empty queue the time does not count: only trying corrects an estimate that is
-        too slow. A request of more than `max_queue` rows never fits.
+        too slow. A request of more than `max_queue` rows never fits. As many rows as are `ahead`
+        count as if they were queued.
         """
-        queued = sum(other.queued_rows for other in self._turns)
+        queued = ahead + sum(other.queued_rows for other in self._turns)
         if not queued and rows <= self._max_queue:
             return
         room = self._max_queue + (self._max_queue // 8 if rows <= SMALL else 0) - queued
         busy = len(self._turns) + (lane not in self._turns)  # lanes that take turns
         running_s = max(0.0, self._running_until - now)
-        late_s = running_s + busy * lane.finish_s(rows) - HASTE * timeout_s
+        late_s = running_s + busy * lane.finish_s(rows, ahead) - HASTE * timeout_s
         if rows <= room and late_s <= 0.0:
             return
 
         room_s = self._timeout_s  # by then all that waits now is answered or gone
         backlog_s = sum(other.queued_rows * (other.row_s or 0.0) for other in self._turns)
+        backlog_s += ahead * (lane.row_s or 0.0)
         if backlog_s > 0.0:
             excess = rows - room
             fits_s = running_s + backlog_s * min(1.0, excess / queued) if excess > 0 else 0.0
@@ -418,7 +437,7 @@ class Batcher:
         comes than can be refused, the loop would do nothing else.
         """
         now = perf_counter()
-        if self._threaded or now - self._ready_at <= HEARING * self._turn_s:
+        if self.threaded or now - self._ready_at <= HEARING * self._turn_s:
             return now
         if self._turns and self._turns[0].queued_rows >= engine.max_batch:
             self._take_turn()
@@ -605,7 +624,7 @@ class Batcher:
         return [(request.future, DeviceLost(str(error))) for request in requests]
 
     def _on_loop(self, callback: Callable[..., object], *args: object) -> None:
-        if not self._threaded:
+        if not self.threaded:
             callback(*args)
             return
         try:

@@ -323,17 +323,19 @@ class Engine:
         if missing:
             latents = F.pad(latents, (0, 0, 0, missing))
             labels = F.pad(labels, (0, missing))
-        pixels, finite = self._pixels(latents, labels)
-        return pixels[:rows], finite[:rows]
+        return self._pixels(latents, labels, rows)
 
-    def _pixels(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _pixels(
+        self, latents: Tensor, labels: Tensor, rows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The first rows, or all, as pixels (N, H, W, C), and whether each is of numbers (N,)."""
         height, width, channels = self.image_shape
-        x = self._network(latents, labels).float()  # (N, C * H * W)
+        x = self._network(latents, labels)[:rows].float()  # (N, C * H * W)
         finite = x.sum(1).isfinite()  # (N,): between -1 and 1 only what is no number spoils a sum
         # To the nearest level: the conversion cuts off what follows the point.
         x = x.mul_(127.5).add_(128.0).to(torch.uint8)
         x = x.view(-1, channels, height, width).permute(0, 2, 3, 1)
-        return x.contiguous(), finite  # (N, H, W, C)
+        return x.contiguous(), finite
 
     def _choose_shapes(self) -> None:
         """Find the batches that give what those of `_REFERENCE_ROWS` do, and prepare their kernels.

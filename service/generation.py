@@ -37,6 +37,9 @@ Steps = Generator[None, None, bytes]  # work that can be interrupted wherever it
 
 # What holds up the event loop for about 0.1 ms: a sheet of 64 images of 28x28 pixels.
 _PIXELS_AT_ONCE = 1 << 16
+# The same for about 0.4 ms: on a single core a thread would only take it from the loop, and whoever
+# comes has to wait for forwards that take longer.
+_PIXELS_ON_ONE_CORE = 1 << 18
 # How long steps are taken before others have their turn: beside small requests, and without any for
 # a second, when the caches are worth more than the turns.
 _STRIDE_S, _LONG_STRIDE_S = 0.0001, 0.003
@@ -178,6 +181,7 @@ class Generation:
         self._batcher = batcher
         self._metrics = metrics
         self._encoders = encoders
+        self._pixels_at_once = _PIXELS_AT_ONCE if batcher.threaded else _PIXELS_ON_ONE_CORE
         self._one_in_steps = asyncio.Lock()
         self._sent: dict[tuple[str, int | str], CounterMetric] = {}  # of `metrics.images`
         self._queue_seconds, self._forward_seconds, self._encode_seconds = (
@@ -383,12 +387,12 @@ class Generation:
         """
         began = time.perf_counter()
         if not isinstance(work, Generator):
-            if pixels <= _PIXELS_AT_ONCE:
+            if pixels <= self._pixels_at_once:
                 encoded = work()
             else:
                 loop = asyncio.get_running_loop()
                 encoded = await loop.run_in_executor(self._encoders, work)
-        elif pixels <= _PIXELS_AT_ONCE:
+        elif pixels <= self._pixels_at_once:
             encoded = finish(work)
         else:
             async with self._one_in_steps:
