@@ -229,7 +229,7 @@ class Batcher:
         self._turn_s = 0.0  # how long the last forward took
         # On the event loop alone; the first is read by others, too:
         self.small_at = -math.inf  # when the last small request came, by perf_counter
-        self.crowded = False  # whether one found no room, or no time, since the queue was empty
+        self.crowded = False  # whether one found no room, or no time, since nothing waited
         self._let_in = 0  # rows that `refusal` had room for in this round of the loop
         self._rounds_left = 0  # of the event loop, before the next turn
         self._turning = False
@@ -521,7 +521,7 @@ class Batcher:
                 return
             lane = self._turns.popleft()
             engine = (lane.small or lane.large)[0].engine
-            full = _full_batch(lane, engine)
+            full = _full_batch(lane, engine, self.crowded)
             batch = _collect(lane, full)
             if lane.queued_rows:
                 self._turns.append(lane)
@@ -650,17 +650,20 @@ def _check_rows(
         )
 
 
-def _full_batch(lane: _Lane, engine: Engine) -> int:
+def _full_batch(lane: _Lane, engine: Engine, crowded: bool) -> int:
     """How many rows the lane's next batch takes at most.
 
     Large batches cost less per row, and with many requests waiting nobody waits longer for them.
-    With few, a request that comes now would: it has to wait for the end of the batch. Large
+    With few, a request that comes now would, as it has to wait for the end of the batch; unless it
+    is crowded, and most of what comes is refused. Large
     requests, for which small ones have waited already, add to those no more than as many rows. No
     small rest is left over, which would take about as long as a batch, and what is not large in all
     is not split.
     """
     if lane.small and lane.large:
         full = max(SMALL, 2 * lane.small_rows)
+    elif crowded:
+        full = engine.max_batch
     else:
         short_s = max(SHORT_S, SHORT_TIMES * lane.least_s)
         short = math.ceil(short_s / (lane.forward_row_s or short_s) / SMALL) * SMALL

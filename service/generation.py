@@ -37,9 +37,9 @@ Steps = Generator[None, None, bytes]  # work that can be interrupted wherever it
 
 # What holds up the event loop for about 0.1 ms: a sheet of 64 images of 28x28 pixels.
 _PIXELS_AT_ONCE = 1 << 16
-# The same for about 0.4 ms: on a single core a thread would only take it from the loop, and whoever
+# The same for about 1.5 ms: on a single core a thread would only take it from the loop, and whoever
 # comes has to wait for forwards that take longer.
-_PIXELS_ON_ONE_CORE = 1 << 18
+_PIXELS_ON_ONE_CORE = 1 << 20
 # How long steps are taken before others have their turn: beside small requests, and without any for
 # a second, when the caches are worth more than the turns.
 _STRIDE_S, _LONG_STRIDE_S = 0.0001, 0.003
@@ -285,7 +285,7 @@ class Generation:
 
     @property
     def crowded(self) -> bool:
-        """Whether the last order was refused for want of room or time."""
+        """Whether one was refused for want of room or time, since nothing waited."""
         return self._batcher.crowded
 
     def refusal(self, model: Model, images: int, timeout_s: float | None) -> Problem | None:
