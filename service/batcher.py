@@ -654,8 +654,8 @@ def _full_batch(lane: _Lane, engine: Engine, crowded: bool) -> int:
     """How many rows the lane's next batch takes at most.
 
     Large batches cost less per row, and with many requests waiting nobody waits longer for them.
-    With few, a request that comes now would, as it has to wait for the end of the batch; unless it
-    is crowded, and most of what comes is refused. Large
+    With few, a request that comes now would: it has to wait for the end of the batch. While it is
+    crowded, most of what comes is refused, so what was admitted is not split for its sake. Large
     requests, for which small ones have waited already, add to those no more than as many rows. No
     small rest is left over, which would take about as long as a batch, and what is not large in all
     is not split.

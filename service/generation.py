@@ -37,8 +37,8 @@ Steps = Generator[None, None, bytes]  # work that can be interrupted wherever it
 
 # What holds up the event loop for about 0.1 ms: a sheet of 64 images of 28x28 pixels.
 _PIXELS_AT_ONCE = 1 << 16
-# The same for about 1.5 ms: on a single core a thread would only take it from the loop, and whoever
-# comes has to wait for forwards that take longer.
+# As much of a sheet where there is a single core: a thread would only take it from the loop, and
+# whoever comes has to wait for forwards there, too.
 _PIXELS_ON_ONE_CORE = 1 << 20
 # How long steps are taken before others have their turn: beside small requests, and without any for
 # a second, when the caches are worth more than the turns.
@@ -392,7 +392,7 @@ class Generation:
             else:
                 loop = asyncio.get_running_loop()
                 encoded = await loop.run_in_executor(self._encoders, work)
-        elif pixels <= self._pixels_at_once:
+        elif pixels <= _PIXELS_AT_ONCE:
             encoded = finish(work)
         else:
             async with self._one_in_steps:

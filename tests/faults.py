@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -56,7 +57,7 @@ from tests.serving import ServiceProcess, refused
 WEIGHTS = Settings().weights / "mnist-mlp.safetensors"
 PATIENT = ("--max-queue", "1000000", "--timeout-ms", "600000")
 
-OVERLOAD_S = 30.0
+OVERLOAD_ROUNDS, OVERLOAD_S = 3, 30.0
 ROUNDS = 5  # of a measurement alone and beside something else, in turn; medians are compared
 
 Findings = list[tuple[str, bool]]  # what was seen, and whether it is as promised
@@ -184,29 +185,42 @@ async def _peak_memory(service: ServiceProcess, work: Awaitable[Sample]) -> tupl
 
 
 async def _overload(n: int, timeout_s: float, *arguments: str) -> Findings:
-    """Requests for n images at ten times the peak."""
+    """Requests for n images at ten times the peak, which is taken again between the rounds."""
     idle = ("--client-timeout-s", "600")  # not all connections are used all the time
     with served(*arguments, *idle, "--timeout-ms", f"{1e3 * timeout_s:.0f}") as service:
         port = port_of(service)
         before = await _warm_up(service)
-        peak = await closed_loop(port, requests(n), connections=4, seconds=4.0)
-        earlier = await _late(port)
-        load = open_loop(
-            port, requests(n), rate=10 * peak.rate, seconds=OVERLOAD_S, connections=1024
-        )
-        sample, most_mb = await _peak_memory(service, load)
-        late = await _late(port) - earlier
+        peaks = [await _peak(port, n)]
+        shares: list[float] = []
+        refusals: list[float] = []
+        admitted, late, most_mb = 0, 0.0, 0.0
+        for _ in range(OVERLOAD_ROUNDS):
+            rate, earlier = 10 * peaks[-1], await _late(port)
+            load = open_loop(port, requests(n), rate=rate, seconds=OVERLOAD_S, connections=1024)
+            sample, held_mb = await _peak_memory(service, load)
+            late, most_mb = late + await _late(port) - earlier, max(most_mb, held_mb)
+            admitted, refusals = admitted + len(sample.latencies), refusals + sample.refusals
+            peaks.append(await _peak(port, n))
+            shares.append(sample.rate / statistics.mean(peaks[-2:]))
         after = await at_rest(service)
-        goodput = sample.rate / peak.rate
-        refuse_ms = 1e3 * percentile(sample.refusals, 50), 1e3 * percentile(sample.refusals, 99)
+        goodput, peak = statistics.median(shares), statistics.median(peaks)
+        refuse_ms = 1e3 * percentile(refusals, 50), 1e3 * percentile(refusals, 99)
         return [
-            (f"goodput {goodput:.0%} of the peak of {peak.rate:.0f} requests/s", goodput >= 0.9),
-            (f"{late:.0f} of {len(sample.latencies):,} admitted missed their deadline", late == 0),
-            (f"{len(sample.refusals):,} refused", len(sample.refusals) > 0),
-            (f"in {refuse_ms[0]:.1f} ms (median; 99 %: {refuse_ms[1]:.0f} ms)", True),
+            (f"goodput {goodput:.0%} of the peak of {peak:.0f} requests/s", goodput >= 0.9),
+            (f"{late:.0f} of {admitted:,} admitted missed their deadline", late == 0),
+            (f"{len(refusals):,} refused", len(refusals) > 0),
+            (
+                f"in {refuse_ms[0]:.1f} ms (median; 99 %: {refuse_ms[1]:.0f} ms)",
+                refuse_ms[0] < 10.0,
+            ),
             (f"memory {most_mb - before.memory_mb:+.0f} MB", most_mb - before.memory_mb <= 200),
             *left_over(before, after),
         ]
+
+
+async def _peak(port: int, n: int) -> float:
+    """Requests for n images that are answered in a second, if no more than four wait."""
+    return (await closed_loop(port, requests(n), connections=4, seconds=4.0)).rate
 
 
 async def _late(port: int) -> float:
@@ -214,21 +228,24 @@ async def _late(port: int) -> float:
 
 
 @fault(
-    f"{OVERLOAD_S:.0f} s of requests for 256 images at ten times the rate it can answer",
-    "goodput above 90 % of the peak; nothing that was admitted is late; memory bounded",
+    f"{OVERLOAD_ROUNDS} times {OVERLOAD_S:.0f} s of requests for 512 images at ten times the rate "
+    "it can answer, the median round",
+    "goodput above 90 % of the peak; nothing that was admitted is late; half of the refusals take "
+    "less than 10 ms; memory bounded",
 )
 async def overload() -> Findings:
     """Overload"""
-    return await _overload(256, 10.0)
+    return await _overload(512, 10.0)
 
 
 @fault(
     "the same, with room for 1,000,000 images and 500 ms for each request",
-    "goodput above 90 % of the peak; nothing that was admitted is late; memory bounded",
+    "goodput above 90 % of the peak; nothing that was admitted is late; half of the refusals take "
+    "less than 10 ms; memory bounded",
 )
 async def overload_by_deadline() -> Findings:
     """Overload that only deadlines bound"""
-    return await _overload(256, 0.5, "--max-queue", "1000000")
+    return await _overload(512, 0.5, "--max-queue", "1000000")
 
 
 @fault(
