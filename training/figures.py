@@ -49,7 +49,11 @@ def _radii(features: Tensor, k: int) -> Tensor:
     if len(features) <= k:
         raise ValueError(f"{len(features)} images are too few for {k} neighbours")
     return torch.cat(
-        [torch.cdist(rows, features).kthvalue(k + 1, dim=1).values for rows in features.split(1000)]
+        [
+            # Many times faster than `kthvalue`, which orders more than it has to tell.
+            torch.cdist(rows, features).topk(k + 1, dim=1, largest=False).values[:, k]
+            for rows in features.split(1000)
+        ]
     )
 
 
