@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.serving import MODEL, REPOSITORY, ServiceProcess
+from tests.processes import REPOSITORY, prepare
+from tests.serving import MODEL, ServiceProcess
 from training.artifact import Artifact, ArtifactInfo, load_artifact, save_artifact
 from training.data import default_data_dir
 from training.loop import recompute_batch_norm
@@ -27,6 +28,7 @@ def pytest_configure() -> None:
         threads = max(1, (os.cpu_count() or 1) // processes)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         torch.set_num_threads(threads)
+    prepare()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

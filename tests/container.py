@@ -20,7 +20,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.serving import REPOSITORY
+from tests.processes import REPOSITORY
 
 PROJECT = f"cgan-test-{os.getpid()}"
 START_S = 180.0  # until a service has loaded its models, on a busy machine
@@ -161,7 +161,7 @@ def test_what_the_training_container_publishes_is_served_without_a_restart(
             "--preset",
             "mlp",
             "--minutes",
-            "0.4",
+            "1",
         ),
         *("--publish", "weights/trained.safetensors"),
         CGAN_DATA_DIR=str(tmp_path),

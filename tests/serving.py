@@ -4,13 +4,10 @@ import asyncio
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,8 +16,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.connection import JoiningProtocol, Terms
+from tests.processes import REPOSITORY, run, start
 
-REPOSITORY = Path(__file__).parent.parent
 MODEL = REPOSITORY / "weights" / "mnist.safetensors"
 
 
@@ -39,14 +36,8 @@ class ServiceProcess:
         environment: Mapping[str, str] | None = None,
         module: str = "service",
     ) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, "--port", "0", *arguments],
-            cwd=REPOSITORY,
-            env={**_environment(), **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        everything = {**_environment(), **(environment or {})}
+        self.process = start("-m", module, "--port", "0", *arguments, environment=everything)
         self.errors: list[str] = []
         self._reader = threading.Thread(target=self._read_errors)
         self._reader.start()
@@ -89,15 +80,7 @@ class ServiceProcess:
 
 def refused(*arguments: str) -> str:
     """What a service that must not start writes to stderr."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "service", "--port", "0", *arguments],
-        cwd=REPOSITORY,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ended = run("-m", "service", "--port", "0", *arguments, environment=_environment())
     assert ended.returncode != 0
     assert ended.stdout == ""
     return ended.stderr
@@ -112,14 +95,14 @@ def serving(app: FastAPI) -> Iterator[httpx.Client]:
     )
     started = threading.Event()
 
-    async def run() -> None:
+    async def serve() -> None:
         task = asyncio.ensure_future(server.serve())
         while not server.started and not task.done():
             await asyncio.sleep(0)
         started.set()
         await task
 
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     started.wait()
     host, port = server.servers[0].sockets[0].getsockname()

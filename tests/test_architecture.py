@@ -3,12 +3,13 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from tests.serving import REPOSITORY
+from tests.processes import REPOSITORY
 
 SERVED = {"training", "training.artifact", "training.devices", "training.files"}
 SERVED |= {"training.networks"}
@@ -56,14 +57,23 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+@cache
+def after_importing(package: str) -> tuple[list[str], list[str]]:
+    """What is loaded when all of a package is, and what a fresh interpreter does meanwhile."""
+    code = import_all(modules(package)) + "import threading, torch\n"
+    code += "print(threading.active_count(), torch.cuda.is_initialized(), *sys.modules)"
+    threads, initialized, *loaded = fresh(code)
+    return loaded, [threads, initialized]
+
+
 def test_training_never_imports_the_service() -> None:
-    loaded = fresh(import_all(modules("training")) + "print(*sys.modules)")
+    loaded, _ = after_importing("training")
     assert "training.run" in loaded
     assert [name for name in loaded if name.split(".")[0] == "service"] == []
 
 
 def test_the_service_knows_of_training_only_what_artifacts_need() -> None:
-    loaded = fresh(import_all(modules("service")) + "print(*sys.modules)")
+    loaded, _ = after_importing("service")
     assert "service.app" in loaded
     assert {name for name in loaded if name.split(".")[0] == "training"} == SERVED
 
@@ -118,10 +128,8 @@ def test_the_service_needs_nothing_that_only_training_is_installed_with() -> Non
 @pytest.mark.parametrize("package", ["service", "training"])
 def test_importing_does_no_work(package: str) -> None:
     """No thread, no child, no output, no compute device."""
-    code = import_all([name for name in modules(package) if not name.endswith("__main__")])
-    code += "import threading, torch\n"
-    code += "print(threading.active_count(), torch.cuda.is_initialized())"
-    assert fresh(code) == ["1", "False"]
+    _, done = after_importing(package)
+    assert done == ["1", "False"]
 
 
 def test_the_service_can_unpickle_nothing() -> None:

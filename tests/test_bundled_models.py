@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.serving import REPOSITORY
+from tests.processes import REPOSITORY
 from training.artifact import Artifact, load_artifact
 from training.data import DATASETS, load_dataset
 from training.evaluation import IMAGES, Certificate, Quality, certificate_of, certify

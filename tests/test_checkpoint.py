@@ -2,8 +2,6 @@
 
 import hashlib
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from tests import tiny
 from tests.hostile import Payload, torch_saved
-from tests.serving import REPOSITORY
+from tests.processes import run
 from training.checkpoint import (
     CheckpointError,
     Identity,
@@ -335,14 +333,8 @@ def test_where_a_checkpoint_cannot_be_written_the_one_before_survives(
     tmp_path: Path, occasion: str
 ) -> None:
     path = tmp_path / "run" / "c.pt"
-    ended = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path), occasion],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+    ended = run("-c", FULL_DISK, str(path), occasion)
+    assert ended.returncode == 0, ended.stderr
 
     message = f"{path}: cannot be written: File too large"
     if occasion == "first":

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import httpx
 import pytest
 
 from service.settings import ClusterSettings, parse
+from tests.processes import run
 from tests.serving import ServiceProcess
 
 SEED = 20_141_111
@@ -126,12 +126,6 @@ def test_what_cannot_be_is_said(arguments: list[str], cause: str) -> None:
 
 
 def test_a_cluster_that_is_not_there_ends_it_in_words() -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "service.cluster", "--ray-address", "nowhere://x"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ended = run("-m", "service.cluster", "--ray-address", "nowhere://x")
     assert ended.returncode == 1
     assert "--ray-address nowhere://x: " in ended.stderr.splitlines()[-1]

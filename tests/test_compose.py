@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.serving import REPOSITORY
+from tests.processes import REPOSITORY
 
 COMPOSE = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]

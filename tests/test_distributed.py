@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests import tiny
-from tests.serving import REPOSITORY
+from tests.processes import REPOSITORY
 from training.__main__ import main
 from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint

@@ -18,7 +18,7 @@ from service.engine import (
 )
 from service.latents import Variation, Varied, draw_latents
 from tests.conftest import make_artifact
-from tests.serving import REPOSITORY
+from tests.processes import REPOSITORY
 from training.artifact import Artifact, load_artifact
 
 CPU = torch.device("cpu")

@@ -1,6 +1,4 @@
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,21 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import REPOSITORY, ServiceProcess
+from tests.processes import Running, start
+from tests.serving import ServiceProcess
 from tests.wire import wait_until
 
 
-def fetch(url: str, out: Path, *options: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "service", "fetch-dataset", url, "--out", str(out), *options],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def fetch(url: str, out: Path, *options: str) -> Running:
+    return start("-m", "service", "fetch-dataset", url, "--out", str(out), *options)
 
 
-def end(process: "subprocess.Popen[str]", status: int = 0) -> tuple[str, str]:
+def end(process: Running, status: int = 0) -> tuple[str, str]:
     output, errors = process.communicate(timeout=120)
     assert process.returncode == status, errors
     return output, errors

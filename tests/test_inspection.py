@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.conftest import make_artifact
-from tests.serving import REPOSITORY
+from tests.processes import REPOSITORY
 from training.__main__ import main
 from training.artifact import Artifact, load_artifact, save_artifact
 from training.evaluation import certificate_of

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from service.settings import Settings
-from tests.serving import REPOSITORY
+from tests.processes import REPOSITORY
 
 KUBERNETES = REPOSITORY / "service" / "deploy" / "kubernetes"
 BASE = KUBERNETES / "base"

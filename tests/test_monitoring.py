@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from tests.conftest import make_artifact
-from tests.serving import REPOSITORY, ServiceProcess
+from tests.processes import REPOSITORY
+from tests.serving import ServiceProcess
 from tests.test_prometheus import DEADLINE_S, free_port
 
 DEPLOY = REPOSITORY / "service" / "deploy"

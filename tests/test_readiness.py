@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.broken import FITS, LOST, MEMORY, NAN
-from tests.serving import REPOSITORY, ServiceProcess
+from tests.processes import REPOSITORY
+from tests.serving import ServiceProcess
 
 MLP = REPOSITORY / "weights" / "mnist-mlp.safetensors"
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -22,8 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 from torch import Tensor
 
-from tests import tiny
-from tests.serving import REPOSITORY
+from tests import processes, tiny
 from training import run as run_module
 from training.__main__ import main
 from training.artifact import load_artifact
@@ -764,18 +762,12 @@ main(prog_name="training")
 
 def start(
     folder: RunFolder, data: Path, *options: str, images: int, deadly_step: int = 0
-) -> "subprocess.Popen[str]":
+) -> processes.Running:
     """The real command on the tiny data set; it kills itself in the middle of `deadly_step`."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-c", COMMAND, str(data), str(images), str(deadly_step)),
-            *("train", "mnist", "--device", "cpu", "--out", str(folder.path), *options),
-        ],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    return processes.start(
+        *("-c", COMMAND, str(data), str(images), str(deadly_step)),
+        *("train", "mnist", "--device", "cpu", "--out", str(folder.path), *options),
+        environment={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 

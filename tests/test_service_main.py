@@ -1,7 +1,5 @@
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ from torch import Tensor
 
 from tests.conftest import make_artifact
 from tests.hostile import Payload
-from tests.serving import REPOSITORY, ServiceProcess, refused
+from tests.processes import run
+from tests.serving import ServiceProcess, refused
 
 
 def test_it_prints_one_line_with_the_address(bundled: Path) -> None:
@@ -158,15 +157,8 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, i
         path = tmp_path_factory.mktemp("weights") / "small.safetensors"
         spoil(make_artifact(path))
         paths[kind] = path
-    ended = subprocess.run(
-        [sys.executable, "-c", RUN_ALL, *(str(path.parent) for path in paths.values())],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert ended.stderr == ""
+    ended = run("-c", RUN_ALL, *(str(path.parent) for path in paths.values()))
+    assert (ended.returncode, ended.stderr) == (0, "")
     lines: list[Any] = [json.loads(line) for line in ended.stdout.splitlines()]
     return {kind: (path, *line) for (kind, path), line in zip(paths.items(), lines, strict=True)}
 

@@ -1,7 +1,5 @@
 """The command that tells whether a file is what it says, on real files in a real process."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,18 +7,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tests.conftest import make_artifact
-from tests.serving import REPOSITORY, ServiceProcess
+from tests.processes import Ended, run
+from tests.serving import ServiceProcess
 
 
-def verify(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "service", "verify", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+def verify(*arguments: str) -> Ended:
+    return run("-m", "service", "verify", *arguments)
 
 
 @pytest.fixture
