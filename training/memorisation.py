@@ -12,7 +12,7 @@ from torch import Tensor
 
 IMAGES = 2000
 AT_A_TIME = 10_000  # training images: all would take four times their memory
-_BATCH = 100
+_BATCH = 500  # each one has to look through the training images anew
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ It stands here because the older figures do.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,13 +48,13 @@ def parzen(samples: Tensor, validation: Tensor, test: Tensor) -> Parzen:
         validation: (V, D), which chooses the width from `SIGMAS`.
         test: (M, D).
     """
-    distances = _squared_distances(samples, validation)
-    means = [_log_likelihood(distances, sigma, samples.shape[1]).mean() for sigma in SIGMAS]
+    means = [each.mean() for each in _log_likelihoods(samples, validation, SIGMAS)]
     sigma = SIGMAS[int(torch.stack(means).argmax())]
     likelihoods = torch.cat(
         [
-            _log_likelihood(_squared_distances(samples, part), sigma, samples.shape[1])
+            likelihood
             for part in test.split(VALIDATION_IMAGES)
+            for likelihood in _log_likelihoods(samples, part, [sigma])
         ]
     )
     return Parzen(
@@ -63,13 +64,21 @@ def parzen(samples: Tensor, validation: Tensor, test: Tensor) -> Parzen:
     )
 
 
-def _squared_distances(samples: Tensor, images: Tensor) -> Tensor:
-    """(M, N) between every image and every sample."""
-    return torch.cdist(images, samples).square()
+def _log_likelihoods(samples: Tensor, images: Tensor, sigmas: Sequence[float]) -> Iterator[Tensor]:
+    """For each width: (M,) float64, the log of the mean of N normal densities at the images.
 
-
-def _log_likelihood(squared_distances: Tensor, sigma: float, dimensions: int) -> Tensor:
-    """(M,) float64: the log of the mean of N normal densities at squared distances (M, N)."""
-    exponents = (squared_distances / (-2.0 * sigma**2)).logsumexp(1).double()
-    normaliser = dimensions * math.log(sigma * math.sqrt(2.0 * math.pi))
-    return exponents - math.log(squared_distances.shape[1]) - normaliser
+    Args:
+        samples: (N, D), the means of the densities.
+        images: (M, D).
+        sigmas: standard deviations.
+    """
+    squared = torch.cdist(images, samples).square_()  # (M, N)
+    nearest = squared.amin(1)
+    squared -= nearest[:, None]  # so that no sum is of zeros alone, whatever the width
+    for sigma in sigmas:
+        scale = -1.0 / (2.0 * sigma**2)
+        sums = squared.mul(scale).exp_().sum(1)
+        normaliser = math.log(len(samples)) + samples.shape[1] * math.log(
+            sigma * math.sqrt(2.0 * math.pi)
+        )
+        yield (sums.log() + scale * nearest).double() - normaliser
