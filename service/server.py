@@ -5,18 +5,20 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import prometheus_client
+import torch
 import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
 from service.connection import SWEEP_S, JoiningProtocol, Terms, make_room, sweep
-from service.metrics import Metrics
+from service.metrics import Metrics, share
 from service.observation import configure_logging
 from service.registry import Registry, load_registry
 from service.scrape import open_metrics_port
@@ -27,6 +29,7 @@ from training.devices import DeviceError, describe
 
 # For requests that are on their way when the port closes: time to arrive and to be answered.
 _LAST_MOMENT_S = 0.2
+_BACKLOG = 2048  # connections that wait to be accepted, as many as uvicorn lets wait
 
 
 class Server(uvicorn.Server):
@@ -118,6 +121,7 @@ class Server(uvicorn.Server):
         # What has been loaded stays: looking through it for garbage would hold up every request.
         gc.collect()
         gc.freeze()
+        gc.enable()
         self._sweep()
         self._on_started()
 
@@ -211,3 +215,66 @@ def serve(settings: Settings, say: Callable[[str], None]) -> int:
     )
     server.run()
     return server.status
+
+
+def serve_with_others(
+    settings: Settings,
+    index: int,
+    folder: Path,
+    sockets: Sequence[int],
+    report: Callable[[object], None],
+) -> int:
+    """Serve in one of several processes; returns its exit status.
+
+    Args:
+        settings: of all of them.
+        index: of this one, from 0.
+        folder: where they share their metrics.
+        sockets: file descriptors of the bound sockets that they share.
+        report: told what is served, once it is.
+
+    Raises:
+        ServiceError: it cannot start.
+    """
+    share_cores(settings.workers)
+    share(folder, str(index))
+    registry = load(on_own_device(settings, index))
+    metrics = Metrics(folder)
+    device = describe(registry.default.engine.device)
+    server = Server(
+        create_app(settings, registry, metrics, folder),
+        settings,
+        lambda: report({"names": registry.names, "device": device}),
+        supervised=True,
+        every_second=metrics.refresh,
+    )
+    server.run([listening(each) for each in sockets])
+    return server.status
+
+
+def listening(descriptor: int) -> socket.socket:
+    """A socket that the supervisor bound, which listens from the first ready worker on.
+
+    Raises:
+        ServiceError: another process bound the same port meanwhile, and listens.
+    """
+    shared = socket.socket(fileno=descriptor)
+    try:
+        shared.listen(_BACKLOG)  # uvloop does so too, but says nothing when it cannot
+    except OSError as error:
+        shared.close()
+        raise ServiceError(f"the port cannot be opened: {error.strerror}") from error
+    return shared
+
+
+def share_cores(workers: int) -> None:
+    """Give this worker its part of the threads that PyTorch would use for one."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def on_own_device(settings: Settings, index: int) -> Settings:
+    """The settings of one worker: where there are several GPUs to choose from, it has its own."""
+    if settings.device not in ("auto", "cuda") or torch.cuda.device_count() < 2:
+        return settings
+    return settings.model_copy(update={"device": f"cuda:{index % torch.cuda.device_count()}"})

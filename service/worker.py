@@ -8,24 +8,16 @@ stdout it writes one line of JSON: what it serves, once it does, or the error th
 Its stdin is the read end of a pipe that closes when the supervisor is gone.
 """
 
+import gc
 import json
 import os
-import socket
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from service.app import create_app
-from service.metrics import Metrics, share
-from service.server import Server, load
-from service.settings import Settings, parse_settings
+from service.settings import parse_settings
 from service.startup import ServiceError
-from training.devices import describe
-
-_BACKLOG = 2048  # connections that wait to be accepted, as many as uvicorn lets wait
 
 
 def main() -> int:
@@ -42,35 +34,10 @@ def main() -> int:
 def _serve(report: Callable[[object], None]) -> int:
     index, folder, sockets = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(",")
     settings = parse_settings(sys.argv[4:])
-    share_cores(settings.workers)
-    share(folder, str(index))
-    registry = load(on_own_device(settings, index))
-    metrics = Metrics(folder)
-    device = describe(registry.default.engine.device)
-    server = Server(
-        create_app(settings, registry, metrics, folder),
-        settings,
-        lambda: report({"names": registry.names, "device": device}),
-        supervised=True,
-        every_second=metrics.refresh,
-    )
-    server.run([listening(int(each)) for each in sockets])
-    return server.status
+    gc.disable()  # until all is loaded, as in `python -m service`
+    from service.server import serve_with_others  # noqa: PLC0415
 
-
-def listening(descriptor: int) -> socket.socket:
-    """A socket that the supervisor bound, which listens from the first ready worker on.
-
-    Raises:
-        ServiceError: another process bound the same port meanwhile, and listens.
-    """
-    shared = socket.socket(fileno=descriptor)
-    try:
-        shared.listen(_BACKLOG)  # uvloop does so too, but says nothing when it cannot
-    except OSError as error:
-        shared.close()
-        raise ServiceError(f"the port cannot be opened: {error.strerror}") from error
-    return shared
+    return serve_with_others(settings, index, folder, [int(each) for each in sockets], report)
 
 
 def _take_stdout() -> Callable[[object], None]:
@@ -93,19 +60,6 @@ def _end_with_supervisor() -> None:
     # Not through sys.stdin: its lock, held by a daemon thread, would end a clean exit in an abort.
     os.read(0, 1)
     os._exit(1)
-
-
-def share_cores(workers: int) -> None:
-    """Give this worker its part of the threads that PyTorch would use for one."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-
-
-def on_own_device(settings: Settings, index: int) -> Settings:
-    """The settings of one worker: where there are several GPUs to choose from, it has its own."""
-    if settings.device not in ("auto", "cuda") or torch.cuda.device_count() < 2:
-        return settings
-    return settings.model_copy(update={"device": f"cuda:{index % torch.cuda.device_count()}"})
 
 
 if __name__ == "__main__":

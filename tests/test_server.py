@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from service.connection import make_room
+from tests.clients import metric
 from tests.conftest import make_artifact
 from tests.serving import ServiceProcess
 from tests.wire import PATIENCE_S, Client, address, drain, wait_until
@@ -145,6 +146,17 @@ def test_a_second_signal_ends_at_once_what_would_take_long(
         assert service.process.wait(timeout=10) == 0
         service.wait()
         drain(busy)
+
+
+def test_garbage_is_collected_once_it_serves(artifact: str) -> None:
+    def collections() -> float:
+        get(service, "/openapi.json")  # leaves some behind
+        text = get(service, "/metrics").text
+        return metric(text, "python_gc_collections_total", 'generation="0"')
+
+    with ServiceProcess("--weights", artifact) as service:
+        before = collections()
+        wait_until(lambda: collections() > before, "garbage is collected")
 
 
 def test_the_limit_of_open_files_is_raised(artifact: str) -> None:

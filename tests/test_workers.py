@@ -17,9 +17,9 @@ import httpx
 import pytest
 import torch
 
+from service.server import listening, on_own_device, share_cores
 from service.settings import Settings
 from service.startup import ServiceError
-from service.worker import listening, on_own_device, share_cores
 from tests.conftest import make_artifact
 from tests.serving import ServiceProcess, refused
 from tests.test_operations import samples, total
