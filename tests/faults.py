@@ -184,10 +184,15 @@ async def _peak_memory(service: ServiceProcess, work: Awaitable[Sample]) -> tupl
     return task.result(), most
 
 
-async def _overload(n: int, timeout_s: float, *arguments: str) -> Findings:
-    """Requests for n images at ten times the peak, which is taken again between the rounds."""
+async def _overload(n: int, timeout_s: float, *arguments: str, cores: int = 1) -> Findings:
+    """Requests for n images at ten times the peak, which is taken again between the rounds.
+
+    On one core a refusal waits for the products of a batch; with two none has to.
+    """
+    prompt = 50 if cores == 1 else 99  # so many percent of the refusals have to be
     idle = ("--client-timeout-s", "600")  # not all connections are used all the time
-    with served(*arguments, *idle, "--timeout-ms", f"{1e3 * timeout_s:.0f}") as service:
+    limit = ("--timeout-ms", f"{1e3 * timeout_s:.0f}")
+    with served(*arguments, *idle, *limit, cores=cores) as service:
         port = port_of(service)
         before = await _warm_up(service)
         peaks = [await _peak(port, n)]
@@ -211,7 +216,7 @@ async def _overload(n: int, timeout_s: float, *arguments: str) -> Findings:
             (f"{len(refusals):,} refused", len(refusals) > 0),
             (
                 f"in {refuse_ms[0]:.1f} ms (median; 99 %: {refuse_ms[1]:.0f} ms)",
-                refuse_ms[0] < 10.0,
+                1e3 * percentile(refusals, prompt) < 10.0,
             ),
             (f"memory {most_mb - before.memory_mb:+.0f} MB", most_mb - before.memory_mb <= 200),
             *left_over(before, after),
@@ -239,7 +244,16 @@ async def overload() -> Findings:
 
 
 @fault(
-    f"the same of requests for {MAX_IMAGES:,}, the most that one may ask for",
+    "the same with two cores for the service",
+    "the same, but 99 % of the refusals take less than 10 ms",
+)
+async def overload_of_two_cores() -> Findings:
+    """Overload of a service with a core for its event loop"""
+    return await _overload(512, 10.0, cores=2)
+
+
+@fault(
+    f"requests for {MAX_IMAGES:,}, the most that one may ask for, on one core",
     "goodput above 90 % of the peak; nothing that was admitted is late; half of the refusals take "
     "less than 10 ms; memory bounded",
 )
@@ -249,7 +263,7 @@ async def overload_of_large_requests() -> Findings:
 
 
 @fault(
-    "512 again, with room for 1,000,000 images and 500 ms for each request",
+    "512 again, on one core, with room for 1,000,000 images and 500 ms for each request",
     "goodput above 90 % of the peak; nothing that was admitted is late; half of the refusals take "
     "less than 10 ms; memory bounded",
 )
