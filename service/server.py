@@ -121,7 +121,7 @@ class Server(uvicorn.Server):
         # What has been loaded stays: looking through it for garbage would hold up every request.
         gc.collect()
         gc.freeze()
-        gc.enable()
+        gc.enable()  # it was off while all of that was loaded
         self._sweep()
         self._on_started()
 
@@ -217,14 +217,14 @@ def serve(settings: Settings, say: Callable[[str], None]) -> int:
     return server.status
 
 
-def serve_with_others(
+def serve_as_worker(
     settings: Settings,
     index: int,
     folder: Path,
     sockets: Sequence[int],
     report: Callable[[object], None],
 ) -> int:
-    """Serve in one of several processes; returns its exit status.
+    """Serve in this one of several processes; returns its exit status.
 
     Args:
         settings: of all of them.

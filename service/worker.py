@@ -34,10 +34,10 @@ def main() -> int:
 def _serve(report: Callable[[object], None]) -> int:
     index, folder, sockets = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(",")
     settings = parse_settings(sys.argv[4:])
-    gc.disable()  # until all is loaded, as in `python -m service`
-    from service.server import serve_with_others  # noqa: PLC0415
+    gc.disable()  # until all is loaded; why, is said in `service.__main__`
+    from service.server import serve_as_worker  # noqa: PLC0415
 
-    return serve_with_others(settings, index, folder, [int(each) for each in sockets], report)
+    return serve_as_worker(settings, index, folder, [int(each) for each in sockets], report)
 
 
 def _take_stdout() -> Callable[[object], None]:

@@ -160,7 +160,7 @@ def estimate_certification_s(
         (lambda: made_by(generator, test, images=few, seed=0), (IMAGES + GAN_TRAIN_IMAGES) / few),
         (lambda: judge.look(sample.images), (2 * IMAGES + 2 * len(test.labels)) / few),
         # Every set of images is compared with itself and with the test images.
-        (lambda: torch.cdist(features, wide).topk(6, dim=1, largest=False), 6 * IMAGES / few),
+        (lambda: torch.cdist(features, wide).topk(NEIGHBOURS + 1, largest=False), 6 * IMAGES / few),
         (
             lambda: nearest(sample.images, train.images[:NEAREST_AT_A_TIME]),
             2 * MEMORISATION_IMAGES / few * math.ceil(len(train.labels) / NEAREST_AT_A_TIME),
