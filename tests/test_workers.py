@@ -25,7 +25,7 @@ from tests.serving import ServiceProcess, refused
 from tests.test_operations import samples, total
 
 DEADLINE_S = 60.0
-PATIENT = ("--workers", "2", "--max-queue", "1000000", "--timeout-ms", "60000")
+PATIENT = ("--workers", "2", "--max-queue", "1000000", "--timeout-ms", "600000")
 RECIPE = "/generate?label=cat&label=dog&n=5&seed=11&format=zip"
 
 
@@ -136,7 +136,7 @@ def test_rows_that_wait_in_another_worker_are_seen(bundled: Path) -> None:
         first, second = pids(service)
         with stopped(second):
             # Of a large model, so that they wait for longer than clients take to begin.
-            answers = [pool.submit(ask, service, "/generate?label=7&n=1024") for _ in range(16)]
+            answers = [pool.submit(ask, service, "/generate?label=7&n=1024") for _ in range(8)]
             wait_until(lambda: scraped(service, "cgan_queue_rows") > 0, "rows wait")
             os.kill(first, signal.SIGSTOP)
         assert scraped(service, "cgan_queue_rows") > 0
