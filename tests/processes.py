@@ -3,8 +3,10 @@
 That takes more than half of a service's start, and tests start many. So, where `prepare` was
 called, a process is forked from one that has imported what the service imports, and goes on as
 `python` would have; elsewhere, and where its environment might matter to a library, it is `python`.
+The workers that it starts in turn are forked from it.
 """
 
+import asyncio
 import multiprocessing
 import os
 import runpy
@@ -12,11 +14,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import traceback
+from asyncio.subprocess import Process
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TextIO, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -133,8 +138,65 @@ def _become(
     os.chdir(REPOSITORY)
     os.environ.clear()
     os.environ.update(environment)
+    asyncio.create_subprocess_exec = partial(_fork_python, asyncio.create_subprocess_exec)
+    _go_on(arguments)
+
+
+def _go_on(arguments: Sequence[str]) -> None:
     kind, what, *sys.argv[1:] = arguments
     if kind == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     else:
         exec(what, {"__name__": "__main__"})
+
+
+def _fork_python(
+    create: Any, program: str, *arguments: str, pass_fds: Collection[int] = (), **options: Any
+) -> Coroutine[Any, Any, Process]:
+    """`asyncio.create_subprocess_exec`, whose child is this Python where it would be another."""
+    if program == sys.executable and arguments[0] == "-m":
+        options["preexec_fn"] = partial(_instead_of_exec, arguments, {0, 1, 2, *pass_fds})
+    process: Coroutine[Any, Any, Process] = create(
+        program, *arguments, pass_fds=pass_fds, **options
+    )
+    return process
+
+
+def _instead_of_exec(arguments: Sequence[str], kept: Collection[int]) -> None:
+    """Go on as `python` would, in the child of a process that runs an event loop, to its end.
+
+    What exec would close is replaced, so that no object of the parent's, when it is collected,
+    closes what is opened under its number.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+        if descriptor not in kept and descriptor != nothing:
+            os.dup2(nothing, descriptor)
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    asyncio._set_running_loop(None)
+    sys.stdin = os.fdopen(0, closefd=False)
+    status = 0
+    try:
+        _go_on(arguments)
+    except SystemExit as ended:
+        status = _status(ended.code)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:
+            stream.flush()
+    os._exit(status)
+
+
+def _status(code: object) -> int:
+    """What `sys.exit` was given, said where it is words."""
+    if isinstance(code, int):
+        return code
+    if code is not None:
+        sys.stderr.write(f"{code}\n")
+    return int(code is not None)

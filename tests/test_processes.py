@@ -34,6 +34,33 @@ def test_a_forked_process_ends_as_python_does(code: str) -> None:
     assert forked.stderr == real.stderr
 
 
+PARENT = """
+import asyncio, sys
+from asyncio.subprocess import PIPE
+from pathlib import Path
+
+async def main(*arguments):
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", *arguments, stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
+    print("forkserver" in Path(f"/proc/{child.pid}/cmdline").read_text(), file=sys.stderr)
+    print(await child.communicate(b"[1, 2]"), child.returncode)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("options", [["--compact"], ["--absent"]], ids=["it works", "it fails"])
+def test_what_it_starts_is_forked_from_it_and_ends_as_python_does(options: list[str]) -> None:
+    command = ("-c", PARENT, "json.tool", *options)
+    real = subprocess.run(
+        [sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    forked = run(*command)
+    assert (real.stderr, forked.stderr) == ("False\n", "True\n")
+    assert forked.stdout == real.stdout
+
+
 def test_settings_reach_it_and_what_a_library_might_have_read_is_not_forked() -> None:
     code = "import os; print(os.environ.get('CGAN_PORT'), os.environ.get('OMP_NUM_THREADS'))"
 
