@@ -186,9 +186,8 @@ def test_a_body_that_does_not_come_ends_the_connection(strict: ServiceProcess) -
 
 
 def test_time_that_the_service_takes_is_not_the_clients(strict: ServiceProcess) -> None:
-    with ServiceProcess(
-        "--client-timeout-s", "1", "--max-batch", "1", "--dtype", "float32"
-    ) as slow:
+    patient = ("--client-timeout-s", "1", "--timeout-ms", "60000")
+    with ServiceProcess(*patient, "--max-batch", "1", "--dtype", "float32") as slow:
         client = Client(slow)
         for _ in range(3):
             client.send(b"POST /generate?label=7&n=1024&format=json HTTP/1.1\r\n\r\n")
