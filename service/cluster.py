@@ -87,6 +87,8 @@ def main() -> int:
 
 def _deploy(settings: ClusterSettings) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    # Five seconds otherwise, which a proxy needs to start where all cores are busy.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     try:
         import ray  # noqa: PLC0415
         from ray import serve  # noqa: PLC0415
@@ -118,7 +120,7 @@ def _deploy(settings: ClusterSettings) -> int:
         print(f"Serving on Ray at http://{settings.host}:{port}", flush=True)
         stopped.wait()
         serve.delete(NAME)
-    except RuntimeError as error:  # a replica cannot start, for one
+    except (RuntimeError, ray.exceptions.RayError) as error:  # a replica cannot start, for one
         raise ServiceError(f"Ray does not serve it: {error}") from error
     finally:
         ray.shutdown()

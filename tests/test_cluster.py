@@ -129,3 +129,24 @@ def test_a_cluster_that_is_not_there_ends_it_in_words() -> None:
     ended = run("-m", "service.cluster", "--ray-address", "nowhere://x")
     assert ended.returncode == 1
     assert "--ray-address nowhere://x: " in ended.stderr.splitlines()[-1]
+
+
+NO_PROXY = """
+import sys
+from ray import serve
+from ray.exceptions import ActorDiedError
+from service import cluster
+
+def start(**options):
+    raise ActorDiedError
+
+serve.start = start
+cluster._connect = lambda address: None
+sys.exit(cluster.main())
+"""
+
+
+def test_a_proxy_that_does_not_come_up_ends_it_in_words() -> None:
+    ended = run("-c", NO_PROXY)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("Ray does not serve it: The actor died")
