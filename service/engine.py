@@ -27,6 +27,8 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 
 # On the CPU a batch is filled up to a multiple of this: few shapes mean few kernels to prepare.
 _ROW_MULTIPLE = 8
+# Of so many rows, convolutions take much less time than of that.
+_FEW_ROWS = (2, 4)
 # The batch on the CPU whose results count. A product of few rows may take another kernel, which
 # sums in another order: on some processors one of 8 rows does, on others one of 32. Then one image
 # in fifty is another in some value, and few of these in a pixel: so shapes are compared by values,
@@ -175,14 +177,14 @@ class FusedMLP:
         ]
         self.rest = [*(Dense(*layer, "leaky_relu") for layer in hidden), Dense(*last, "tanh")]
 
-    def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
-        """(N, latent_dim) float32 and (N,) int64 to (N, C * H * W) in [-1, 1]."""
+    def __call__(self, latents: Tensor, labels: Tensor, rows: int | None = None) -> Tensor:
+        """(N, latent_dim) float32, (N,) int64 to (N, C * H * W) in [-1, 1], or the first rows."""
         bias = self.label_bias.rows
         x = self.first(latents.to(bias.dtype))
         x = F.leaky_relu_(x.add_(bias[labels]), 0.2)  # (N, hidden[0])
         for layer in self.rest:
             x = layer(x)
-        return x
+        return x[:rows]
 
 
 class FusedConv:
@@ -207,12 +209,12 @@ class FusedConv:
         self.rest = copy.trunk[1:].to(device, dtype)
         self.synthesis = copy.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
-        """(N, latent_dim) float32 and (N,) int64 to (N, C * H * W) in [-1, 1]."""
+    def __call__(self, latents: Tensor, labels: Tensor, rows: int | None = None) -> Tensor:
+        """(N, latent_dim) float32, (N,) int64 to (N, C * H * W) in [-1, 1], or the first rows."""
         bias = self.label_bias.rows
         x = F.linear(latents.to(bias.dtype), self.weight)
         x = self.rest(x.add_(bias[labels]))  # (N, style_dim)
-        images: Tensor = self.synthesis.synthesise(x)
+        images: Tensor = self.synthesis.synthesise(x, rows)
         return images.flatten(1)
 
 
@@ -259,6 +261,7 @@ class Engine:
         # was there at the start, which is frozen, never.
         self._captured: _Captured | None = None
         self._least_rows = _ROW_MULTIPLE  # of a batch on the CPU
+        self._few_rows: tuple[int, ...] = ()  # of `_FEW_ROWS`, those that convolutions may take
         if device.type == "cuda":
             self._captured = _Captured(self._pixels, max_batch, network.latent_dim, device)
         else:
@@ -330,7 +333,8 @@ class Engine:
     ) -> tuple[Tensor, Tensor]:
         """The first rows, or all, as pixels (N, H, W, C), and whether each is of numbers (N,)."""
         height, width, channels = self.image_shape
-        x = self._network(latents, labels)[:rows].float()  # (N, C * H * W)
+        few = [few for few in self._few_rows if rows is not None and few >= rows]
+        x = self._network(latents, labels, min(few, default=None))[:rows].float()  # (N, C * H * W)
         finite = x.sum(1).isfinite()  # (N,): between -1 and 1 only what is no number spoils a sum
         # To the nearest level: the conversion cuts off what follows the point.
         x = x.mul_(127.5).add_(128.0).to(torch.uint8)
@@ -340,7 +344,8 @@ class Engine:
     def _choose_shapes(self) -> None:
         """Find the batches that give what those of `_REFERENCE_ROWS` do, and prepare their kernels.
 
-        They are all multiples of `_ROW_MULTIPLE` from a least to a largest one.
+        They are all multiples of `_ROW_MULTIPLE` from a least to a largest one. Of the least, only
+        a few may be drawn.
         """
         most = self.max_batch + -self.max_batch % _ROW_MULTIPLE
         count = max(2 * _REFERENCE_ROWS, most)
@@ -357,6 +362,13 @@ class Engine:
             found = made(rows, among)
             return torch.equal(found[: len(reference)], reference[: len(found)])
 
+        def drawn_alike(few: int) -> bool:
+            """Of the batches of the least size."""
+            starts = range(0, _REFERENCE_ROWS, few)
+            parts = [slice(start, start + least) for start in starts]
+            found = [self._network(latents[part], labels[part], few) for part in parts]
+            return torch.equal(torch.cat(found), reference[:_REFERENCE_ROWS])
+
         with torch.inference_mode():
             reference = made(_REFERENCE_ROWS, count)
             while most > _REFERENCE_ROWS and not agrees(most):
@@ -366,6 +378,8 @@ class Engine:
                 least += _ROW_MULTIPLE
             while least <= most and least > _ROW_MULTIPLE and agrees(least - _ROW_MULTIPLE):
                 least -= _ROW_MULTIPLE
+            if isinstance(self._network, FusedConv):
+                self._few_rows = tuple(filter(drawn_alike, _FEW_ROWS))
         self.max_batch, self._least_rows = min(self.max_batch, most), least
 
     def _rows(self, count: int) -> tuple[Tensor, Tensor]:

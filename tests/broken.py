@@ -42,15 +42,15 @@ class Broken:
         self.network = network
         self.device = network.label_bias.rows.device
 
-    def __call__(self, latents: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, labels: Tensor, rows: int | None = None) -> Tensor:
         if (labels == SLOW).any():
             time.sleep(0.5)
         if (labels == LOST).any():
             lose(self.device)
         if (labels == MEMORY).sum() > FITS:
             exhaust(self.device)
-        x = self.network(latents.to(self.device), labels.to(self.device)).cpu()
-        return x.masked_fill((labels == NAN)[:, None], torch.nan)
+        x = self.network(latents.to(self.device), labels.to(self.device), rows).cpu()
+        return x.masked_fill((labels == NAN)[:rows, None], torch.nan)
 
 
 def load(settings: Settings) -> Registry:

@@ -20,6 +20,7 @@ from service.latents import Variation, Varied, draw_latents
 from tests.conftest import make_artifact
 from tests.processes import REPOSITORY
 from training.artifact import Artifact, load_artifact
+from training.networks import ConvGenerator
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -93,7 +94,7 @@ def test_an_image_is_the_same_in_every_batch_it_rides_in(engine: Engine) -> None
     seeds, indices, labels = rows(256)
     known = engine(seeds, indices, labels)
     rng = np.random.default_rng(1)
-    for size in 2 * (1, 2, 3, 7, 8, 9, 15, 31, 33, 63, 64, 129, 255):
+    for size in 2 * (1, 2, 3, 4, 5, 7, 8, 9, 15, 31, 33, 63, 64, 129, 255):
         chosen = rng.permutation(256)[:size]
         some = engine(seeds[chosen], indices[chosen], labels[chosen])
         assert (some == known[chosen]).all(), f"in a batch of {size}"
@@ -184,7 +185,7 @@ def test_only_batches_that_round_alike_are_computed(
     shapes: set[int] = set()
 
     def round_otherwise(
-        fused: FusedMLP, latents: torch.Tensor, labels: torch.Tensor
+        fused: FusedMLP, latents: torch.Tensor, labels: torch.Tensor, _rows: int | None = None
     ) -> torch.Tensor:
         shapes.add(len(latents))
         x = original(fused, latents, labels)
@@ -200,12 +201,42 @@ def test_only_batches_that_round_alike_are_computed(
     assert not shapes & set(other)
 
 
+@pytest.mark.parametrize(
+    ("other", "expected"), [((), [2, 2, 4, None]), ((2,), [4, 4, 4, None]), ((2, 4), 4 * [None])]
+)
+def test_of_a_few_rows_no_more_are_drawn_than_round_alike(
+    other: tuple[int, ...],
+    expected: list[int | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = ConvGenerator.synthesise
+    drawn: list[int | None] = []
+
+    def round_otherwise(
+        generator: ConvGenerator, style: torch.Tensor, rows: int | None = None
+    ) -> torch.Tensor:
+        drawn.append(rows)
+        x = original(generator, style)[:rows]  # as on a processor on which all round alike
+        return x * (1 + 1e-6) if rows in other else x
+
+    monkeypatch.setattr(ConvGenerator, "synthesise", round_otherwise)
+    artifact = load_artifact(make_artifact(tmp_path / "a.safetensors", kind="conv"))
+    engine = Engine(artifact, device=CPU, dtype=torch.float32, max_batch=64)
+    drawn.clear()
+    for size in (1, 2, 3, 5):
+        engine(*rows(size, classes=3))
+    assert drawn == expected
+
+
 def test_an_image_that_depends_on_its_batch_is_not_served(
     small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = FusedMLP.__call__
 
-    def mix_rows(fused: FusedMLP, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def mix_rows(
+        fused: FusedMLP, latents: torch.Tensor, labels: torch.Tensor, _rows: int | None = None
+    ) -> torch.Tensor:
         return original(fused, latents + 0.1 * latents.mean(0), labels)
 
     monkeypatch.setattr(FusedMLP, "__call__", mix_rows)

@@ -251,16 +251,19 @@ class ConvGenerator(nn.Module):
         """Generate images; the same contract as `MLPGenerator.forward`."""
         return self.synthesise(self.trunk(torch.cat([latents, self.label_embedding(labels)], 1)))
 
-    def synthesise(self, style: Tensor) -> Tensor:
-        """The trunk's output (N, style_dim) to images (N, C, H, W)."""
+    def synthesise(self, style: Tensor, rows: int | None = None) -> Tensor:
+        """The trunk's output (N, style_dim) to images (N, C, H, W), or to the first `rows` of them.
+
+        Dense layers see all N: how their products round may depend on how many there are.
+        """
         size = self.sizes[0]
-        x = self.start(style).view(-1, size, size, self.config.widths[0])
+        x = self.start(style)[:rows].view(-1, size, size, self.config.widths[0])
         x = x.permute(0, 3, 1, 2)  # (N, widths[0], size, size), channels last in memory
         for level, (block, modulation) in enumerate(zip(self.blocks, self.styles, strict=True)):
             if level > 0:
                 size = self.sizes[level]
                 x = F.interpolate(self.widen[level - 1](x), size=(size, size), mode="nearest")
-            x = block(x, modulation(style))  # (N, widths[level], size, size)
+            x = block(x, modulation(style)[:rows])  # (N, widths[level], size, size)
         x = F.pixel_shuffle(self.out(F.leaky_relu(x, 0.2)), 2)  # (N, C, 2 * size, 2 * size)
         images: Tensor = torch.tanh(x[:, :, : self.config.image_size, : self.config.image_size])
         return images
