@@ -12,6 +12,7 @@ from service.engine import (
     Dense,
     Engine,
     EngineError,
+    FusedConv,
     FusedMLP,
     fuse,
     resolve_dtype,
@@ -20,7 +21,6 @@ from service.latents import Variation, Varied, draw_latents
 from tests.conftest import make_artifact
 from tests.processes import REPOSITORY
 from training.artifact import Artifact, load_artifact
-from training.networks import ConvGenerator
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -210,19 +210,21 @@ def test_of_a_few_rows_no_more_are_drawn_than_round_alike(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = ConvGenerator.synthesise
+    original = FusedConv.__call__
     drawn: list[int | None] = []
 
     def round_otherwise(
-        generator: ConvGenerator, style: torch.Tensor, rows: int | None = None
+        fused: FusedConv, latents: torch.Tensor, labels: torch.Tensor, rows: int | None = None
     ) -> torch.Tensor:
         drawn.append(rows)
-        x = original(generator, style)[:rows]  # as on a processor on which all round alike
+        # One by one, as on a processor on which all batches round alike.
+        each = zip(latents.split(1), labels.split(1), strict=True)
+        x = torch.cat([original(fused, *row) for row in each])[:rows]
         return x * (1 + 1e-6) if rows in other else x
 
-    monkeypatch.setattr(ConvGenerator, "synthesise", round_otherwise)
+    monkeypatch.setattr(FusedConv, "__call__", round_otherwise)
     artifact = load_artifact(make_artifact(tmp_path / "a.safetensors", kind="conv"))
-    engine = Engine(artifact, device=CPU, dtype=torch.float32, max_batch=64)
+    engine = Engine(artifact, device=CPU, dtype=torch.float32, max_batch=8)
     drawn.clear()
     for size in (1, 2, 3, 5):
         engine(*rows(size, classes=3))
