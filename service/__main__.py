@@ -21,7 +21,7 @@ def _serve(arguments: list[str]) -> int:
     settings = parse_settings(arguments)
     # Imported only here: a supervisor, which lives as long as its workers, needs no PyTorch.
     if settings.workers == 1:
-        gc.disable()  # until all is loaded: imports leave hardly any garbage, and take a fifth less
+        gc.disable()  # until all is loaded, which leaves hardly any garbage and looks for it often
         from service.server import serve  # noqa: PLC0415
 
         return serve(settings, _say)

@@ -27,7 +27,8 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 
 # On the CPU a batch is filled up to a multiple of this: few shapes mean few kernels to prepare.
 _ROW_MULTIPLE = 8
-# Of so many rows, convolutions take much less time than of that.
+# A lone image need not be drawn as one of so many: convolutions of few rows take less time, and may
+# round as those of many do where dense layers do not.
 _FEW_ROWS = (2, 4)
 # The batch on the CPU whose results count. A product of few rows may take another kernel, which
 # sums in another order: on some processors one of 8 rows does, on others one of 32. Then one image
@@ -333,8 +334,9 @@ class Engine:
     ) -> tuple[Tensor, Tensor]:
         """The first rows, or all, as pixels (N, H, W, C), and whether each is of numbers (N,)."""
         height, width, channels = self.image_shape
-        few = [few for few in self._few_rows if rows is not None and few >= rows]
-        x = self._network(latents, labels, min(few, default=None))[:rows].float()  # (N, C * H * W)
+        enough = [few for few in self._few_rows if rows is not None and few >= rows]
+        drawn = self._network(latents, labels, min(enough, default=None))
+        x = drawn[:rows].float()  # (N, C * H * W)
         finite = x.sum(1).isfinite()  # (N,): between -1 and 1 only what is no number spoils a sum
         # To the nearest level: the conversion cuts off what follows the point.
         x = x.mul_(127.5).add_(128.0).to(torch.uint8)
@@ -344,8 +346,8 @@ class Engine:
     def _choose_shapes(self) -> None:
         """Find the batches that give what those of `_REFERENCE_ROWS` do, and prepare their kernels.
 
-        They are all multiples of `_ROW_MULTIPLE` from a least to a largest one. Of the least, only
-        a few may be drawn.
+        They are all multiples of `_ROW_MULTIPLE` from a least to a largest one, and, for the
+        convolutions alone, those of `_FEW_ROWS` that do so within a batch of the least.
         """
         most = self.max_batch + -self.max_batch % _ROW_MULTIPLE
         count = max(2 * _REFERENCE_ROWS, most)
@@ -363,7 +365,7 @@ class Engine:
             return torch.equal(found[: len(reference)], reference[: len(found)])
 
         def drawn_alike(few: int) -> bool:
-            """Of the batches of the least size."""
+            """Whether the first rows of a batch of the least are what they are among many."""
             starts = range(0, _REFERENCE_ROWS, few)
             parts = [slice(start, start + least) for start in starts]
             found = [self._network(latents[part], labels[part], few) for part in parts]
