@@ -90,6 +90,7 @@ def wait_until(reached: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not reached():
         assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.005)  # for threads of this process, which may be what it waits for
 
 
 def address(service: ServiceProcess) -> tuple[str, int]:
