@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from service.dense import Layer, chain
 from service.faults import CorruptRows, DeviceLost, OutOfMemory
 from service.latents import Varied, draw_latents
 from training.artifact import Artifact
@@ -27,9 +28,6 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 
 # On the CPU a batch is filled up to a multiple of this: few shapes mean few kernels to prepare.
 _ROW_MULTIPLE = 8
-# A lone image need not be drawn as one of so many: convolutions of few rows take less time, and may
-# round as those of many do where dense layers do not.
-_FEW_ROWS = (2, 4)
 # The batch on the CPU whose results count. A product of few rows may take another kernel, which
 # sums in another order: on some processors one of 8 rows does, on others one of 32. Then one image
 # in fifty is another in some value, and few of these in a pixel: so shapes are compared by values,
@@ -104,51 +102,16 @@ class LabelBias:
         return label
 
 
-Activation = Literal["none", "leaky_relu", "tanh"]
-
-
-class Dense:
-    """A linear layer and the activation after it, as one operation where the device has one.
-
-    oneDNN keeps the weights in the order in which its kernels read them and applies the activation
-    before the sum is rounded; that takes about three quarters of the time of the plain operations,
-    but where there is no AVX-512, a quarter more.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation) -> None:
-        self._weight, self._bias, self._activation = weight.contiguous(), bias, activation
-        self._packed: Tensor | None = None
-        if weight.device.type == "cpu" and _packs(weight.dtype):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, 64)
-        self._slope = [0.2] if activation == "leaky_relu" else []
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(N, fan_in) to (N, fan_out), of the weights' type."""
-        if self._packed is not None:
-            fused: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self._packed, self._bias, self._activation, self._slope, ""
-            )
-            return fused
-        x = F.linear(x, self._weight, self._bias)
-        if self._activation == "leaky_relu":
-            return F.leaky_relu_(x, 0.2)
-        return x.tanh_() if self._activation == "tanh" else x
-
-
-def _packs(dtype: torch.dtype) -> bool:
-    if dtype is torch.float32:
-        native = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    else:
-        native = has_native_bfloat16(torch.device("cpu"))
-    return torch.backends.mkldnn.is_available() and native
-
-
 class FusedMLP:
     """An `MLPGenerator` in evaluation mode, as linear layers alone.
 
     Batch norm y = (x - mean) / sqrt(var + eps) * gamma + beta follows a linear layer, so both are
     one linear layer with scaled weights. The first layer's product with a label's embedding is the
     same for every image of a class, so it is a row of a table.
+
+    Attributes:
+        label_bias: that table.
+        few_rows: numbers of rows that it can draw for themselves.
     """
 
     def __init__(
@@ -171,21 +134,16 @@ class FusedMLP:
         embedding = generator.label_embedding.weight.double()  # (classes, embedding_dim)
         table = embedding @ weights[0][:, latent_dim:].T + biases[0]  # (classes, hidden[0])
         self.label_bias = LabelBias(table, mixtures, device=device, dtype=dtype)
-        self.first = Dense(weights[0][:, :latent_dim].to(device, dtype), None, "none")
-        *hidden, last = [
-            (weight.to(device, dtype), bias.to(device, dtype))
-            for weight, bias in zip(weights[1:], biases[1:], strict=True)
-        ]
-        self.rest = [*(Dense(*layer, "leaky_relu") for layer in hidden), Dense(*last, "tanh")]
+        layers = [Layer(weights[0][:, :latent_dim].to(device, dtype), None, "leaky_relu")]
+        for weight, added in zip(weights[1:], biases[1:], strict=True):
+            layers.append(Layer(weight.to(device, dtype), added.to(device, dtype), "leaky_relu"))
+        layers[-1] = layers[-1]._replace(activation="tanh")
+        self._chain = chain(layers)
+        self.few_rows = self._chain.few_rows
 
     def __call__(self, latents: Tensor, labels: Tensor, rows: int | None = None) -> Tensor:
         """(N, latent_dim) float32, (N,) int64 to (N, C * H * W) in [-1, 1], or the first rows."""
-        bias = self.label_bias.rows
-        x = self.first(latents.to(bias.dtype))
-        x = F.leaky_relu_(x.add_(bias[labels]), 0.2)  # (N, hidden[0])
-        for layer in self.rest:
-            x = layer(x)
-        return x[:rows]
+        return self._chain(latents[:rows], self.label_bias.rows[labels[:rows]])
 
 
 class FusedConv:
@@ -193,7 +151,14 @@ class FusedConv:
 
     The first layer's product with a label's embedding is a row of a table, as in `FusedMLP`; there
     is no batch norm to fold.
+
+    Attributes:
+        label_bias: that table.
+        few_rows: numbers of rows that convolutions alone may draw: these take less time then, and
+            may round as those of many rows do where dense layers do not.
     """
+
+    few_rows: Sequence[int] = (2, 4)
 
     def __init__(
         self, generator: ConvGenerator, *, mixtures: int, device: torch.device, dtype: torch.dtype
@@ -262,7 +227,7 @@ class Engine:
         # was there at the start, which is frozen, never.
         self._captured: _Captured | None = None
         self._least_rows = _ROW_MULTIPLE  # of a batch on the CPU
-        self._few_rows: tuple[int, ...] = ()  # of `_FEW_ROWS`, those that convolutions may take
+        self._few_rows: tuple[int, ...] = ()  # that need not be drawn as one batch of the least
         if device.type == "cuda":
             self._captured = _Captured(self._pixels, max_batch, network.latent_dim, device)
         else:
@@ -346,8 +311,8 @@ class Engine:
     def _choose_shapes(self) -> None:
         """Find the batches that give what those of `_REFERENCE_ROWS` do, and prepare their kernels.
 
-        They are all multiples of `_ROW_MULTIPLE` from a least to a largest one, and, for the
-        convolutions alone, those of `_FEW_ROWS` that do so within a batch of the least.
+        They are all multiples of `_ROW_MULTIPLE` from a least to a largest one, and few rows of a
+        batch of the least where the network can draw these for themselves.
         """
         most = self.max_batch + -self.max_batch % _ROW_MULTIPLE
         count = max(2 * _REFERENCE_ROWS, most)
@@ -380,8 +345,7 @@ class Engine:
                 least += _ROW_MULTIPLE
             while least <= most and least > _ROW_MULTIPLE and agrees(least - _ROW_MULTIPLE):
                 least -= _ROW_MULTIPLE
-            if isinstance(self._network, FusedConv):
-                self._few_rows = tuple(filter(drawn_alike, _FEW_ROWS))
+            self._few_rows = tuple(filter(drawn_alike, self._network.few_rows))
         self.max_batch, self._least_rows = min(self.max_batch, most), least
 
     def _rows(self, count: int) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from service.engine import (
-    Activation,
-    Dense,
     Engine,
     EngineError,
     FusedConv,
@@ -56,26 +53,6 @@ def test_the_fused_network_is_the_artifacts_network(
     with torch.inference_mode():
         expected = artifact.generator(latents, labels).flatten(1)
         assert torch.allclose(fused(latents, labels), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("activation", ["none", "leaky_relu", "tanh"])
-@pytest.mark.parametrize("biased", [True, False])
-def test_a_dense_layer_is_a_linear_one_and_its_activation(
-    activation: Activation, biased: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, weight = torch.randn(16, 24), torch.randn(32, 24)
-    bias = torch.randn(32) if biased else None
-    plain = functional.linear(x, weight, bias)
-    expected = {
-        "none": plain,
-        "leaky_relu": functional.leaky_relu(plain, 0.2),
-        "tanh": plain.tanh(),
-    }[activation]
-    for packs in (True, False):  # where oneDNN is missing, or the device is another one
-        monkeypatch.setattr("service.engine._packs", lambda _, packs=packs: packs)
-        with torch.inference_mode():
-            made = Dense(weight, bias, activation)(x)
-        assert torch.allclose(made, expected, atol=1e-5)
 
 
 def test_pixels_are_the_rounded_image_in_rows_of_height_width_channels(tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+import itertools
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from service.dense import Activation, Dense, Layer, OnnxChain, TorchChain, chain
+from tests.processes import REPOSITORY
+
+WIDTHS = (20, 48, 300, 96)  # more than a product takes in one go
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[Layer]:
+    generator = torch.Generator().manual_seed(1)
+    made: list[Layer] = []
+    for fan_in, fan_out in itertools.pairwise(WIDTHS):
+        weight = torch.randn(fan_out, fan_in, generator=generator) / fan_in**0.5
+        bias = torch.randn(fan_out, generator=generator) if made else None
+        made.append(Layer(weight, bias, "leaky_relu"))
+    return [*made[:-1], made[-1]._replace(activation="tanh")]
+
+
+def inputs(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return tuple(torch.randn(count, width, generator=generator) for width in WIDTHS[:2])  # type: ignore[return-value]
+
+
+def activated(x: Tensor, activation: Activation) -> Tensor:
+    if activation == "leaky_relu":
+        return functional.leaky_relu(x, 0.2)
+    return x.tanh() if activation == "tanh" else x
+
+
+def one_by_one(layers: Sequence[Layer], x: Tensor, bias: Tensor) -> Tensor:
+    for weight, own, activation in layers:
+        x = activated(functional.linear(x, weight) + (bias if own is None else own), activation)
+    return x
+
+
+@pytest.mark.parametrize("activation", ["none", "leaky_relu", "tanh"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_dense_layer_is_a_linear_one_and_its_activation(
+    activation: Activation, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = torch.randn(16, 24), torch.randn(32, 24)
+    bias = torch.randn(32) if biased else None
+    expected = activated(functional.linear(x, weight, bias), activation)
+    for packs in (True, False):  # where oneDNN is missing, or the device is another one
+        monkeypatch.setattr("service.dense._packs", lambda _, packs=packs: packs)
+        with torch.inference_mode():
+            made = Dense(Layer(weight, bias, activation))(x)
+        assert torch.allclose(made, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [TorchChain, OnnxChain])
+def test_a_chain_is_its_layers_one_after_the_other(
+    kind: type[TorchChain | OnnxChain], layers: list[Layer]
+) -> None:
+    x, bias = inputs(33)
+    with torch.inference_mode():
+        assert torch.allclose(kind(layers)(x, bias), one_by_one(layers, x, bias), atol=1e-5)
+
+
+def test_onnx_runtime_draws_a_row_alike_among_any_others_and_with_any_threads(
+    layers: list[Layer],
+) -> None:
+    x, bias = inputs(256)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = OnnxChain(layers)
+        torch.set_num_threads(2)
+        two = OnnxChain(layers)
+    finally:
+        torch.set_num_threads(before)
+    known = one(x, bias)
+    assert torch.equal(two(x, bias), known)
+    for count in (1, 2, 3, 4, 5, 8, 31, 64):
+        for drawing in (one, two):
+            made = [drawing(*part) for part in zip(x.split(count), bias.split(count), strict=True)]
+            assert torch.equal(torch.cat(made), known), count
+
+
+def test_onnx_runtime_computes_where_nothing_packs_weights(
+    layers: list[Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for packs, kind in ((True, TorchChain), (False, OnnxChain)):
+        monkeypatch.setattr("service.dense._packs", lambda _, packs=packs: packs)
+        assert type(chain(layers)) is kind
+    halves = [
+        Layer(weight.bfloat16(), None if bias is None else bias.bfloat16(), activation)
+        for weight, bias, activation in layers
+    ]
+    assert type(chain(halves)) is TorchChain
+
+
+def test_what_onnx_runtime_cannot_do_is_a_runtime_error(layers: list[Layer]) -> None:
+    x, bias = inputs(2)
+    with pytest.raises(RuntimeError, match="bias"):
+        OnnxChain(layers)(x, bias[:, 1:].contiguous())
+
+
+def test_too_little_memory_for_onnx_runtime_is_a_memory_error() -> None:
+    code = """if True:
+        import resource
+        import torch
+        from pathlib import Path
+        from service.dense import Layer, OnnxChain
+
+        chain = OnnxChain([Layer(torch.ones(100_000, 1), None, "tanh")])
+        chain(torch.ones(1, 1), torch.ones(1, 100_000))
+        x, bias = torch.ones(1_000, 1), torch.ones(1_000, 100_000)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (100 << 20)  # of 400 MB that are needed
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            chain(x, bias)
+        except MemoryError:
+            print("MemoryError")
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("MemoryError\n", "", 0)
