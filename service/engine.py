@@ -229,7 +229,7 @@ class Engine:
         self._least_rows = _ROW_MULTIPLE  # of a batch on the CPU
         self._few_rows: tuple[int, ...] = ()  # that need not be drawn as one batch of the least
         if device.type == "cuda":
-            self._captured = _Captured(self._pixels, max_batch, network.latent_dim, device)
+            self._captured = _Captured(self._on_device, max_batch, network.latent_dim, device)
         else:
             self._choose_shapes()
         self.known = self._check()
@@ -292,21 +292,28 @@ class Engine:
         if missing:
             latents = F.pad(latents, (0, 0, 0, missing))
             labels = F.pad(labels, (0, missing))
-        return self._pixels(latents, labels, rows)
-
-    def _pixels(
-        self, latents: Tensor, labels: Tensor, rows: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The first rows, or all, as pixels (N, H, W, C), and whether each is of numbers (N,)."""
-        height, width, channels = self.image_shape
-        enough = [few for few in self._few_rows if rows is not None and few >= rows]
+        enough = [few for few in self._few_rows if few >= rows]
         drawn = self._network(latents, labels, min(enough, default=None))
-        x = drawn[:rows].float()  # (N, C * H * W)
+        # In numpy, which takes half the time that PyTorch takes for these few operations.
+        x = drawn[:rows].float().numpy()
+        finite = np.isfinite(x.sum(1))
+        x *= 127.5
+        x += 128.0
+        with np.errstate(invalid="ignore"):
+            pixels = torch.from_numpy(x.astype(np.uint8))
+        return self._in_rows(pixels), torch.from_numpy(finite)
+
+    def _on_device(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (N, H, W, C), and whether each row is of numbers (N,)."""
+        x = self._network(latents, labels).float()  # (N, C * H * W)
         finite = x.sum(1).isfinite()  # (N,): between -1 and 1 only what is no number spoils a sum
         # To the nearest level: the conversion cuts off what follows the point.
-        x = x.mul_(127.5).add_(128.0).to(torch.uint8)
-        x = x.view(-1, channels, height, width).permute(0, 2, 3, 1)
-        return x.contiguous(), finite
+        return self._in_rows(x.mul_(127.5).add_(128.0).to(torch.uint8)), finite
+
+    def _in_rows(self, pixels: Tensor) -> Tensor:
+        """(N, C * H * W) to (N, H, W, C)."""
+        height, width, channels = self.image_shape
+        return pixels.view(-1, channels, height, width).permute(0, 2, 3, 1).contiguous()
 
     def _choose_shapes(self) -> None:
         """Find the batches that give what those of `_REFERENCE_ROWS` do, and prepare their kernels.
