@@ -33,7 +33,7 @@ from service.faults import CorruptRows, DeviceLost, OutOfMemory
 from service.latents import Variation, Varied
 
 SMALL = 16  # rows of a small request at most
-GROWTH = 4  # rows by which every request that waits makes the next batch larger
+GROWTH = 8  # rows by which every request that waits makes the next batch larger
 # About how long a forward takes while few requests wait, in seconds or, where the least one takes
 # long, in times of that: what comes meanwhile waits for no more than two, and needs one itself.
 SHORT_S, SHORT_TIMES = 0.0015, 2.0

@@ -342,7 +342,7 @@ def test_batches_of_a_lone_request_grow_where_even_the_smallest_takes_long(
     assert fixed_s + longest * engine.row_s < 2.5 * (fixed_s + SMALL * engine.row_s)
 
 
-@pytest.mark.parametrize(("waiting", "size"), [(1, SMALL), (4, SMALL), (9, 9 * GROWTH)])
+@pytest.mark.parametrize(("waiting", "size"), [(1, SMALL), (2, SMALL), (9, 9 * GROWTH)])
 def test_batches_grow_with_the_requests_that_wait_and_not_with_their_rows(
     clock: FakeClock, waiting: int, size: int
 ) -> None:
