@@ -61,8 +61,8 @@ class TorchChain:
     """Layers one after the other, by PyTorch.
 
     Attributes:
-        few_rows: none of which it would draw for themselves: a product of few rows may round as
-            one of many does not, and then takes hardly less time.
+        few_rows: numbers of rows that are worth drawing for themselves: none, since a product of
+            few rows may round otherwise than one of many.
     """
 
     few_rows: Sequence[int] = ()
@@ -84,9 +84,9 @@ class TorchChain:
 class OnnxChain:
     """Layers one after the other, by ONNX Runtime, on the CPU in float32.
 
-    Without AVX-512 that takes a fifth to a third less time than PyTorch's products and activations.
-    What it makes of a row depends neither on the rows beside it nor on threads; so a lone row can
-    be drawn for itself, as PyTorch's products of one row, which round in their own way, cannot.
+    Without AVX-512 that takes less time than PyTorch's products and activations, from two fifths
+    for 16 rows to a sixth for 256. What it makes of a row depends neither on the rows beside it nor
+    on threads; so a lone row can be drawn for itself, where PyTorch's would round in its own way.
 
     Attributes:
         few_rows: numbers of rows that are worth drawing for themselves.
