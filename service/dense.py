@@ -109,7 +109,12 @@ class OnnxChain:
             )
 
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
-        """(N, fan_in), and the first layer's bias (N, fan_out) of each row, to (N, fan_out)."""
+        """(N, fan_in), and the first layer's bias (N, fan_out) of each row, to (N, fan_out).
+
+        Raises:
+            MemoryError: so many rows do not fit.
+            RuntimeError: anything else failed.
+        """
         with _failures():
             (made,) = self._session.run(None, {"x": x.numpy(), "bias": bias.numpy()})
         return torch.from_numpy(made)
