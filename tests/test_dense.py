@@ -69,6 +69,8 @@ def test_a_chain_is_its_layers_one_after_the_other(
 def test_onnx_runtime_draws_a_row_alike_among_any_others_and_with_any_threads(
     layers: list[Layer],
 ) -> None:
+    if isinstance(chain(layers), TorchChain):
+        pytest.skip("PyTorch packs weights here, and nothing is drawn by ONNX Runtime")
     x, bias = inputs(256)
     before = torch.get_num_threads()
     try:
@@ -131,4 +133,5 @@ def test_too_little_memory_for_onnx_runtime_is_a_memory_error() -> None:
         check=False,
         timeout=120,
     )
-    assert (ended.stdout, ended.stderr, ended.returncode) == ("MemoryError\n", "", 0)
+    assert (ended.stdout, ended.returncode) == ("MemoryError\n", 0), ended.stderr
+    assert "[E:" not in ended.stderr  # errors in a log of its own, which nobody reads
