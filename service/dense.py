@@ -1,8 +1,8 @@
 """Chains of dense layers, by whatever computes them fastest where they are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ Activation = Literal["none", "leaky_relu", "tanh"]
 _SLOPE = 0.2  # of leaky ReLU
 # Versions of ONNX that every runtime we allow reads; `onnx` would write the newest that it knows.
 _OPSET, _IR = 17, 8
+_ONNX: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "leaky_relu": ("LeakyRelu", {"alpha": _SLOPE}),
+    "tanh": ("Tanh", {}),
+}
 
 
 class Layer(NamedTuple):
@@ -130,10 +134,7 @@ def _failures() -> Iterator[None]:
         raise kind(str(error)) from error
 
 
-Chain = TorchChain | OnnxChain
-
-
-def chain(layers: Sequence[Layer]) -> Chain:
+def chain(layers: Sequence[Layer]) -> TorchChain | OnnxChain:
     """Layers, the first of which has no bias of its own, as one function.
 
     Args:
@@ -174,11 +175,9 @@ def _as_onnx(layers: Sequence[Layer]) -> bytes:
         inputs = [x, f"weight{number}", added]
         x = f"sum{number}"
         nodes.append(helper.make_node("Gemm", inputs, [x], transB=1))
-        if activation == "leaky_relu":
-            nodes.append(helper.make_node("LeakyRelu", [x], [f"x{number}"], alpha=_SLOPE))
-            x = f"x{number}"
-        elif activation == "tanh":
-            nodes.append(helper.make_node("Tanh", [x], [f"x{number}"]))
+        if activation != "none":
+            kind, how = _ONNX[activation]
+            nodes.append(helper.make_node(kind, [x], [f"x{number}"], **how))
             x = f"x{number}"
 
     def rows(name: str, width: int) -> ValueInfoProto:

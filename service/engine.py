@@ -294,12 +294,12 @@ class Engine:
             labels = F.pad(labels, (0, missing))
         enough = [few for few in self._few_rows if few >= rows]
         drawn = self._network(latents, labels, min(enough, default=None))
-        # In numpy, which takes half the time that PyTorch takes for these few operations.
+        # As `_on_device`, but in numpy, by which an image alone took 9 % less time in all.
         x = drawn[:rows].float().numpy()
         finite = np.isfinite(x.sum(1))
         x *= 127.5
         x += 128.0
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # of what is no number, `finite` tells
             pixels = torch.from_numpy(x.astype(np.uint8))
         return self._in_rows(pixels), torch.from_numpy(finite)
 

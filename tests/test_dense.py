@@ -1,6 +1,4 @@
 import itertools
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
@@ -9,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from service.dense import Activation, Dense, Layer, OnnxChain, TorchChain, chain
-from tests.processes import REPOSITORY
+from tests.processes import run
 
 WIDTHS = (20, 48, 300, 96)  # more than a product takes in one go
 
@@ -125,13 +123,6 @@ def test_too_little_memory_for_onnx_runtime_is_a_memory_error() -> None:
         except MemoryError:
             print("MemoryError")
     """
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    ended = run("-c", code)
     assert (ended.stdout, ended.returncode) == ("MemoryError\n", 0), ended.stderr
     assert "[E:" not in ended.stderr  # errors in a log of its own, which nobody reads
