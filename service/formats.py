@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from service.generation import Images, Order, Steps
-from service.png import contact_sheet, encode_png, enlarge
+from service.png import encode_contact_sheet, encode_png, enlarge
 from service.problems import wrong_value
 
 Format = Literal["png", "zip", "json", "multipart", "npz"]
@@ -88,7 +88,7 @@ def encode_sheet(order: Order, images: Images, scale: int) -> bytes:
     """One image as itself, several as a contact sheet."""
     if len(order.labels) == 1:
         return next(single_pngs(order, images, scale))
-    return encode_png(enlarge(contact_sheet(images.pixels), scale), order.recipe_of_all())
+    return encode_contact_sheet(enlarge(images.pixels, scale), order.recipe_of_all())
 
 
 def encode_zip(order: Order, images: Images, scale: int) -> Steps:

@@ -6,27 +6,28 @@ contract. The format is the PNG specification, third edition (https://www.w3.org
 compression is ISA-L's, which takes half as long as zlib's fastest or less.
 """
 
-import json
 import math
 import struct
 import zlib
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 Pixels = NDArray[np.uint8]
 
 RECIPE_KEYWORD = "Recipe"
+_KEYWORD = RECIPE_KEYWORD.encode()
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {1: 0, 3: 2}  # grey, RGB
 # Level 1 makes files a sixth smaller and takes up to twice as long; for a single small image, which
 # takes less time than its table does to clear, six times.
 _LEVEL = 0
-# JSON keeps to ASCII here, so that a class name in any script fits the chunk's Latin-1.
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
+_RECIPE: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 def encode_png(pixels: Pixels, recipe: Mapping[str, object]) -> bytes:
@@ -36,7 +37,17 @@ def encode_png(pixels: Pixels, recipe: Mapping[str, object]) -> bytes:
         pixels: (H, W, C) uint8, C = 1 (grey) or 3 (RGB).
         recipe: what the image was made from; written as JSON into a text chunk named `Recipe`.
     """
-    return _join(pixels, _to_json(recipe), isal_zlib.compress(_filter(pixels), _LEVEL))
+    return _compress(_filter(pixels), pixels.shape[2], recipe)
+
+
+def encode_contact_sheet(images: Pixels, recipe: Mapping[str, object]) -> bytes:
+    """Many images as one PNG, laid out as by `contact_sheet`.
+
+    Args:
+        images: (N, H, W, C) uint8, C = 1 (grey) or 3 (RGB).
+        recipe: as of `encode_png`.
+    """
+    return _compress(_lay_out(images), images.shape[3], recipe)
 
 
 def store_png(pixels: Pixels, recipe: str) -> bytes:
@@ -46,7 +57,8 @@ def store_png(pixels: Pixels, recipe: str) -> bytes:
         pixels: (H, W, C) uint8, C = 1 (grey) or 3 (RGB).
         recipe: as of `encode_png`, in JSON; its length counts, too.
     """
-    return _join(pixels, recipe, zlib.compress(_filter(pixels).data, 0))
+    data = zlib.compress(_filter(pixels).data, 0)
+    return _join(_head(*pixels.shape), recipe.encode("ascii"), data)
 
 
 def _filter(pixels: Pixels) -> Pixels:
@@ -57,14 +69,35 @@ def _filter(pixels: Pixels) -> Pixels:
     return rows
 
 
-def _join(pixels: Pixels, recipe: str, compressed: bytes) -> bytes:
-    head = _head(*pixels.shape)
-    text = f"{RECIPE_KEYWORD}\0{recipe}".encode("ascii")
-    return b"".join((head, _chunk(b"tEXt", text), _chunk(b"IDAT", compressed), _TAIL))
+def _lay_out(images: Pixels) -> Pixels:
+    """The rows of a contact sheet, as `_filter` gives them; the images are copied only once."""
+    count, height, width, channels = images.shape
+    columns = math.isqrt(count - 1) + 1
+    lines = np.zeros((-(-count // columns), height, 1 + columns * width * channels), dtype=np.uint8)
+    cells = lines[:, :, 1:].reshape(len(lines), height, columns, -1)  # of the same memory
+    whole, last = divmod(count, columns)
+    rows = images.reshape(count, height, -1)
+    full = rows[: whole * columns].reshape(whole, columns, height, -1)
+    cells[:whole] = full.swapaxes(1, 2)
+    if last:
+        cells[whole, :, :last] = rows[whole * columns :].swapaxes(0, 1)
+    return lines.reshape(-1, lines.shape[2])
+
+
+def _compress(lines: Pixels, channels: int, recipe: Mapping[str, object]) -> bytes:
+    height, width = lines.shape[0], (lines.shape[1] - 1) // channels
+    # JSON keeps to ASCII here, so that a class name in any script fits the chunk's Latin-1.
+    text = _RECIPE.dump_json(recipe, ensure_ascii=True)
+    return _join(_head(height, width, channels), text, isal_zlib.compress(lines, _LEVEL))
+
+
+def _join(head: bytes, recipe: bytes, compressed: bytes) -> bytes:
+    text = _chunk(b"tEXt", b"%b\0%b" % (_KEYWORD, recipe))
+    return b"".join((head, text, _chunk(b"IDAT", compressed), _TAIL))
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
-    checksum = zlib.crc32(data, zlib.crc32(kind))
+    checksum = isal_zlib.crc32(data, isal_zlib.crc32(kind))
     return b"".join((len(data).to_bytes(4), kind, data, checksum.to_bytes(4)))
 
 
@@ -87,14 +120,8 @@ def contact_sheet(images: Pixels) -> Pixels:
     Returns:
         (rows * H, columns * W, C) uint8; the image itself where there is only one.
     """
-    count, height, width, channels = images.shape
-    columns = math.isqrt(count - 1) + 1
-    rows = -(-count // columns)
-    if rows * columns != count:
-        missing = np.zeros((rows * columns - count, height, width, channels), dtype=np.uint8)
-        images = np.concatenate([images, missing])
-    grid = images.reshape(rows, columns, height, width, channels)
-    return grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    lines = _lay_out(images)[:, 1:]
+    return lines.reshape(len(lines), -1, images.shape[3])
 
 
 def enlarge(images: Pixels, scale: int) -> Pixels:

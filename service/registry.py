@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from service.engine import Engine, EngineError, resolve_dtype
-from service.png import contact_sheet, encode_png
+from service.png import encode_contact_sheet
 from service.settings import Settings
 from training.artifact import ArtifactError, ArtifactInfo, load_artifact
 from training.devices import resolve_device
@@ -79,8 +79,8 @@ class Model:
         The artifact alone does not tell what bytes are answered: another kind of device rounds
         otherwise, and another version of the encoder packs otherwise.
         """
-        sheet = contact_sheet(self.engine.known.pixels)
-        return hashlib.sha256(encode_png(sheet, {"sha256": self.sha256})).digest()
+        sheet = encode_contact_sheet(self.engine.known.pixels, {"sha256": self.sha256})
+        return hashlib.sha256(sheet).digest()
 
     @property
     def info(self) -> ArtifactInfo:

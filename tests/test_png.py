@@ -6,7 +6,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.png import contact_sheet, encode_png, enlarge
+from service.png import contact_sheet, encode_contact_sheet, encode_png, enlarge
 
 
 def noise(*shape: int) -> NDArray[np.uint8]:
@@ -52,6 +52,13 @@ def test_a_sheet_has_the_rounded_up_root_of_its_images_as_columns(
         top, left = place // columns * 5, place % columns * 7
         cell = sheet[top : top + 5, left : left + 7]
         assert (cell == (images[place] if place < count else 0)).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_a_sheet_is_the_same_file_however_it_is_made(count: int, channels: int) -> None:
+    images, recipe = enlarge(noise(count, 5, 7, channels), 2), {"labels": [7] * count}
+    assert encode_contact_sheet(images, recipe) == encode_png(contact_sheet(images), recipe)
 
 
 def test_enlarging_repeats_whole_pixels() -> None:

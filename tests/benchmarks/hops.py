@@ -21,7 +21,7 @@ from service.formats import encode_sheet, encode_zip
 from service.generation import Client, Generation, Images, Order, finish
 from service.latents import Varied, draw_latents
 from service.metrics import Metrics
-from service.png import contact_sheet, encode_png
+from service.png import encode_contact_sheet
 from service.registry import Model, Registry
 from service.routes.parameters import parse_query
 from tests.benchmarks.serving import WEIGHTS
@@ -107,12 +107,11 @@ def main() -> None:
     for n in (1, 16, 64):
         order = generation.order(labels=["3"], n=n, seed=5, model=None)
         pixels = engine(order.seeds, order.indices, order.labels)
-        images, sheet = Images(pixels, 0.0, 0.0), contact_sheet(pixels)
+        images = Images(pixels, 0.0, 0.0)
         steps: dict[str, Callable[[], object]] = {
             "parse and validate": partial(parse_query, b"label=3&n=16&seed=5"),
             "order": partial(generation.order, labels=["3"], n=n, seed=5, model=None),
-            "sheet": partial(contact_sheet, pixels),
-            "PNG": partial(encode_png, sheet, {}),
+            "sheet and PNG": partial(encode_contact_sheet, pixels, {}),
             "sheet, PNG and recipe": partial(encode_sheet, order, images, 1),
             "zip": partial(whole_zip, order, images),
             "count": partial(generation.count, order, Client()),
