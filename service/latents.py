@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_LOW_32 = np.uint64(0xFFFFFFFF)
 _1, _27, _30, _31, _32 = (np.uint64(number) for number in (1, 27, 30, 31, 32))
 _BLOCK = 256  # rows at a time: the arrays in between stay in the processor's cache
 
@@ -62,7 +61,7 @@ def draw_latents(
         torch.from_numpy(radius).log_()
         radius *= -2.0
         np.sqrt(radius, out=radius)
-        angle = torch.from_numpy((words & _LOW_32) * (2.0 * np.pi * 2.0**-32))
+        angle = torch.from_numpy(words.astype(np.uint32) * (2.0 * np.pi * 2.0**-32))  # lower half
         np.multiply(radius, angle.cos().numpy(), latents[block, :pairs], casting="same_kind")
         np.multiply(radius, angle.sin_().numpy(), latents[block, pairs:], casting="same_kind")
     return latents[:, :latent_dim]
