@@ -77,6 +77,7 @@ class TorchChain:
         self._activation, self._dtype = first.activation, first.weight.dtype
         self._rest = [Dense(layer) for layer in rest]
 
+    @torch.inference_mode()
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
         """(N, fan_in), and the first layer's bias (N, fan_out) of each row, to (N, fan_out)."""
         x = _activate(self._first(x.to(self._dtype)).add_(bias), self._activation)

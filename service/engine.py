@@ -149,7 +149,9 @@ class FusedMLP:
 
     def __call__(self, latents: Tensor, labels: Tensor, rows: int | None = None) -> Tensor:
         """(N, latent_dim) float32, (N,) int64 to (N, C * H * W) in [-1, 1], or the first rows."""
-        return self._chain(latents[:rows], self.label_bias.of(labels[:rows]))
+        if rows is not None:
+            latents, labels = latents[:rows], labels[:rows]
+        return self._chain(latents, self.label_bias.of(labels))
 
 
 class FusedConv:
@@ -181,6 +183,7 @@ class FusedConv:
         self.rest = copy.trunk[1:].to(device, dtype)
         self.synthesis = copy.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @torch.inference_mode()
     def __call__(self, latents: Tensor, labels: Tensor, rows: int | None = None) -> Tensor:
         """(N, latent_dim) float32, (N,) int64 to (N, C * H * W) in [-1, 1], or the first rows."""
         bias = self.label_bias.of(labels)
@@ -265,7 +268,7 @@ class Engine:
         """
         latents = draw_latents(seeds, indices, self._latent_dim)
         forward = self._captured or self._eager
-        with _faults(), torch.inference_mode():
+        with _faults():
             if varied:
                 labels = self._vary(latents, indices, labels, varied)
             pixels, finite = forward(latents, labels)
@@ -303,7 +306,7 @@ class Engine:
         drawn = self._network(
             torch.from_numpy(latents), torch.from_numpy(labels), min(enough, default=None)
         )
-        x = drawn[:rows].float().numpy()
+        x = (drawn if drawn.dtype is torch.float32 else drawn.float()).numpy()[:rows]
         finite = np.isfinite(x.max(1))
         x *= 127.5
         x += 128.0

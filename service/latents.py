@@ -62,8 +62,8 @@ def draw_latents(
         radius *= -2.0
         np.sqrt(radius, out=radius)
         angle = torch.from_numpy(words.astype(np.uint32) * (2.0 * np.pi * 2.0**-32))  # lower half
-        np.multiply(radius, angle.cos().numpy(), latents[block, :pairs], casting="same_kind")
-        np.multiply(radius, angle.sin_().numpy(), latents[block, pairs:], casting="same_kind")
+        latents[block, :pairs] = radius * angle.cos().numpy()
+        latents[block, pairs:] = radius * angle.sin_().numpy()
     return latents[:, :latent_dim]
 
 
