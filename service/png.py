@@ -62,7 +62,10 @@ def store_png(pixels: Pixels, recipe: str) -> bytes:
 
 
 def _filter(pixels: Pixels) -> Pixels:
-    """The rows (H, 1 + W * C) of an image, with filter type 0 before each."""
+    """The rows (H, 1 + W * C) of an image, with filter type 0 before each.
+
+    `_lay_out` gives the same for one image, in twice the time.
+    """
     height, width, channels = pixels.shape
     rows = np.zeros((height, 1 + width * channels), dtype=np.uint8)
     rows[:, 1:] = pixels.reshape(height, -1)
