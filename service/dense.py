@@ -1,5 +1,6 @@
 """Chains of dense layers, by whatever computes them fastest where they are."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -100,6 +101,9 @@ class OnnxChain:
     few_rows: Sequence[int] = (1, 2, 4)
 
     def __init__(self, layers: Sequence[Layer]) -> None:
+        # It would tell its makers of every process and model, and leave files in folders of others;
+        # it reads this when it is imported.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime  # noqa: PLC0415  (what computes on a GPU needs none)
 
         options = onnxruntime.SessionOptions()

@@ -117,10 +117,10 @@ class Forked:
 def _of_libraries(environment: Mapping[str, str]) -> dict[str, str]:
     """What may have been read on import already.
 
-    That is all but what this project and pytest read, and where PyTorch's compiler, which tells its
-    own children so on first use, keeps its cache.
+    That is all but what this project and pytest read, where PyTorch's compiler, which tells its own
+    children so on first use, keeps its cache, and what ONNX Runtime is told before its first use.
     """
-    later = ("CGAN_", "PYTEST_", "TORCHINDUCTOR_")
+    later = ("CGAN_", "PYTEST_", "TORCHINDUCTOR_", "ORT_DISABLE_TELEMETRY")
     return {name: value for name, value in environment.items() if not name.startswith(later)}
 
 

@@ -1,5 +1,7 @@
 import itertools
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +128,18 @@ def test_too_little_memory_for_onnx_runtime_is_a_memory_error() -> None:
     ended = run("-c", code)
     assert (ended.stdout, ended.returncode) == ("MemoryError\n", 0), ended.stderr
     assert "[E:" not in ended.stderr  # errors in a log of its own, which nobody reads
+
+
+def test_onnx_runtime_keeps_to_itself_what_it_is_used_for(tmp_path: Path) -> None:
+    """Its telemetry, which it leaves out by itself where `CI` is set, leaves a file behind."""
+    code = """
+import torch
+from service.dense import Layer, OnnxChain
+OnnxChain([Layer(torch.zeros(2, 2), None, "tanh")])
+    """
+    mine = {
+        name: value for name, value in os.environ.items() if not name.startswith(("CI", "ORT_"))
+    }
+    ended = run("-c", code, environment={**mine, "TMPDIR": str(tmp_path)})
+    assert ended.returncode == 0, ended.stderr
+    assert list(tmp_path.iterdir()) == []
