@@ -346,7 +346,9 @@ class Batcher:
             lane = self._lanes.get(engine)
             if lane is None:
                 lane = self._lanes[engine] = _Lane()
-            self._check_room(lane, rows, timeout_s, now)
+            error = self._find_excess(lane, rows, timeout_s, now)
+            if error is not None:
+                raise error
             if not self._turns:
                 self.crowded = False
 
@@ -379,10 +381,9 @@ class Batcher:
             lane = self._lanes.get(engine)
             if lane is None or not self._accepting:
                 return None
-            try:
-                self._check_room(lane, rows, self._bounded(timeout_s), now, self._let_in)
-            except Overloaded as error:
-                return error
+            error = self._find_excess(lane, rows, self._bounded(timeout_s), now, self._let_in)
+        if error is not None:
+            return error
         if not self._let_in:
             self._loop.call_soon(self._end_round)
         self._let_in += rows
@@ -394,10 +395,10 @@ class Batcher:
     def _bounded(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
 
-    def _check_room(
+    def _find_excess(
         self, lane: _Lane, rows: int, timeout_s: float, now: float, ahead: int = 0
-    ) -> None:
-        """Raise Overloaded unless `rows` more fit the queue and can be done in time.
+    ) -> Overloaded | None:
+        """What is wrong unless `rows` more fit the queue and can be done in time.
 
         With an empty queue the time does not count: only trying corrects an estimate that is
         too slow. A request of more than `max_queue` rows never fits. As many rows as are `ahead`
@@ -405,13 +406,13 @@ class Batcher:
         """
         queued = ahead + sum(other.queued_rows for other in self._turns)
         if not queued and rows <= self._max_queue:
-            return
+            return None
         room = self._max_queue + (self._max_queue // 8 if rows <= SMALL else 0) - queued
         busy = len(self._turns) + (lane not in self._turns)  # lanes that take turns
         running_s = max(0.0, self._running_until - now)
         late_s = running_s + busy * lane.finish_s(rows, ahead) - HASTE * timeout_s
         if rows <= room and late_s <= 0.0:
-            return
+            return None
 
         room_s = self._timeout_s  # by then all that waits now is answered or gone
         backlog_s = sum(other.queued_rows * (other.row_s or 0.0) for other in self._turns)
@@ -421,7 +422,7 @@ class Batcher:
             fits_s = running_s + backlog_s * min(1.0, excess / queued) if excess > 0 else 0.0
             room_s = min(room_s, max(fits_s, late_s))
         self.crowded = True
-        raise Overloaded(queued, max(room_s, MIN_RETRY_AFTER_S))
+        return Overloaded(queued, max(room_s, MIN_RETRY_AFTER_S))
 
     def _expire(self, ticket: "Ticket") -> None:
         if not ticket.future.done():

@@ -24,7 +24,6 @@ from uvicorn.server import ServerState
 
 from service.generation import CLIENT, Client
 from service.problems import Problem
-from service.routes.native import RawHeaders
 
 MAX_TARGET_BYTES = 1 << 14  # 16 KiB: 1024 labels with long names
 MAX_HEAD_BYTES = 1 << 16
@@ -50,15 +49,15 @@ class Terms:
         client_timeout_s: how long a client may keep the server waiting.
         max_connections: most that are open at a time; more are answered 503 and closed.
         draining: whether every answer is the last one of its connection.
-        shed: status, headers and body for a POST without a body that is refused at once, by its
-            target, headers and client; None for others.
+        shed: status, lines of headers, and body for a request that is refused at once, by its head,
+            without the empty line at the end, and client; None for others.
     """
 
     refusal: ASGIApp
     client_timeout_s: float
     max_connections: int
     draining: bool = False
-    shed: Callable[[bytes, RawHeaders, Any], tuple[int, RawHeaders, bytes] | None] | None = None
+    shed: Callable[[bytes, Any], tuple[int, bytes, bytes] | None] | None = None
 
 
 class JoiningTransport:
@@ -175,6 +174,10 @@ class JoiningProtocol(HttpToolsProtocol):
         """Take what the client sends."""
         if self._deaf or self.transport.closed:
             return
+        if self._terms.shed is not None:
+            data = self._shed(data)
+            if not data:
+                return
         begun = self._requests
         try:
             self.parser.feed_data(data)
@@ -204,8 +207,6 @@ class JoiningProtocol(HttpToolsProtocol):
         if problem is not None:
             self._refuse(problem)
             return
-        if self._is_shed():
-            return
         super().on_headers_complete()
         # After a body that may never come, nobody could tell where the next request begins.
         if self._terms.draining or self.expect_100_continue:
@@ -214,33 +215,27 @@ class JoiningProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """End a request."""
         self._whole = True
-        if not self._in_head:  # else it was shed
-            super().on_message_complete()
+        super().on_message_complete()
 
-    def _is_shed(self) -> bool:
-        """Answer a request that is refused before it is one; whether it was."""
-        plain = (
-            self._terms.shed is not None
-            and not (self._terms.draining or self._answering or self.pipeline)
-            and not self.expect_100_continue
-            and self.parser.get_method() == b"POST"
-            and self.parser.get_http_version() == "1.1"
-            and self.parser.should_keep_alive()
-            and not self.parser.should_upgrade()
-        )
-        if not plain:
-            return False
+    def _shed(self, data: bytes) -> bytes:
+        """Answer the requests that are refused before they are any; gives what is left."""
+        if not self._whole or self._answering or self.pipeline or self._terms.draining:
+            return data
         assert self._terms.shed is not None
-        refused = self._terms.shed(self.url, self.headers, self.client)
-        if refused is None:
-            return False
-        status, headers, body = refused
-        lines = [STATUS_LINE[status]]
-        for name, value in (*self.server_state.default_headers, *headers):
-            lines += (name, b": ", value, b"\r\n")
-        self.transport.write(b"".join((*lines, b"\r\n", body)))
-        self.server_state.total_requests += 1
-        return True
+        start = 0
+        while (end := data.find(b"\r\n\r\n", start)) >= 0:
+            refused = self._terms.shed(data[start:end], self.client)
+            if refused is None:
+                break
+            status, lines, body = refused
+            answer = [STATUS_LINE[status]]
+            for name, value in self.server_state.default_headers:
+                answer += (name, b": ", value, b"\r\n")
+            self.transport.write(b"".join((*answer, lines, b"\r\n", body)))
+            self.server_state.total_requests += 1
+            self._requests += 1
+            start = end + 4
+        return data[start:]
 
     def _find_problem(self) -> Problem | None:
         """Which bound a complete head breaks."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from random import getrandbits
 
 import numpy as np
@@ -184,6 +184,7 @@ class Generation:
         self._pixels_at_once = _PIXELS_AT_ONCE if batcher.threaded else _PIXELS_ON_ONE_CORE
         self._one_in_steps = asyncio.Lock()
         self._sent: dict[tuple[str, int | str], CounterMetric] = {}  # of `metrics.images`
+        self._rejection = cache(metrics.rejections.labels)
         self._queue_seconds, self._forward_seconds, self._encode_seconds = (
             metrics.stage_seconds.labels(stage) for stage in ("queue", "forward", "encode")
         )
@@ -461,7 +462,7 @@ class Generation:
     def _rejected(
         self, status: int, kind: str, detail: str, retry_after_s: int | None = None
     ) -> Problem:
-        self._metrics.rejections.labels(kind).inc()
+        self._rejection(kind).inc()
         headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
         return Problem(status, kind, detail, headers=headers)
 

@@ -9,6 +9,7 @@ import time
 from functools import lru_cache
 from typing import NamedTuple
 
+import httptools
 from starlette.types import Scope
 
 from service.formats import negotiate
@@ -19,6 +20,10 @@ from service.routes.native import FrontDoor, RawHeaders, read_headers
 from service.routes.parameters import parse_query
 from service.settings import MAX_IMAGES
 
+# Longer heads, and such of more headers, are looked at more closely: what is remembered of heads
+# stays small.
+_MAX_BYTES, _MAX_HEADERS = 2048, 64
+
 
 class Plain(NamedTuple):
     """What is asked for, where it is nothing but images of some classes."""
@@ -27,7 +32,14 @@ class Plain(NamedTuple):
     n: int
     model: str | None
     timeout_s: float | None
-    negotiable: bool
+
+
+class Head(NamedTuple):
+    """A request that is plain."""
+
+    asked: Plain
+    query: bytes
+    headers: RawHeaders
 
 
 class Shedder:
@@ -37,61 +49,119 @@ class Shedder:
         self._generation, self._observe = generation, observe
 
     def __call__(
-        self, target: bytes, headers: RawHeaders, client: tuple[str, int] | None
-    ) -> tuple[int, RawHeaders, bytes] | None:
+        self, data: bytes, client: tuple[str, int] | None
+    ) -> tuple[int, bytes, bytes] | None:
         """Refuse a POST without a body.
 
+        Args:
+            data: a request's head, up to the empty line that ends it.
+            client: sends it.
+
         Returns:
-            status, headers and body, counted and logged as of any request; None where the request
-            is not to be refused, or not for want of room, or has to be looked at more closely.
+            status, lines of headers, and body, counted and logged as of any request; None where the
+            request is not to be refused, or not for want of room, or has to be looked at more
+            closely.
         """
         if not self._generation.crowded:
             return None
         began = time.perf_counter()
-        plain = read_plain(target)
-        problem = None if plain is None else self._find_problem(plain, headers)
-        if problem is None:
+        head = read_head(data) if len(data) <= _MAX_BYTES else None
+        problem = None if head is None else self._find_problem(head.asked)
+        if head is None or problem is None:
             return None
-        request_id = request_id_of(headers)
+        request_id = request_id_of(head.headers)
         scope: Scope = {
             "route": FrontDoor,
             "method": "POST",
             "path": FrontDoor.path,
-            "query_string": target.partition(b"?")[2],
+            "query_string": head.query,
             "client": client,
             "state": {"request_id": request_id},
         }
         status, media_type, body = describe(problem, scope)
-        answer = [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]
-        answer += [(k.lower().encode(), v.encode()) for k, v in problem.headers.items()]
-        answer.append((b"x-request-id", request_id.encode()))
+        lines = f"content-type: {media_type}\r\ncontent-length: {len(body)}\r\n"
+        for name, value in problem.headers.items():
+            lines += f"{name.lower()}: {value}\r\n"
+        lines += f"x-request-id: {request_id}\r\n"
         seconds = time.perf_counter() - began
         self._observe.report(scope, request_id, status, len(body), seconds)
-        return status, answer, body
+        return status, lines.encode(), body
 
-    def _find_problem(self, plain: Plain, headers: RawHeaders) -> Problem | None:
-        head = read_headers(headers)
-        if head.body is not None:
-            return None
+    def _find_problem(self, asked: Plain) -> Problem | None:
         try:
-            model = self._generation.find(plain.model)
-            if plain.negotiable:
-                negotiate(head.accept)
+            model = self._generation.find(asked.model)
         except Problem:  # another one
             return None
-        if not all(label in model.labels for label in plain.labels):
+        if not model.labels.keys() >= set(asked.labels):
             return None
-        return self._generation.refusal(model, plain.n * len(plain.labels), plain.timeout_s)
+        return self._generation.refusal(model, asked.n * len(asked.labels), asked.timeout_s)
 
 
-@lru_cache(maxsize=4096)
-def read_plain(target: bytes) -> Plain | None:
+class _Reader:
+    """What a parser finds in a head."""
+
+    def __init__(self, data: bytes) -> None:
+        self.target = b""
+        self.headers: RawHeaders = []
+        self._begun = self._complete = 0
+        self._keeps_alive = False
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(data)
+
+    def on_message_begin(self) -> None:
+        self._begun += 1
+
+    def on_url(self, part: bytes) -> None:
+        self.target += part
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self._keeps_alive = self._parser.should_keep_alive()  # later the parser has forgotten it
+
+    def on_message_complete(self) -> None:
+        self._complete += 1
+
+    @property
+    def simple(self) -> bool:
+        """Whether it is one POST without a body, after which the next one may come."""
+        return (
+            self._begun == self._complete == 1
+            and self._keeps_alive
+            and self._parser.get_method() == b"POST"
+            and self._parser.get_http_version() == "1.1"
+            and len(self.headers) <= _MAX_HEADERS
+            and all(name != b"expect" for name, _ in self.headers)
+        )
+
+
+@lru_cache(maxsize=1024)  # under overload the same is asked again and again
+def read_head(data: bytes) -> Head | None:
+    """The request of a head, without its last line; None where it is not plain, or not right."""
+    try:
+        reader = _Reader(data + b"\r\n\r\n")
+    except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        return None
+    head = read_headers(reader.headers)
+    if not reader.simple or head.body is not None:
+        return None
+    asked = read_plain(reader.target, head.accept)
+    if asked is None:
+        return None
+    return Head(asked, reader.target.partition(b"?")[2], reader.headers)
+
+
+@lru_cache(maxsize=4096)  # of requests whose ids differ, too
+def read_plain(target: bytes, accept: str | None) -> Plain | None:
     """What a target asks for; None where it is not plain, or not right."""
     path, _, query = target.partition(b"?")
     if path != FrontDoor.path.encode() or b"#" in query:
         return None
     try:
         asked = parse_query(query)
+        if asked.format is None:
+            negotiate(accept)
     except Problem:
         return None
     varied = (asked.mix, asked.to_seed, asked.steps, asked.at)
@@ -100,4 +170,4 @@ def read_plain(target: bytes) -> Plain | None:
     if asked.scale != 1 or asked.index or asked.n * len(asked.label) > MAX_IMAGES:
         return None
     timeout_s = None if asked.timeout_ms is None else asked.timeout_ms / 1e3
-    return Plain(asked.label, asked.n, asked.model, timeout_s, asked.format is None)
+    return Plain(asked.label, asked.n, asked.model, timeout_s)

@@ -14,7 +14,7 @@ import pytest
 from service.app import create_app
 from service.registry import Model, Registry
 from service.settings import Settings
-from service.shedding import Plain, read_plain
+from service.shedding import Plain, read_head, read_plain
 from tests.serving import serving
 from tests.test_app import GatedEngine, build, metric, post, wait_until
 from tests.wire import parse
@@ -186,11 +186,11 @@ def test_nobody_is_refused_at_the_door_before_a_key_was_seen(small_artifact: Art
 @pytest.mark.parametrize(
     ("target", "plain"),
     [
-        (b"/generate?label=7", Plain(["7"], 1, None, None, True)),
-        (b"/generate?label=7&seed=3&truncation=0.5", Plain(["7"], 1, None, None, True)),
+        (b"/generate?label=7", Plain(["7"], 1, None, None)),
+        (b"/generate?label=7&seed=3&truncation=0.5", Plain(["7"], 1, None, None)),
         (
             b"/generate?label=7&label=3&n=4&model=m&timeout_ms=50&format=zip",
-            Plain(["7", "3"], 4, "m", 0.05, False),
+            Plain(["7", "3"], 4, "m", 0.05),
         ),
         (b"/generate", None),
         (b"/generate/?label=7", None),
@@ -205,4 +205,68 @@ def test_nobody_is_refused_at_the_door_before_a_key_was_seen(small_artifact: Art
     ],
 )
 def test_only_plain_targets_are_read_at_the_door(target: bytes, plain: Plain | None) -> None:
-    assert read_plain(target) == plain
+    assert read_plain(target, None) == plain
+
+
+@pytest.mark.parametrize(
+    ("head", "plain"),
+    [
+        (b"POST /generate?label=7 HTTP/1.1\r\nHost: t", True),
+        (b"\r\nPOST /generate?label=7 HTTP/1.1\r\nHost: t\r\nContent-Length: 0", True),
+        (b"POST /generate?label=7 HTTP/1.1\r\nAccept: image/png", True),
+        (b"POST /generate?label=7 HTTP/1.1\r\nAccept: text/html", False),
+        (b"POST /generate?label=7&format=zip HTTP/1.1\r\nAccept: text/html", True),
+        (b"POST /generate?label=7 HTTP/1.1\r\nConnection: close", False),
+        (b"POST /generate?label=7 HTTP/1.1\r\nConnection: close\r\nContent-Length: 0", False),
+        (b"POST /generate?label=7 HTTP/1.0\r\nConnection: keep-alive", False),
+        (b"GET /generate?label=7 HTTP/1.1\r\nHost: t", False),
+        (b"POST /generate?label=7 HTTP/1.1\r\nContent-Length: 1", False),
+        (b"POST /generate?label=7 HTTP/1.1\r\nTransfer-Encoding: chunked", False),
+        (b"POST /generate?label=7 HTTP/1.1\r\nExpect: 100-continue", False),
+        (b"POST /generate?label=7 HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c", False),
+        (b"POST /generate?label=7 HTTP/1.1\r\nHost t", False),
+        (b"POST /generate?label=7 HTTP/1.1" + b"\r\nA: b" * 65, False),
+        (b"POST /generate?label=7", False),
+        (b"POST /generate?label=7 HTTP/1.1\n\nPOST /generate?label=7 HTTP/1.1", False),
+        (b"", False),
+    ],
+)
+def test_only_whole_and_simple_requests_are_read_at_the_door(head: bytes, plain: bool) -> None:
+    assert (read_head(head) is not None) == plain
+
+
+def test_what_is_read_of_a_head_is_its_query_and_its_headers() -> None:
+    found = read_head(b"POST /generate?label=7&n=2 HTTP/1.1\r\nHOST: t\r\nX-Request-ID: Mine")
+    assert found is not None
+    assert found.asked == Plain(["7"], 2, None, None)
+    assert found.query == b"label=7&n=2"
+    assert found.headers == [(b"host", b"t"), (b"x-request-id", b"Mine")]
+
+
+def test_a_long_head_is_looked_at_closely(full: Full) -> None:
+    for length, shed in ((1000, [429]), (3000, [429])):
+        answer = full.client.post("/generate?label=cat&n=20", headers={"X-Long": "a" * length})
+        assert answer.status_code == 429
+        assert full.shed == shed
+
+
+def test_a_request_that_comes_in_parts_is_refused_like_any_other(full: Full) -> None:
+    url = full.client.base_url
+    with socket.create_connection((url.host, url.port), timeout=60) as wire:
+        for part in (b"POST /generate?label=cat&n=20 HT", b"TP/1.1\r\nHost: t\r\n\r\n"):
+            wire.sendall(part)
+            wait_until(full.client, "cgan_queue_rows", 1024)  # a round of the loop at least
+        received = b""
+        while not received.endswith(b"}"):
+            received += wire.recv(1 << 16)
+    (answer,) = parse(received)
+    assert answer.status == 429
+    assert full.shed == []
+
+
+def test_what_follows_a_refusal_on_its_connection_is_answered(full: Full) -> None:
+    one = b"POST /generate?label=cat&n=20 HTTP/1.1\r\nHost: t\r\n\r\n"
+    wrong = b"POST /generate?label=wolf HTTP/1.1\r\nHost: t\r\n\r\n"
+    answers = full.exchange(one + wrong + one, until=3)
+    assert [answer.status for answer in answers] == [429, 422, 429]
+    assert full.shed == [429]
