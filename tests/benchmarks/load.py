@@ -158,18 +158,19 @@ async def open_loop(
     seconds: float,
     connections: int,
     warmup_s: float = 1.0,
+    on_counting: Callable[[], object] = lambda: None,
 ) -> Sample:
     """Requests at fixed times, whether or not the earlier ones are answered.
 
     Latency counts from the time a request was due, so what waits here for a free connection is part
     of it. The first `warmup_s` do not count: the server is still busy with so many new connections.
-    After that every request that was due in `seconds` counts, and is waited for; the rate is that
-    of the good answers that came in them.
+    After that, when `on_counting` is called, every request that was due in `seconds` counts, and is
+    waited for; the rate is that of the good answers that came in them.
     """
     sample = Sample(seconds=seconds)
     free: list[Connection] = []  # the last one used is the next one used, as in clients' pools
     waiting: deque[float] = deque()
-    counted, end = 0, 0.0
+    counting, counted, end = False, 0, 0.0
 
     def done(connection: Connection, status: int) -> None:
         nonlocal counted
@@ -193,7 +194,11 @@ async def open_loop(
         due = began + number / rate
         if due >= end:
             break
-        counted += due >= end - seconds
+        if due >= end - seconds:
+            if not counting:
+                counting = True
+                on_counting()
+            counted += 1
         while (left := due - perf_counter()) > 0.0:
             # A timer is only right to a millisecond or so; this core has nothing else to do.
             await asyncio.sleep(left - 0.002 if left > 0.003 else 0)
