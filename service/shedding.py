@@ -20,8 +20,7 @@ from service.routes.native import FrontDoor, RawHeaders, read_headers
 from service.routes.parameters import parse_query
 from service.settings import MAX_IMAGES
 
-# Longer heads, and such of more headers, are looked at more closely: what is remembered of heads
-# stays small.
+# A head of more bytes or headers is looked at more closely: what is remembered of heads is small.
 _MAX_BYTES, _MAX_HEADERS = 2048, 64
 
 
@@ -34,8 +33,8 @@ class Plain(NamedTuple):
     timeout_s: float | None
 
 
-class Head(NamedTuple):
-    """A request that is plain."""
+class PlainRequest(NamedTuple):
+    """A request that asks for no more than that."""
 
     asked: Plain
     query: bytes
@@ -65,16 +64,16 @@ class Shedder:
         if not self._generation.crowded:
             return None
         began = time.perf_counter()
-        head = read_head(data) if len(data) <= _MAX_BYTES else None
-        problem = None if head is None else self._find_problem(head.asked)
-        if head is None or problem is None:
+        plain = read_head(data) if len(data) <= _MAX_BYTES else None
+        problem = None if plain is None else self._find_problem(plain.asked)
+        if plain is None or problem is None:
             return None
-        request_id = request_id_of(head.headers)
+        request_id = request_id_of(plain.headers)
         scope: Scope = {
             "route": FrontDoor,
             "method": "POST",
             "path": FrontDoor.path,
-            "query_string": head.query,
+            "query_string": plain.query,
             "client": client,
             "state": {"request_id": request_id},
         }
@@ -137,7 +136,7 @@ class _Reader:
 
 
 @lru_cache(maxsize=1024)  # under overload the same is asked again and again
-def read_head(data: bytes) -> Head | None:
+def read_head(data: bytes) -> PlainRequest | None:
     """The request of a head, without its last line; None where it is not plain, or not right."""
     try:
         reader = _Reader(data + b"\r\n\r\n")
@@ -149,7 +148,7 @@ def read_head(data: bytes) -> Head | None:
     asked = read_plain(reader.target, head.accept)
     if asked is None:
         return None
-    return Head(asked, reader.target.partition(b"?")[2], reader.headers)
+    return PlainRequest(asked, reader.target.partition(b"?")[2], reader.headers)
 
 
 @lru_cache(maxsize=4096)  # of requests whose ids differ, too
