@@ -29,6 +29,10 @@ from training.devices import DeviceError, describe
 
 # For requests that are on their way when the port closes: time to arrive and to be answered.
 _LAST_MOMENT_S = 0.2
+# So many more objects than were freed since the last look are looked through for garbage. Requests
+# that are admitted together are thousands, at Python's 700 each batch of them would be gone through
+# several times while it waits; and hardly anything here is garbage that only a look can find.
+_GARBAGE = 50_000
 _BACKLOG = 2048  # connections that wait to be accepted, as many as uvicorn lets wait
 
 
@@ -121,6 +125,7 @@ class Server(uvicorn.Server):
         # What has been loaded stays: looking through it for garbage would hold up every request.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(_GARBAGE, *gc.get_threshold()[1:])
         gc.enable()  # it was off while all of that was loaded
         self._sweep()
         self._on_started()

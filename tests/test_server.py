@@ -148,15 +148,18 @@ def test_a_second_signal_ends_at_once_what_would_take_long(
         drain(busy)
 
 
-def test_garbage_is_collected_once_it_serves(artifact: str) -> None:
-    def collections() -> float:
-        get(service, "/openapi.json")  # leaves some behind
-        text = get(service, "/metrics").text
-        return metric(text, "python_gc_collections_total", 'generation="0"')
+def test_garbage_is_looked_for_where_objects_become_many(artifact: str) -> None:
+    def looks_after(lists: int) -> float:
+        before = metric(get(service, "/metrics").text, looks)
+        body = f"[{', '.join(lists * ['[]'])}]"
+        answer = service.client.post("/v1/images/generations", content=body, headers=is_json)
+        assert answer.status_code == 400
+        return metric(get(service, "/metrics").text, looks) - before
 
+    looks, is_json = "python_gc_collections_total", {"Content-Type": "application/json"}
     with ServiceProcess("--weights", artifact) as service:
-        before = collections()
-        wait_until(lambda: collections() > before, "garbage is collected")
+        assert looks_after(2_000) == looks_after(5_000) == 0  # as requests that wait may be
+        assert looks_after(100_000) > 0
 
 
 def test_the_limit_of_open_files_is_raised(artifact: str) -> None:
