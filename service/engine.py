@@ -1,13 +1,14 @@
 """The engine: an artifact on a device, as one function from seeds, indices and labels to pixels.
 
-The generator is rewritten for inference: the label's embedding is folded into a table of biases of
-the first layer, one row a class, and batch norm, where there is any, into the layer before it.
-Warm-up compares the rewritten network with the artifact's own and proves that an image does not
-depend on its batch; an engine that fails either does not serve.
+The generator is rewritten for inference: batch norm, where there is any, is folded into the layer
+before it, and what a row is drawn from, its latent and its label's embedding, is put together
+before the network, so that a mixture of classes is a row like any other. Warm-up compares the
+rewritten network with the artifact's own and proves that an image does not depend on its batch; an
+engine that fails either does not serve.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Literal, NamedTuple, TypeVar
 
@@ -15,9 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from service.dense import Layer, chain
+from service.dense import REFERENCE_ROWS, ROW_MULTIPLE, Layer, chain
 from service.faults import CorruptRows, DeviceLost, OutOfMemory
 from service.latents import Varied, draw_latents
 from training.artifact import Artifact
@@ -26,13 +26,9 @@ from training.networks import ConvGenerator, Generator, MLPGenerator
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 
-# On the CPU a batch is filled up to a multiple of this: few shapes mean few kernels to prepare.
-_ROW_MULTIPLE = 8
-# The batch on the CPU whose results count. A product of few rows may take another kernel, which
-# sums in another order: on some processors one of 8 rows does, on others one of 32. Then one image
-# in fifty is another in some value, and few of these in a pixel: so shapes are compared by values,
-# the small ones by twice as many images.
-_REFERENCE_ROWS, _SMALL_ROWS = 256, 64
+# Shapes of batches on the CPU are compared by values, since few that differ do so in a pixel; those
+# of so many rows or fewer by twice as many images.
+_SMALL_ROWS = 64
 # By how many levels of 255 the served pixels may differ, on average, from the artifact's own
 # float32 forward, which is not rounded to levels. A network folded wrongly is off by tens of them.
 _TOLERANCE = {torch.float32: 0.5, torch.bfloat16: 1.5}
@@ -40,7 +36,7 @@ _KNOWN_SEED, _KNOWN = 0, 8  # seed and number of the images that prove a device
 
 T = TypeVar("T", bound=np.generic)
 
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class EngineError(Exception):
@@ -78,50 +74,21 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
-class LabelBias:
-    """The first layer's share of each class: a row of biases, looked up by label.
-
-    The product with an embedding is linear, so the row of a mixture of embeddings is the same
-    mixture of rows. It is written behind those of the classes, into a row that a label can name:
-    the forward, which may be captured, knows nothing of mixtures.
-
-    Args:
-        table: (num_classes, width) float64.
-        mixtures: how many there can be at a time.
-    """
-
-    def __init__(
-        self, table: Tensor, mixtures: int, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._table = table
-        rows = F.pad(table, (0, 0, 0, mixtures))
-        self.rows = rows.to(device, dtype).contiguous()
-
-    def of(self, labels: Tensor) -> Tensor:
-        """The rows (N, width) of labels (N,) int64; indexing them takes several times as long."""
-        return self.rows.index_select(0, labels)
-
-    def mix(self, place: int, shares: Tensor) -> int:
-        """Put a mixture, by the share (num_classes,) float64 of each class; gives its label."""
-        label = len(self._table) + place
-        self.rows[label].copy_(shares @ self._table)
-        return label
-
-
 class FusedMLP:
     """An `MLPGenerator` in evaluation mode, as linear layers alone.
 
     Batch norm y = (x - mean) / sqrt(var + eps) * gamma + beta follows a linear layer, so both are
-    one linear layer with scaled weights. The first layer's product with a label's embedding is the
-    same for every image of a class, so it is a row of a table.
+    one linear layer with scaled weights.
 
     Attributes:
-        label_bias: that table.
         few_rows: numbers of rows that it can draw for themselves.
+        few_inputs: for which no more inputs are needed.
     """
 
+    few_inputs = True
+
     def __init__(
-        self, generator: MLPGenerator, *, mixtures: int, device: torch.device, dtype: torch.dtype
+        self, generator: MLPGenerator, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         weights: list[Tensor] = []
         biases: list[Tensor] = []
@@ -136,70 +103,51 @@ class FusedMLP:
                 scale = layer.weight.double() / (var.double() + layer.eps).sqrt()
                 weights[-1] = weights[-1] * scale[:, None]
                 biases[-1] = (biases[-1] - mean.double()) * scale + layer.bias.double()
-        latent_dim = generator.config.latent_dim
-        embedding = generator.label_embedding.weight.double()  # (classes, embedding_dim)
-        table = embedding @ weights[0][:, latent_dim:].T + biases[0]  # (classes, hidden[0])
-        self.label_bias = LabelBias(table, mixtures, device=device, dtype=dtype)
-        layers = [Layer(weights[0][:, :latent_dim].to(device, dtype), None, "leaky_relu")]
-        for weight, added in zip(weights[1:], biases[1:], strict=True):
-            layers.append(Layer(weight.to(device, dtype), added.to(device, dtype), "leaky_relu"))
+        layers = [
+            Layer(weight.to(device, dtype), added.to(device, dtype), "leaky_relu")
+            for weight, added in zip(weights, biases, strict=True)
+        ]
         layers[-1] = layers[-1]._replace(activation="tanh")
         self._chain = chain(layers)
         self.few_rows = self._chain.few_rows
 
-    def __call__(self, latents: Tensor, labels: Tensor, rows: int | None = None) -> Tensor:
-        """(N, latent_dim) float32, (N,) int64 to (N, C * H * W) in [-1, 1], or the first rows."""
-        if rows is not None:
-            latents, labels = latents[:rows], labels[:rows]
-        return self._chain(latents, self.label_bias.of(labels))
+    def __call__(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """Latents and embeddings (N, F) float32 to (N, C * H * W) in [-1, 1], or the first rows."""
+        return self._chain(x if rows is None or rows == len(x) else x[:rows])
 
 
 class FusedConv:
-    """A `ConvGenerator` in evaluation mode, in channels-last order.
-
-    The first layer's product with a label's embedding is a row of a table, as in `FusedMLP`; there
-    is no batch norm to fold.
+    """A `ConvGenerator` in evaluation mode, in channels-last order; there is nothing to fold.
 
     Attributes:
-        label_bias: that table.
         few_rows: numbers of rows that convolutions alone may draw: these take less time then, and
             may round as those of many rows do where dense layers do not.
+        few_inputs: no, the dense layers need those of a batch.
     """
 
     few_rows: Sequence[int] = (2, 4)
+    few_inputs = False
 
     def __init__(
-        self, generator: ConvGenerator, *, mixtures: int, device: torch.device, dtype: torch.dtype
+        self, generator: ConvGenerator, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         copy = deepcopy(generator)
-        first = copy.trunk[0]
-        if not isinstance(first, nn.Linear):
-            raise EngineError("the trunk does not begin with a linear layer")
-        latent_dim = generator.config.latent_dim
-        weight, bias = first.weight.double(), first.bias.double()
-        table = copy.label_embedding.weight.double() @ weight[:, latent_dim:].T + bias
-        self.label_bias = LabelBias(table, mixtures, device=device, dtype=dtype)
-        self.weight = weight[:, :latent_dim].to(device, dtype).contiguous()
-        self.rest = copy.trunk[1:].to(device, dtype)
         self.synthesis = copy.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._dtype = dtype
 
     @torch.inference_mode()
-    def __call__(self, latents: Tensor, labels: Tensor, rows: int | None = None) -> Tensor:
-        """(N, latent_dim) float32, (N,) int64 to (N, C * H * W) in [-1, 1], or the first rows."""
-        bias = self.label_bias.of(labels)
-        x = F.linear(latents.to(bias.dtype), self.weight)
-        x = self.rest(x.add_(bias))  # (N, style_dim)
-        images: Tensor = self.synthesis.synthesise(x, rows)
+    def __call__(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """Latents and embeddings (N, F) float32 to (N, C * H * W) in [-1, 1], or the first rows."""
+        style = self.synthesis.trunk(x.to(self._dtype))  # (N, style_dim)
+        images: Tensor = self.synthesis.synthesise(style, rows)
         return images.flatten(1)
 
 
-def fuse(
-    generator: Generator, *, mixtures: int, device: torch.device, dtype: torch.dtype
-) -> FusedMLP | FusedConv:
+def fuse(generator: Generator, *, device: torch.device, dtype: torch.dtype) -> FusedMLP | FusedConv:
     """A generator rewritten for inference on a device, with up to so many mixtures at a time."""
     if isinstance(generator, ConvGenerator):
-        return FusedConv(generator, mixtures=mixtures, device=device, dtype=dtype)
-    return FusedMLP(generator, mixtures=mixtures, device=device, dtype=dtype)
+        return FusedConv(generator, device=device, dtype=dtype)
+    return FusedMLP(generator, device=device, dtype=dtype)
 
 
 class Engine:
@@ -230,15 +178,17 @@ class Engine:
         self.max_batch = max_batch
         self.image_shape = (network.image_size, network.image_size, network.channels)
         self._latent_dim = network.latent_dim
-        # No more than one mixture a row.
-        self._network = fuse(artifact.generator, mixtures=max_batch, device=device, dtype=dtype)
+        embedding = artifact.generator.label_embedding.weight.detach()
+        self._embedding: NDArray[np.float32] = embedding.numpy()  # (classes, embedding_dim)
+        self._network = fuse(artifact.generator, device=device, dtype=dtype)
         # Not `self._eager` otherwise: what refers to itself is only freed by a collection, and what
         # was there at the start, which is frozen, never.
         self._captured: _Captured | None = None
-        self._least_rows = _ROW_MULTIPLE  # of a batch on the CPU
+        self._least_rows = ROW_MULTIPLE  # of a batch on the CPU
         self._few_rows: tuple[int, ...] = ()  # that need not be drawn as one batch of the least
         if device.type == "cuda":
-            self._captured = _Captured(self._on_device, max_batch, network.latent_dim, device)
+            width = network.latent_dim + self._embedding.shape[1]
+            self._captured = _Captured(self._on_device, max_batch, width, device)
         else:
             self._choose_shapes()
         self.known = self._check()
@@ -266,46 +216,38 @@ class Engine:
             CorruptRows: some rows are not numbers.
             DeviceLost: the device failed, and this process cannot use it any more.
         """
-        latents = draw_latents(seeds, indices, self._latent_dim)
         forward = self._captured or self._eager
         with _faults():
-            if varied:
-                labels = self._vary(latents, indices, labels, varied)
-            pixels, finite = forward(latents, labels)
+            pixels, finite = forward(self._inputs(seeds, indices, labels, varied))
         if not finite.all():
             raise CorruptRows(pixels, ~finite)
         return pixels
 
-    def _vary(
+    def _inputs(
         self,
-        latents: NDArray[np.float32],
+        seeds: NDArray[np.uint64],
         indices: NDArray[np.int64],
         labels: NDArray[np.int64],
-        varied: Sequence[Varied],
-    ) -> NDArray[np.int64]:
-        """Change the latents of some rows in place; the labels, with those of mixtures."""
-        labels = labels.copy()
-        for place, (rows, own, variation) in enumerate(varied):
+        varied: Sequence[Varied] = (),
+    ) -> NDArray[np.float32]:
+        """Latents, and the embeddings of labels, (B, latent_dim + embedding_dim)."""
+        latents = draw_latents(seeds, indices, self._latent_dim)
+        embedded = self._embedding.take(labels, 0)
+        for rows, own, variation in varied:
             latents[rows] = variation.latents(latents[rows], indices[rows], own)
             if variation.mix is not None:
-                # On the stream on which the forward reads it.
-                with self._captured.stream if self._captured else nullcontext():
-                    shares = torch.from_numpy(variation.mix / variation.mix.sum())
-                    labels[rows] = self._network.label_bias.mix(place, shares)
-        return labels
+                # In double precision: what is mixed of one class alone is that class.
+                embedded[rows] = variation.mix / variation.mix.sum() @ self._embedding.astype(float)
+        return np.concatenate((latents, embedded), 1)
 
-    def _eager(
-        self, latents: NDArray[np.float32], labels: NDArray[np.int64]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    def _eager(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """As `_on_device`, but in numpy, whose operations take less time to begin."""
-        rows = len(labels)
-        missing = max(self._least_rows - rows, -rows % _ROW_MULTIPLE)
-        if missing:
-            latents, labels = _pad(latents, missing), _pad(labels, missing)
-        enough = [few for few in self._few_rows if few >= rows]
-        drawn = self._network(
-            torch.from_numpy(latents), torch.from_numpy(labels), min(enough, default=None)
-        )
+        rows = len(inputs)
+        few = next((few for few in self._few_rows if few >= rows), None)
+        missing = max(self._least_rows - rows, -rows % ROW_MULTIPLE)
+        if few is not None and self._network.few_inputs:
+            missing = few - rows
+        drawn = self._network(torch.from_numpy(_pad(inputs, missing) if missing else inputs), few)
         x = (drawn if drawn.dtype is torch.float32 else drawn.float()).numpy()[:rows]
         finite = np.isfinite(x.max(1))
         x *= 127.5
@@ -315,9 +257,9 @@ class Engine:
         with np.errstate(invalid="ignore"):  # of what is no number, `finite` tells
             return x.astype(np.uint8, order="C"), finite
 
-    def _on_device(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _on_device(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (N, H, W, C), and whether each row is of numbers (N,)."""
-        x = self._network(latents, labels).float()  # (N, C * H * W)
+        x = self._network(inputs).float()  # (N, C * H * W)
         finite = x.sum(1).isfinite()  # (N,): between -1 and 1 only what is no number spoils a sum
         # To the nearest level: the conversion cuts off what follows the point.
         pixels = x.mul_(127.5).add_(128.0).to(torch.uint8)
@@ -325,50 +267,44 @@ class Engine:
         return pixels.view(-1, channels, height, width).permute(0, 2, 3, 1).contiguous(), finite
 
     def _choose_shapes(self) -> None:
-        """Find the batches that give what those of `_REFERENCE_ROWS` do, and prepare their kernels.
+        """Find the batches that give what those of `REFERENCE_ROWS` do, and prepare their kernels.
 
-        They are all multiples of `_ROW_MULTIPLE` from a least to a largest one, and few rows of a
+        They are all multiples of `ROW_MULTIPLE` from a least to a largest one, and few rows of a
         batch of the least where the network can draw these for themselves.
         """
-        most = self.max_batch + -self.max_batch % _ROW_MULTIPLE
-        count = max(2 * _REFERENCE_ROWS, most)
-        latents, labels = self._rows(count)
+        most = self.max_batch + -self.max_batch % ROW_MULTIPLE
+        count = max(2 * REFERENCE_ROWS, most)
+        inputs = torch.from_numpy(self._inputs(*self._order(count)))
 
         def made(rows: int, among: int) -> Tensor:
             """As many images as fill whole batches of so many rows."""
             starts = range(0, among - rows + 1, rows)
             parts = [slice(start, start + rows) for start in starts]
-            return torch.cat([self._network(latents[part], labels[part]) for part in parts])
+            return torch.cat([self._network(inputs[part]) for part in parts])
 
         def agrees(rows: int) -> bool:
-            among = count if rows <= _SMALL_ROWS else max(rows, _REFERENCE_ROWS)
+            among = count if rows <= _SMALL_ROWS else max(rows, REFERENCE_ROWS)
             found = made(rows, among)
             return torch.equal(found[: len(reference)], reference[: len(found)])
 
         def drawn_alike(few: int) -> bool:
             """Whether the first rows of a batch of the least are what they are among many."""
-            starts = range(0, _REFERENCE_ROWS, few)
+            starts = range(0, REFERENCE_ROWS, few)
             parts = [slice(start, start + least) for start in starts]
-            found = [self._network(latents[part], labels[part], few) for part in parts]
-            return torch.equal(torch.cat(found), reference[:_REFERENCE_ROWS])
+            found = [self._network(inputs[part], few) for part in parts]
+            return torch.equal(torch.cat(found), reference[:REFERENCE_ROWS])
 
         with torch.inference_mode():
-            reference = made(_REFERENCE_ROWS, count)
-            while most > _REFERENCE_ROWS and not agrees(most):
-                most -= _ROW_MULTIPLE
+            reference = made(REFERENCE_ROWS, count)
+            while most > REFERENCE_ROWS and not agrees(most):
+                most -= ROW_MULTIPLE
             least = most
-            while least < _REFERENCE_ROWS and not agrees(least):
-                least += _ROW_MULTIPLE
-            while least <= most and least > _ROW_MULTIPLE and agrees(least - _ROW_MULTIPLE):
-                least -= _ROW_MULTIPLE
+            while least < REFERENCE_ROWS and not agrees(least):
+                least += ROW_MULTIPLE
+            while least <= most and least > ROW_MULTIPLE and agrees(least - ROW_MULTIPLE):
+                least -= ROW_MULTIPLE
             self._few_rows = tuple(filter(drawn_alike, self._network.few_rows))
         self.max_batch, self._least_rows = min(self.max_batch, most), least
-
-    def _rows(self, count: int) -> tuple[Tensor, Tensor]:
-        """Latents and labels of as many images of `_KNOWN_SEED`, the classes in turn."""
-        seeds, indices, labels = self._order(count)
-        latents = draw_latents(seeds, indices, self._latent_dim)
-        return torch.from_numpy(latents), torch.from_numpy(labels)
 
     def _order(self, count: int) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
         indices = np.arange(count, dtype=np.int64)
@@ -386,7 +322,8 @@ class Engine:
                     f"an image in a batch of {rows} differs from the same in a larger"
                 )
         with torch.inference_mode():
-            images = self.artifact.generator(*self._rows(self.max_batch))
+            latents = torch.from_numpy(draw_latents(seeds, indices, self._latent_dim))
+            images = self.artifact.generator(latents, torch.from_numpy(labels))
         reference = images.mul(127.5).add(127.5).permute(0, 2, 3, 1).numpy()
         difference = float(np.abs(known - reference).mean())
         if not difference <= _TOLERANCE[self.dtype]:
@@ -414,36 +351,27 @@ class _Captured:
         self,
         function: Forward,
         rows: int,
-        latent_dim: int,
+        width: int,
         device: torch.device,
     ) -> None:
-        self._latents = torch.zeros((rows, latent_dim), device=device)
-        self._labels = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros((rows, width), device=device)
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.inference_mode(), self.stream:
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
             for _ in range(3):  # libraries choose kernels and take workspaces before the capture
-                function(self._latents, self._labels)
+                function(self._inputs)
             self._graph = torch.cuda.CUDAGraph()
             # Other threads go on: another engine may be serving while this one is made.
             with torch.cuda.graph(
                 self._graph, stream=self._stream, capture_error_mode="thread_local"
             ):
-                self._results = function(self._latents, self._labels)
+                self._results = function(self._inputs)
         self._host = [torch.empty_like(each, device="cpu").pin_memory() for each in self._results]
 
-    @property
-    def stream(self) -> AbstractContextManager[object]:
-        """Makes the stream that the graph runs on the current one."""
-        return torch.cuda.stream(self._stream)
-
-    def __call__(
-        self, latents: NDArray[np.float32], labels: NDArray[np.int64]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        rows = len(labels)
-        with self.stream:
-            self._latents[:rows].copy_(torch.from_numpy(latents))
-            self._labels[:rows].copy_(torch.from_numpy(labels))
+    def __call__(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        rows = len(inputs)
+        with torch.cuda.stream(self._stream):
+            self._inputs[:rows].copy_(torch.from_numpy(inputs))
             self._graph.replay()
             for host, result in zip(self._host, self._results, strict=True):
                 host[:rows].copy_(result[:rows], non_blocking=True)

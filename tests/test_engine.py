@@ -48,11 +48,12 @@ def test_the_fused_network_is_the_artifacts_network(
 ) -> None:
     path = make_artifact(tmp_path / "a.safetensors", kind=kind, channels=channels)
     artifact = load_artifact(path)
-    fused = fuse(artifact.generator, mixtures=0, device=CPU, dtype=torch.float32)
+    fused = fuse(artifact.generator, device=CPU, dtype=torch.float32)
     latents, labels = torch.randn(32, 9), torch.arange(32) % 3
     with torch.inference_mode():
         expected = artifact.generator(latents, labels).flatten(1)
-        assert torch.allclose(fused(latents, labels), expected, atol=1e-5)
+        inputs = torch.cat([latents, artifact.generator.label_embedding(labels)], 1)
+        assert torch.allclose(fused(inputs), expected, atol=1e-5)
 
 
 def test_pixels_are_the_rounded_image_in_rows_of_height_width_channels(tmp_path: Path) -> None:
@@ -131,12 +132,11 @@ def test_the_answer_is_the_callers_to_keep(engine: Engine) -> None:
 def test_a_network_folded_wrongly_is_not_served(
     small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forget_the_label(fused: FusedMLP, *args: object, **kwargs: object) -> None:
-        original(fused, *args, **kwargs)  # type: ignore[arg-type]
-        fused.label_bias.rows.zero_()
+    def forget_the_label(fused: FusedMLP, x: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+        return original(fused, torch.cat([x[:, :-4], torch.zeros(len(x), 4)], 1), rows)
 
-    original = FusedMLP.__init__
-    monkeypatch.setattr(FusedMLP, "__init__", forget_the_label)
+    original = FusedMLP.__call__
+    monkeypatch.setattr(FusedMLP, "__call__", forget_the_label)
     with pytest.raises(EngineError, match=r"differ from the artifact's by \d+"):
         Engine(small_artifact, device=CPU, dtype=torch.float32, max_batch=8)
 
@@ -162,11 +162,11 @@ def test_only_batches_that_round_alike_are_computed(
     shapes: set[int] = set()
 
     def round_otherwise(
-        fused: FusedMLP, latents: torch.Tensor, labels: torch.Tensor, _rows: int | None = None
+        fused: FusedMLP, inputs: torch.Tensor, _rows: int | None = None
     ) -> torch.Tensor:
-        shapes.add(len(latents))
-        x = original(fused, latents, labels)
-        return x * (1 + 1e-6) if len(latents) in other else x
+        shapes.add(len(inputs))
+        x = original(fused, inputs)
+        return x * (1 + 1e-6) if len(inputs) in other else x
 
     monkeypatch.setattr(FusedMLP, "__call__", round_otherwise)
     engine = Engine(small_artifact, device=CPU, dtype=torch.float32, max_batch=asked)
@@ -191,12 +191,11 @@ def test_of_a_few_rows_no_more_are_drawn_than_round_alike(
     drawn: list[int | None] = []
 
     def round_otherwise(
-        fused: FusedConv, latents: torch.Tensor, labels: torch.Tensor, rows: int | None = None
+        fused: FusedConv, inputs: torch.Tensor, rows: int | None = None
     ) -> torch.Tensor:
         drawn.append(rows)
         # One by one, as on a processor on which all batches round alike.
-        each = zip(latents.split(1), labels.split(1), strict=True)
-        x = torch.cat([original(fused, *row) for row in each])[:rows]
+        x = torch.cat([original(fused, row) for row in inputs.split(1)])[:rows]
         return x * (1 + 1e-6) if rows in other else x
 
     monkeypatch.setattr(FusedConv, "__call__", round_otherwise)
@@ -213,10 +212,8 @@ def test_an_image_that_depends_on_its_batch_is_not_served(
 ) -> None:
     original = FusedMLP.__call__
 
-    def mix_rows(
-        fused: FusedMLP, latents: torch.Tensor, labels: torch.Tensor, _rows: int | None = None
-    ) -> torch.Tensor:
-        return original(fused, latents + 0.1 * latents.mean(0), labels)
+    def mix_rows(fused: FusedMLP, inputs: torch.Tensor, _rows: int | None = None) -> torch.Tensor:
+        return original(fused, inputs + 0.1 * inputs.mean(0))
 
     monkeypatch.setattr(FusedMLP, "__call__", mix_rows)
     with pytest.raises(EngineError, match="an image in a batch of"):

@@ -133,9 +133,9 @@ class Scene:
         engine = generation.registry.default.engine
         forward = engine._eager
 
-        def held(latents: Any, labels: Any) -> Any:
+        def held(inputs: Any) -> Any:
             assert self.gate.wait(60)
-            return forward(latents, labels)
+            return forward(inputs)
 
         engine._eager = held  # type: ignore[method-assign]
         self.generation, self.client = generation, Client()

@@ -73,13 +73,11 @@ def forward_alone(engine: Engine, rows: int, seconds: float) -> float:
     """The forward of so many rows without what surrounds it, in microseconds."""
     captured = engine._captured
     if captured is None:
-        latents = torch.zeros(rows, engine.artifact.info.network.latent_dim)
-        labels = torch.zeros(rows, dtype=torch.int64)
-        with torch.inference_mode():
-            return microseconds(partial(engine._network, latents, labels), seconds)
+        nothing = torch.zeros(rows, engine._inputs(*engine._order(1)).shape[1])
+        return microseconds(partial(engine._network, nothing), seconds)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     found: list[float] = []
-    with captured.stream:
+    with torch.cuda.stream(captured._stream):
         for _ in range(50):
             events[0].record()
             captured._graph.replay()
