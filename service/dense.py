@@ -98,7 +98,7 @@ class OnnxChain:
     """Layers one after the other, by ONNX Runtime, on the CPU in float32.
 
     Without AVX-512 that takes less time than PyTorch's products and activations, from two fifths
-    for 16 rows to a sixth for 256; with it, than oneDNN's packed ones by a third for 16 rows, and
+    for 16 rows to a sixth for 256. With AVX-512 it takes a third less than oneDNN for 16 rows, and
     as much for 128 or more. What it makes of a row depends neither on the rows beside it nor
     on threads; so a lone row can be drawn for itself, where PyTorch's would round in its own way.
 

@@ -82,7 +82,7 @@ class FusedMLP:
 
     Attributes:
         few_rows: numbers of rows that it can draw for themselves.
-        few_inputs: for which no more inputs are needed.
+        few_inputs: whether the inputs of so few rows are enough for them.
     """
 
     few_inputs = True
@@ -144,7 +144,7 @@ class FusedConv:
 
 
 def fuse(generator: Generator, *, device: torch.device, dtype: torch.dtype) -> FusedMLP | FusedConv:
-    """A generator rewritten for inference on a device, with up to so many mixtures at a time."""
+    """A generator rewritten for inference on a device."""
     if isinstance(generator, ConvGenerator):
         return FusedConv(generator, device=device, dtype=dtype)
     return FusedMLP(generator, device=device, dtype=dtype)
