@@ -87,6 +87,8 @@ def main() -> int:
 
 def _deploy(settings: ClusterSettings) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    # 15 otherwise: replicas hardly run beside anything that keeps the cores busy, nor do they end.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Five seconds otherwise, which a proxy needs to start where all cores are busy.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     try:

@@ -83,6 +83,13 @@ def test_errors_and_pages_are_those_of_the_service(cluster: ServiceProcess) -> N
     assert cluster.client.get("/metrics").status_code == 404
 
 
+def test_replicas_give_way_to_nothing_else_on_the_machine(cluster: ServiceProcess) -> None:
+    replicas = replicas_of(cluster)
+    assert len(replicas) == 2
+    for replica in replicas:
+        assert os.getpriority(os.PRIO_PROCESS, replica) == os.getpriority(os.PRIO_PROCESS, 0)
+
+
 def test_a_killed_replica_is_replaced_and_nothing_is_lost_to_who_asks_again(
     cluster: ServiceProcess,
 ) -> None:
