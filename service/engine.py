@@ -104,15 +104,18 @@ class FusedMLP:
                 weights[-1] = weights[-1] * scale[:, None]
                 biases[-1] = (biases[-1] - mean.double()) * scale + layer.bias.double()
         layers = [
-            Layer(weight.to(device, dtype), added.to(device, dtype), "leaky_relu")
+            Layer(weight.float(), added.float(), "leaky_relu")
             for weight, added in zip(weights, biases, strict=True)
         ]
         layers[-1] = layers[-1]._replace(activation="tanh")
-        self._chain = chain(layers)
+        self._chain = chain(layers, device=device, dtype=dtype)
         self.few_rows = self._chain.few_rows
 
     def __call__(self, x: Tensor, rows: int | None = None) -> Tensor:
-        """Latents and embeddings (N, F) float32 to (N, C * H * W) in [-1, 1], or the first rows."""
+        """Latents and embeddings (N, F) float32 to (N, C * H * W) in [-1, 1], or the first rows.
+
+        On the CPU the next call may write it again.
+        """
         return self._chain(x if rows is None or rows == len(x) else x[:rows])
 
 
@@ -249,13 +252,14 @@ class Engine:
             missing = few - rows
         drawn = self._network(torch.from_numpy(_pad(inputs, missing) if missing else inputs), few)
         x = (drawn if drawn.dtype is torch.float32 else drawn.float()).numpy()[:rows]
-        finite = np.isfinite(x.max(1))
-        x *= 127.5
+        finite = np.isfinite(np.maximum.reduce(x, 1))
+        x = x * 127.5  # and not in place: it may be the network's own
         x += 128.0
+        if not finite.all():
+            x[~finite] = 0.0  # no pixel is what is no number
         height, width, channels = self.image_shape
-        x = x.reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
-        with np.errstate(invalid="ignore"):  # of what is no number, `finite` tells
-            return x.astype(np.uint8, order="C"), finite
+        pixels = x.astype(np.uint8).reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
+        return np.ascontiguousarray(pixels), finite
 
     def _on_device(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (N, H, W, C), and whether each row is of numbers (N,)."""
@@ -280,7 +284,7 @@ class Engine:
             """As many images as fill whole batches of so many rows."""
             starts = range(0, among - rows + 1, rows)
             parts = [slice(start, start + rows) for start in starts]
-            return torch.cat([self._network(inputs[part]) for part in parts])
+            return torch.cat([self._network(inputs[part]).clone() for part in parts])
 
         def agrees(rows: int) -> bool:
             among = count if rows <= _SMALL_ROWS else max(rows, REFERENCE_ROWS)
@@ -291,7 +295,7 @@ class Engine:
             """Whether the first rows of a batch of the least are what they are among many."""
             starts = range(0, REFERENCE_ROWS, few)
             parts = [slice(start, start + least) for start in starts]
-            found = [self._network(inputs[part], few) for part in parts]
+            found = [self._network(inputs[part], few).clone() for part in parts]
             return torch.equal(torch.cat(found), reference[:REFERENCE_ROWS])
 
         with torch.inference_mode():
