@@ -299,6 +299,8 @@ class Engine:
             return torch.equal(torch.cat(found), reference[:REFERENCE_ROWS])
 
         with torch.inference_mode():
+            # Now and then PyTorch's second thread is off by 0.00005 in the first tanh of its life.
+            made(REFERENCE_ROWS, REFERENCE_ROWS)
             reference = made(REFERENCE_ROWS, count)
             while most > REFERENCE_ROWS and not agrees(most):
                 most -= ROW_MULTIPLE
