@@ -8,7 +8,7 @@ keeps what one sends, without a bound; nor does it tell a request that its clien
 import asyncio
 import logging
 import resource
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ MAX_PIPELINED = 64  # requests of one connection that wait for the answers befor
 MAX_UNREAD_BYTES = 1 << 28  # of the answers that clients have yet to read, all together
 
 SWEEP_S = 1.0  # between two looks for clients that keep the server waiting
+_SWEPT_AT_ONCE = 16  # connections
 _LINGER_S = 2.0  # for a client that was told of the end to end it too
 _BEYOND = 256  # connections above the limit that are told so; beyond these, none is
 _OTHER_FILES = 512  # that the process may need besides connections
@@ -362,12 +363,25 @@ class JoiningProtocol(HttpToolsProtocol):
         self._give_up(Problem(408, "request-timeout", detail))
 
 
-def sweep(connections: Collection[JoiningProtocol], now: float) -> None:
+def sweep(connections: Collection[JoiningProtocol], clock: Callable[[], float]) -> Iterator[None]:
     """End the connections that waited too long for their clients, and those that hold too much.
 
     Memory that waits for clients is bounded: those that have the most to read are cut off first.
+
+    Args:
+        connections: that are open, also those that are made or lost meanwhile.
+        clock: of the event loop.
+
+    Yields:
+        after every few, so that others have their turn: a look takes some 5 us, and there may be
+        thousands.
     """
-    unread = {connection: connection.sweep(now) for connection in list(connections)}
+    unread = {}
+    for number, connection in enumerate(list(connections), 1):
+        if connection in connections:
+            unread[connection] = connection.sweep(clock())
+        if number % _SWEPT_AT_ONCE == 0:
+            yield
     excess = sum(unread.values()) - MAX_UNREAD_BYTES
     if excess <= 0:
         return

@@ -130,10 +130,16 @@ class Server(uvicorn.Server):
         self._sweep()
         self._on_started()
 
-    def _sweep(self) -> None:
+    def _sweep(self, steps: Iterator[None] | None = None) -> None:
+        """Look after the connections, some in each round of the loop."""
         loop = asyncio.get_running_loop()
-        sweep(self._connections, loop.time())
-        loop.call_later(SWEEP_S, self._sweep)
+        steps = steps or sweep(self._connections, loop.time)
+        try:
+            next(steps)
+        except StopIteration:
+            loop.call_later(SWEEP_S, self._sweep)
+        else:
+            loop.call_soon(self._sweep, steps)
 
     @property
     def _connections(self) -> set[JoiningProtocol]:

@@ -134,11 +134,11 @@ LARGE = b"POST /generate?label=cat&n=1024&scale=8&format=json HTTP/1.1\r\nHost: 
 
 def test_slow_clients_are_closed_while_the_others_are_served(strict: ServiceProcess) -> None:
     memory_before, sockets_before = memory(strict), sockets(strict)
-    silent, dripping = ([Client(strict) for _ in range(100)] for _ in range(2))
+    silent, dripping = [Client(strict) for _ in range(100)], [begin(strict) for _ in range(100)]
     deaf = [Client(strict, window=4096) for _ in range(10)]
     for client in deaf:
         client.send(LARGE * 4)  # more than the system keeps for a connection
-    began, sent = time.monotonic(), 0
+    began, sent = time.monotonic(), 1
     while sockets(strict) > sockets_before:
         elapsed = time.monotonic() - began
         assert elapsed < PATIENCE_S, "some were never closed"
@@ -157,6 +157,13 @@ def test_slow_clients_are_closed_while_the_others_are_served(strict: ServiceProc
     for client in deaf:
         with pytest.raises(http.client.IncompleteRead):
             client.answers()
+
+
+def begin(service: ServiceProcess) -> Client:
+    """A client that began to send at once: one that has sent nothing is closed without a word."""
+    client = Client(service)
+    client.send(GOOD[:1])
+    return client
 
 
 def memory(service: ServiceProcess) -> int:
@@ -196,25 +203,43 @@ def test_time_that_the_service_takes_is_not_the_clients(strict: ServiceProcess) 
     assert [answer.status for answer in answers] == [200] * 4
 
 
+class Swept:
+    """A connection whose client has yet to read so many bytes."""
+
+    def __init__(self, unread: int) -> None:
+        self.unread, self.transport, self.aborted = unread, self, False
+        self.swept_at: list[float] = []
+
+    def sweep(self, now: float) -> int:
+        self.swept_at.append(now)
+        return self.unread
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
 def test_answers_that_are_not_read_hold_a_bounded_part_of_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Connection:
-        def __init__(self, unread: int) -> None:
-            self.unread, self.transport, self.aborted = unread, self, False
-
-        def sweep(self, now: float) -> int:
-            return self.unread
-
-        def abort(self) -> None:
-            self.aborted = True
-
     monkeypatch.setattr("service.connection.MAX_UNREAD_BYTES", 100)
-    connections = [Connection(unread) for unread in (0, 70, 20, 60, 10)]
-    sweep(cast(Any, connections), 0.0)
+    connections = [Swept(unread) for unread in (0, 70, 20, 60, 10)]
+    list(sweep(cast(Any, connections), lambda: 0.0))
     assert [each.aborted for each in connections] == [False, True, False, False, False]
-    sweep(cast(Any, connections[2:]), 0.0)
+    list(sweep(cast(Any, connections[2:]), lambda: 0.0))
     assert not connections[3].aborted
+
+
+def test_many_connections_are_looked_after_in_turns_of_a_few() -> None:
+    connections = [Swept(0) for _ in range(100)]
+    clock = iter(range(1000))
+    steps = sweep(cast(Any, connections), lambda: next(clock))
+    next(steps)
+    seen = sum(bool(each.swept_at) for each in connections)
+    assert 0 < seen < 20
+    lost = connections.pop()
+    list(steps)
+    assert [each.swept_at for each in connections] == [[number] for number in range(99)]
+    assert not lost.swept_at
 
 
 # Bounds ------------------------------------------------------------------------------------------
