@@ -158,17 +158,26 @@ def _compile(layers: Sequence[Layer]) -> Callable[[NDArray[np.float32]], NDArray
         "NUM_STREAMS": int(threads > 1),  # or else on the thread that calls
         "ENABLE_CPU_PINNING": False,  # other workers may compute here as well
     }
+    core = openvino.Core()
+
+    def prepare() -> Any:
+        return core.compile_model(model, "CPU", options).create_infer_request()
+
     with _failures():
-        core = openvino.Core()
-        model = core.compile_model(core.read_model(_as_onnx(layers)), "CPU", options)
-        request = model.create_infer_request()
+        model = core.read_model(_as_onnx(layers))
+        request = prepare()
 
     def draw(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        nonlocal request
         with _failures():
-            request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
+            # What has failed is of no use any more: it takes what comes next for what it was given
+            # then, and its next result may have as many rows.
+            request, taken = None, request or prepare()
+            taken.set_input_tensor(openvino.Tensor(x, shared_memory=True))
             # `infer` keeps what is raised to itself where a stream has only one thread.
-            request.start_async()
-            request.wait()
+            taken.start_async()
+            taken.wait()
+            request = taken
             made: NDArray[np.float32] = request.get_output_tensor().data
         return made
 

@@ -136,7 +136,7 @@ from pathlib import Path
 from service.dense import Layer, OnnxChain, OpenVINOChain
 
 chain = {kind}([Layer(torch.ones(100_000, 1), torch.ones(100_000), "tanh")])
-chain(torch.ones(1, 1))
+known = chain(torch.ones(1, 1)).clone()
 x = torch.ones(10_000, 1)
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + (100 << 20)  # of 4 GB that are needed
@@ -145,6 +145,8 @@ try:
     chain(x)
 except MemoryError:
     print("MemoryError")
+for rows in (1, 2, 1):
+    assert torch.equal(chain(torch.ones(rows, 1)), known.expand(rows, -1))
 """
 
 
