@@ -117,9 +117,9 @@ class OpenVINOChain:
     """Layers one after the other, by OpenVINO, on a CPU that multiplies bfloat16.
 
     It takes half of the time of PyTorch's products with packed weights for a lone row, and an
-    eighth less for 256, since PyTorch needs some 25 us for every layer before it multiplies. What
-    is made of a row does not depend on the rows beside it: of those that take another kernel than
-    many do, there are as many as needed.
+    eighth less for 256: PyTorch takes some 25 us for any layer, however small. What is made of a
+    row does not depend on the rows beside it: of those that take another kernel than many do, there
+    are as many as needed.
 
     Attributes:
         few_rows: numbers of rows that are worth drawing for themselves.
@@ -146,7 +146,7 @@ class OpenVINOChain:
 
 
 def _compile(layers: Sequence[Layer]) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """Layers as a function in bfloat16, which gives the same array each time."""
+    """Layers as a function in bfloat16, each of whose results the next call writes again."""
     # It would tell its makers that it is imported; where this package is missing, it cannot.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino  # noqa: PLC0415  (what computes on a GPU needs none)
@@ -172,12 +172,12 @@ def _compile(layers: Sequence[Layer]) -> Callable[[NDArray[np.float32]], NDArray
         with _failures():
             # What has failed is of no use any more: it takes what comes next for what it was given
             # then, and its next result may have as many rows.
-            request, taken = None, request or prepare()
-            taken.set_input_tensor(openvino.Tensor(x, shared_memory=True))
+            request, current = None, request or prepare()
+            current.set_input_tensor(openvino.Tensor(x, shared_memory=True))
             # `infer` keeps what is raised to itself where a stream has only one thread.
-            taken.start_async()
-            taken.wait()
-            request = taken
+            current.start_async()
+            current.wait()
+            request = current
             made: NDArray[np.float32] = request.get_output_tensor().data
         return made
 

@@ -299,7 +299,7 @@ class Engine:
             return torch.equal(torch.cat(found), reference[:REFERENCE_ROWS])
 
         with torch.inference_mode():
-            # Now and then PyTorch's second thread is off by 0.00005 in the first tanh of its life.
+            # Now and then half of the rows that a process computes first are off by 0.00005.
             made(REFERENCE_ROWS, REFERENCE_ROWS)
             reference = made(REFERENCE_ROWS, count)
             while most > REFERENCE_ROWS and not agrees(most):

@@ -67,7 +67,7 @@ def test_openvino_draws_a_row_alike_among_any_others(fan_in: int, fan_out: int) 
 def test_a_chain_is_its_layers_one_after_the_other(layers: list[Layer]) -> None:
     x = inputs(33)
     for kind in (TorchChain(layers, CPU, torch.float32), OnnxChain(layers)):
-        kind(x)  # now and then a second thread's first hyperbolic tangents are off by 0.00005
+        kind(x)  # now and then half of the rows that a process computes first are off by 0.00005
         assert torch.allclose(kind(x), one_by_one(layers, x), atol=1e-5)
 
 
