@@ -52,6 +52,7 @@ class Terms:
         draining: whether every answer is the last one of its connection.
         shed: status, lines of headers, and body for a request that is refused at once, by its head,
             without the empty line at the end, and client; None for others.
+        on_lost: called when a connection has ended.
     """
 
     refusal: ASGIApp
@@ -59,6 +60,7 @@ class Terms:
     max_connections: int
     draining: bool = False
     shed: Callable[[bytes, Any], tuple[int, bytes, bytes] | None] | None = None
+    on_lost: Callable[[], object] = lambda: None
 
 
 class JoiningTransport:
@@ -148,6 +150,7 @@ class JoiningProtocol(HttpToolsProtocol):
         self._client.gone = True
         if self._client.on_gone is not None:
             self._client.on_gone()
+        self._terms.on_lost()
 
     def drain(self) -> None:
         """Let the answer under way be the last one of this connection."""

@@ -16,6 +16,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
+from service.accepting import Acceptor, Occupancy
 from service.app import create_app
 from service.connection import SWEEP_S, JoiningProtocol, Terms, make_room, sweep
 from service.metrics import Metrics, share
@@ -48,8 +49,9 @@ class Server(uvicorn.Server):
         app: what is served.
         settings: say where, unless `run` is given sockets.
         on_started: called once the port is open.
-        supervised: leave it to a supervisor to end the process at once. Whoever stops a whole group
-            of processes signals a worker as its supervisor does, so a second signal means nothing.
+        occupancy: of a worker among others. It leaves it to its supervisor to end the process at
+            once: whoever stops a whole group of processes signals a worker as its supervisor does,
+            so a second signal means nothing.
         every_second: called about that often.
         metrics: served on the port that the settings name for them, if they name one; None leaves
             it to a supervisor.
@@ -61,7 +63,7 @@ class Server(uvicorn.Server):
         settings: Settings,
         on_started: Callable[[], None],
         *,
-        supervised: bool = False,
+        occupancy: Occupancy | None = None,
         every_second: Callable[[], None] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
@@ -99,7 +101,8 @@ class Server(uvicorn.Server):
         self._metrics = metrics
         self._metrics_server: asyncio.Server | None = None
         self._on_started = on_started
-        self._supervised = supervised
+        self._occupancy = occupancy
+        self._acceptor: Acceptor | None = None
 
     @property
     def address(self) -> Address:
@@ -119,9 +122,12 @@ class Server(uvicorn.Server):
         """
         if self._metrics is not None and self._settings.metrics_port is not None:
             self._metrics_server = await open_metrics_port(self._settings, self._metrics.registry)
-        await super().startup(sockets)
+        # Uvicorn's servers would take whatever comes, however many there are already.
+        await super().startup(sockets if self._occupancy is None else [])
         if not self.started:
             return
+        if self._occupancy is not None:
+            self._accept(sockets or [], self._occupancy)
         # What has been loaded stays: looking through it for garbage would hold up every request.
         gc.collect()
         gc.freeze()
@@ -129,6 +135,18 @@ class Server(uvicorn.Server):
         gc.enable()  # it was off while all of that was loaded
         self._sweep()
         self._on_started()
+
+    def _accept(self, sockets: list[socket.socket], occupancy: Occupancy) -> None:
+        """Take connections, as one of several workers."""
+        http: Any = self.config.http_protocol_class  # typed as one that takes no arguments
+        protocol = partial(
+            http,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        self._acceptor = Acceptor(sockets, protocol, self._connections, occupancy)
+        self._terms.on_lost = self._acceptor.count
 
     def _sweep(self, steps: Iterator[None] | None = None) -> None:
         """Look after the connections, some in each round of the loop."""
@@ -164,7 +182,7 @@ class Server(uvicorn.Server):
         if not readiness.draining and not readiness.lost:
             readiness.drain()
             self._draining = asyncio.ensure_future(self._drain(self._drain_delay_s))
-        elif not self._supervised:
+        elif self._occupancy is None:
             os._exit(0)  # whatever a thread is at; nothing is written that could be left in pieces
 
     def _on_lost(self) -> None:
@@ -187,6 +205,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, a moment later what is idle, and wait for what is not."""
+        if self._acceptor is not None:
+            self._acceptor.close()
         for each in (*self.servers, *(sockets or ())):
             each.close()
         await asyncio.sleep(_LAST_MOMENT_S)
@@ -240,7 +260,7 @@ def serve_as_worker(
     Args:
         settings: of all of them.
         index: of this one, from 0.
-        folder: where they share their metrics.
+        folder: where they share their metrics, and how many connections each has.
         sockets: file descriptors of the bound sockets that they share.
         report: told what is served, once it is.
 
@@ -256,7 +276,7 @@ def serve_as_worker(
         create_app(settings, registry, metrics, folder),
         settings,
         lambda: report({"names": registry.names, "device": device}),
-        supervised=True,
+        occupancy=Occupancy(folder, settings.workers, index),
         every_second=metrics.refresh,
     )
     server.run([listening(each) for each in sockets])

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from service.accepting import Occupancy
 from service.metrics import SupervisorMetrics, forget, share, shared_registry
 from service.observation import configure_logging
 from service.settings import Settings
@@ -89,7 +90,7 @@ class Supervisor:
     Args:
         count: how many workers to keep.
         arguments: what `python -m service` was called with.
-        folder: where the workers share their metrics.
+        folder: where the workers share their metrics, and how many connections each has.
         port: the bound sockets they share.
         say: told where the service is, once every worker serves.
         metrics_port: where this process serves the metrics of all of them, if anywhere.
@@ -155,6 +156,7 @@ class Supervisor:
             status = await worker.process.wait()
             del self._workers[index]
             forget(self._folder, str(index))
+            Occupancy(self._folder, self._count, index).leave()
             if not stable:
                 self._early_ends[index] += 1
             self._on_end(index, worker, status)

@@ -5,11 +5,13 @@ import json
 import os
 import signal
 import socket
+import struct
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import httpx
 import pytest
 import torch
 
+from service.accepting import TOLERANCE
 from service.server import listening, on_own_device, share_cores
 from service.settings import Settings
 from service.startup import ServiceError
+from tests.clients import port_of
 from tests.conftest import make_artifact
 from tests.serving import ServiceProcess, refused
 from tests.test_operations import samples, total
@@ -145,6 +149,28 @@ def test_rows_that_wait_in_another_worker_are_seen(bundled: Path) -> None:
         wait_for(service, "cgan_queue_rows", 0)
 
 
+def connections_of(service: ServiceProcess) -> list[int]:
+    """How many connections each worker says it has; -1 where it takes none."""
+    mapped = Path(f"/proc/{pids(service)[-1]}/maps").read_text().split()
+    shared = next(each for each in mapped if each.endswith("/connections"))
+    return [each - 1 for each in struct.unpack("2q", Path(shared).read_bytes())]
+
+
+def has_connections(service: ServiceProcess, count: int) -> bool:
+    return sum(connections_of(service)) == count
+
+
+def test_connections_are_shared_between_workers(two: ServiceProcess) -> None:
+    wait_until(lambda: connections_of(two) == [0, 0], "no worker has a connection")
+    with ExitStack() as stack:
+        for count in range(1, 33):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port_of(two))))
+            wait_until(partial(has_connections, two, count), "it was taken")
+        few, many = sorted(connections_of(two))
+        assert many <= TOLERANCE * (few + 1)
+    wait_until(lambda: connections_of(two) == [0, 0], "what was lost is counted no more")
+
+
 def test_workers_run_on_uvloop_as_a_single_process_does(two: ServiceProcess) -> None:
     """Asyncio's own loop holds small packets back on a socket that was opened elsewhere."""
     for pid in pids(two):
@@ -209,6 +235,7 @@ def test_what_was_counted_stays_and_what_was_under_way_goes_with_a_killed_worker
         assert before["cgan_images_total"] == 20
         os.kill(killed, signal.SIGKILL)
         wait_until(lambda: bool(logged(service, "a worker ended")), "the end is logged")
+        wait_until(lambda: -1 in connections_of(service), "nobody leaves it connections")
         wait_for(service, "cgan_ready", 1)
         pids(service, 3)
         wait_for(service, "cgan_ready", 2)
