@@ -22,24 +22,24 @@ def _serve(arguments: list[str]) -> int:
     # Imported only here: a supervisor, which lives as long as its workers, needs no PyTorch.
     if settings.workers == 1:
         gc.disable()  # until all is loaded, which leaves hardly any garbage and looks for it often
-        from service.server import serve  # noqa: PLC0415
+        from service.server.process import serve  # noqa: PLC0415
 
         return serve(settings, _say)
-    from service.supervisor import supervise  # noqa: PLC0415
+    from service.server.supervisor import supervise  # noqa: PLC0415
 
     supervise(settings, arguments, _say)
     return 0
 
 
 def _verify(arguments: list[str]) -> int:
-    from service.verify import main  # noqa: PLC0415
+    from service.commands.verify import main  # noqa: PLC0415
 
     return main(arguments)
 
 
 def _fetch(arguments: list[str]) -> int:
     try:
-        from service.fetch import main  # noqa: PLC0415
+        from service.commands.fetch import main  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ServiceError(f"pip install 'cgan-service[fetch]': {error}") from error
     return main(arguments)

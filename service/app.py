@@ -15,23 +15,23 @@ from fastapi.openapi.utils import get_openapi
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import problems
-from service.access import OPEN_PATHS, Access, Grant, create_grants
-from service.batcher import Batcher
+from service import errors
+from service.api import datasets, generate, health, open_inference, openai, pages
+from service.api.generate import GenerateEndpoint
+from service.api.load_shedding import Shedder
 from service.generation import Generation
-from service.metrics import Metrics
-from service.observation import Observe
-from service.readiness import Prover, Readiness
-from service.registry import Registry
-from service.reload import Reloader
-from service.routes import datasets, inference, native, openai, operations, pages
-from service.routes.native import FrontDoor
+from service.inference.batcher import Batcher
+from service.inference.health import Readiness, SelfTest
+from service.inference.reload import Reloader
+from service.inference.repository import ModelRepository
+from service.middleware.access_log import AccessLogMiddleware
+from service.middleware.auth import PUBLIC_PATHS, APIKeyGrant, APIKeyMiddleware, create_grants
 from service.settings import Settings
-from service.shedding import Shedder
 from service.startup import ServiceError
+from service.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from service.tracing import Tracing
+    from service.middleware.tracing import Tracing
 
 DESCRIPTION = """\
 Labelled synthetic images on demand. The same model, label, seed and index always give the same
@@ -52,7 +52,7 @@ class App(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or take part in the server's start and end."""
         path, method = scope.get("path"), scope.get("method")
-        if path == FrontDoor.path and method in FrontDoor.methods:
+        if path == GenerateEndpoint.path and method in GenerateEndpoint.methods:
             await self.front_door(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
@@ -64,14 +64,14 @@ class App(FastAPI):
                 title=self.title,
                 version=self.version,
                 description=self.description,
-                routes=[*native.front_door_schema(), *self.routes],
+                routes=[*generate.openapi_routes(), *self.routes],
             )
             for path, operations in self.openapi_schema["paths"].items():
-                of_the_wire = problems.answers(problems.OF_THE_WIRE, path)
-                of_the_key = problems.answers(problems.OF_THE_KEY, path)
+                of_the_wire = errors.answers(errors.PROTOCOL_ERRORS, path)
+                of_the_key = errors.answers(errors.AUTH_ERRORS, path)
                 for operation in operations.values():
                     operation["responses"] = of_the_wire | operation["responses"]
-                    if self.needs_key and path not in OPEN_PATHS:
+                    if self.needs_key and path not in PUBLIC_PATHS:
                         operation["responses"] |= of_the_key
                         operation["security"] = [{"key": []}, {"password": []}]
             if self.needs_key:
@@ -96,7 +96,7 @@ def available_cores() -> int:
 
 def create_app(
     settings: Settings,
-    registry: Registry,
+    registry: ModelRepository,
     metrics: Metrics | None = None,
     folder: Path | None = None,
 ) -> FastAPI:
@@ -120,7 +120,7 @@ def create_app(
     encoders = ThreadPoolExecutor(cores, thread_name_prefix="encoder")
     reloader = Reloader(registry, metrics)
     tracing = _create_tracing(settings.otlp_endpoint)
-    prover = Prover(registry, batcher, readiness, metrics, settings.self_check_s)
+    prover = SelfTest(registry, batcher, readiness, metrics, settings.self_check_s)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -154,26 +154,30 @@ def create_app(
     app.state.readiness = readiness
     app.state.batcher = batcher
     app.state.reloader = reloader
-    problems.install(app)
+    errors.install(app)
     generation = Generation(registry, batcher, metrics, encoders)
-    front_door = FrontDoor(generation)
+    front_door = GenerateEndpoint(generation)
     # For other methods than its own, which get 405.
-    app.router.routes.append(Route(FrontDoor.path, front_door, methods=FrontDoor.methods))
-    app.include_router(native.create_router(generation))
+    app.router.routes.append(
+        Route(GenerateEndpoint.path, front_door, methods=GenerateEndpoint.methods)
+    )
+    app.include_router(generate.create_router(generation))
     app.include_router(datasets.create_router(generation))
     app.include_router(openai.create_router(generation))
-    app.include_router(inference.create_router(generation, readiness))
-    app.include_router(operations.create_router(readiness))
+    app.include_router(open_inference.create_router(generation, readiness))
+    app.include_router(health.create_router(readiness))
     app.include_router(pages.create_router())
     if settings.metrics_port is None:
-        app.include_router(operations.create_metrics_router(metrics.registry, metrics.refresh))
+        app.include_router(health.create_metrics_router(metrics.registry, metrics.refresh))
     grants = create_grants(settings, metrics, folder)
     app.needs_key = bool(grants)
     _surround(app, front_door, grants, metrics, tracing)
-    app.state.refusal = Observe(problems.refuse, metrics)  # of what never becomes a request
+    app.state.refusal = AccessLogMiddleware(
+        errors.refuse, metrics
+    )  # of what never becomes a request
     # Whoever needs a key, or has a trace, is looked at before being refused.
     app.state.shed = (
-        None if grants or tracing else Shedder(generation, Observe(front_door, metrics))
+        None if grants or tracing else Shedder(generation, AccessLogMiddleware(front_door, metrics))
     )
     return app
 
@@ -181,16 +185,16 @@ def create_app(
 def _surround(
     app: App,
     front_door: ASGIApp,
-    grants: list[Grant],
+    grants: list[APIKeyGrant],
     metrics: Metrics,
     tracing: "Tracing | None",
 ) -> None:
     """Put around both ways in, from the inside out, what lets in, what watches, and what traces."""
     if grants:
-        front_door = Access(front_door, grants)
-        app.add_middleware(Access, grants=grants)
-    app.front_door = Observe(front_door, metrics)
-    app.add_middleware(Observe, metrics=metrics)
+        front_door = APIKeyMiddleware(front_door, grants)
+        app.add_middleware(APIKeyMiddleware, grants=grants)
+    app.front_door = AccessLogMiddleware(front_door, metrics)
+    app.add_middleware(AccessLogMiddleware, metrics=metrics)
     if tracing is not None:
         app.front_door = tracing.around(app.front_door)
         app.add_middleware(tracing.around)
@@ -205,7 +209,7 @@ def _create_tracing(endpoint: str | None) -> "Tracing | None":
     if endpoint is None:
         return None
     try:
-        from service.tracing import Tracing  # noqa: PLC0415  (of an extra)
+        from service.middleware.tracing import Tracing  # noqa: PLC0415  (of an extra)
     except ModuleNotFoundError as error:
         raise ServiceError(
             f"--otlp-endpoint needs pip install 'cgan-service[traces]': {error}"

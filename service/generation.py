@@ -16,22 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Counter as CounterMetric
 
-from service.batcher import (
+from service.errors import Problem, wrong_value
+from service.inference.batcher import (
     Batcher,
+    BatchRecord,
     DeadlineExceeded,
     Draining,
-    Forward,
     ForwardFailed,
-    Generated,
+    GenerationResult,
     Overloaded,
-    Ticket,
+    PendingRequest,
 )
-from service.faults import DeviceLost
-from service.latents import Variation
-from service.metrics import Metrics
-from service.problems import Problem, wrong_value
-from service.registry import Model, Registry
+from service.inference.errors import DeviceLost
+from service.inference.latents import SamplingOptions
+from service.inference.repository import Model, ModelRepository
 from service.settings import MAX_IMAGES
+from service.telemetry.metrics import Metrics
 
 Steps = Generator[None, None, bytes]  # work that can be interrupted wherever it yields
 
@@ -64,7 +64,7 @@ class Stage:
     name: str
     began: float
     ended: float
-    forwards: Sequence[Forward] = ()
+    forwards: Sequence[BatchRecord] = ()
 
 
 # The stages of the request that is being answered; None where nobody wants to know.
@@ -73,7 +73,7 @@ _MOST_STAGES = 128  # that are kept of one request: a data set has thousands
 
 
 @dataclass(frozen=True)
-class Walk:
+class Interpolation:
     """From the images of one seed to those of another, along the arc between their latents.
 
     Attributes:
@@ -86,7 +86,7 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class Order:
+class GenerationRequest:
     """A checked request for images.
 
     Attributes:
@@ -103,7 +103,7 @@ class Order:
     labels: NDArray[np.int64]
     indices: NDArray[np.int64]
     counts: Mapping[int | str, int]
-    variation: Variation | None = None
+    variation: SamplingOptions | None = None
 
     def recipe(self, position: int) -> dict[str, object]:
         """What the image at a position is made from; by the byte contract, all it is made from."""
@@ -140,7 +140,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Images:
+class GeneratedImages:
     """The answer to an order: (N, H, W, C) uint8, and where the time went in seconds."""
 
     pixels: NDArray[np.uint8]
@@ -172,7 +172,7 @@ class Generation:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: ModelRepository,
         batcher: Batcher,
         metrics: Metrics,
         encoders: ThreadPoolExecutor,
@@ -197,10 +197,10 @@ class Generation:
         n: int = 1,
         seed: int | None = None,
         index: int = 0,
-        walk: Walk | None = None,
+        walk: Interpolation | None = None,
         truncation: float = 1.0,
         model: str | None = None,
-    ) -> Order:
+    ) -> GenerationRequest:
         """Check a request against the models.
 
         Images of a class are numbered from `index` over the whole order, so the same class named
@@ -241,10 +241,10 @@ class Generation:
                 counts = {MIXTURE: steps * n}
             at = None if walk is None else np.tile(np.array(walk.at), len(rows) // steps)
             to_seed = None if walk is None else walk.to_seed
-            variation = Variation(truncation, to_seed, at, weights)
+            variation = SamplingOptions(truncation, to_seed, at, weights)
         seeds = np.empty(len(rows), dtype=np.uint64)
         seeds.fill(seed)  # at half the cost of np.full
-        return Order(chosen, seeds, rows, numbers, counts, variation)
+        return GenerationRequest(chosen, seeds, rows, numbers, counts, variation)
 
     def rows(
         self,
@@ -253,7 +253,7 @@ class Generation:
         seeds: NDArray[np.uint64] | None = None,
         indices: NDArray[np.int64] | None = None,
         truncation: float = 1.0,
-    ) -> Order:
+    ) -> GenerationRequest:
         """An order for one image a row.
 
         Args:
@@ -281,8 +281,8 @@ class Generation:
                 seen[key] += 1
             indices = np.array(numbers, dtype=np.int64)
         counts: dict[int | str, int] = dict(Counter(labels.tolist()))
-        variation = None if truncation == 1.0 else Variation(truncation)
-        return Order(model, seeds, labels, indices, counts, variation)
+        variation = None if truncation == 1.0 else SamplingOptions(truncation)
+        return GenerationRequest(model, seeds, labels, indices, counts, variation)
 
     @property
     def crowded(self) -> bool:
@@ -300,7 +300,9 @@ class Generation:
         model.tally.failed += 1
         return self._overloaded(error)
 
-    async def fulfil(self, order: Order, client: Client, timeout_s: float | None = None) -> Images:
+    async def fulfil(
+        self, order: GenerationRequest, client: Client, timeout_s: float | None = None
+    ) -> GeneratedImages:
         """Make an order's images, unless the client goes away.
 
         Args:
@@ -331,9 +333,11 @@ class Generation:
             started = began + made.queue_s
             _note(Stage("queue", began, started))
             _note(Stage("forward", started, started + made.forward_s, made.forwards))
-        return Images(made.pixels, made.queue_s, made.forward_s)
+        return GeneratedImages(made.pixels, made.queue_s, made.forward_s)
 
-    async def _make(self, order: Order, client: Client, timeout_s: float | None) -> Generated:
+    async def _make(
+        self, order: GenerationRequest, client: Client, timeout_s: float | None
+    ) -> GenerationResult:
         """The images of an order, with what the batcher says against it as problems."""
         try:
             ticket = self._batcher.admit(
@@ -361,7 +365,7 @@ class Generation:
                 503, "forward-failed", "The device failed; try again.", 1
             ) from error
 
-    async def _wait(self, ticket: Ticket, client: Client) -> Generated:
+    async def _wait(self, ticket: PendingRequest, client: Client) -> GenerationResult:
         """The images of a ticket, which is cancelled when the client goes away."""
         client.on_gone = ticket.future.cancel
         if client.gone:
@@ -422,7 +426,7 @@ class Generation:
         """How many forwards computed a model's images, whoever asked for them."""
         return self._batcher.forwards(model.engine)
 
-    def count(self, order: Order, client: Client) -> None:
+    def count(self, order: GenerationRequest, client: Client) -> None:
         """Count the images of an order, as sent unless nobody takes them."""
         if client.gone:
             self._metrics.wasted(len(order.labels))
@@ -540,7 +544,9 @@ def _too_many(n: int, labels: int, steps: int) -> Problem:
     )
 
 
-def _add_variation(recipe: dict[str, object], order: Order, position: int | None = None) -> None:
+def _add_variation(
+    recipe: dict[str, object], order: GenerationRequest, position: int | None = None
+) -> None:
     """Say in a recipe, of one image or of all, what a variation makes of it."""
     variation = order.variation
     assert variation is not None

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.processes import REPOSITORY, prepare
-from tests.serving import MODEL, ServiceProcess
+from tests.support.processes import REPOSITORY, prepare
+from tests.support.serving import MODEL, ServiceProcess
 from training.artifact import Artifact, ArtifactInfo, load_artifact, save_artifact
-from training.data import default_data_dir
+from training.data.named import default_data_dir
 from training.loop import recompute_batch_norm
 from training.networks import (
     Channels,

@@ -20,7 +20,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.processes import REPOSITORY
+from tests.support.processes import REPOSITORY
 
 PROJECT = f"cgan-test-{os.getpid()}"
 START_S = 180.0  # until a service has loaded its models, on a busy machine

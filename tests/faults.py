@@ -34,8 +34,8 @@ from safetensors.torch import save_file
 
 from service.settings import MAX_IMAGES, Settings
 from tests.benchmarks.load import Sample, closed_loop, open_loop, post, run
-from tests.broken import FITS, LOST, MEMORY, NAN, SLOW
-from tests.clients import (
+from tests.conftest import make_artifact
+from tests.support.clients import (
     MALFORMED,
     PATIENCE_S,
     Answer,
@@ -50,9 +50,9 @@ from tests.clients import (
     port_of,
     scrape,
 )
-from tests.conftest import make_artifact
-from tests.hostile import Payload, torch_saved
-from tests.serving import ServiceProcess, refused
+from tests.support.faulty_engines import FITS, LOST, MEMORY, NAN, SLOW
+from tests.support.malicious_files import Payload, torch_saved
+from tests.support.serving import ServiceProcess, refused
 
 WEIGHTS = Settings().weights / "mnist-mlp.safetensors"
 PATIENT = ("--max-queue", "1000000", "--timeout-ms", "600000")
@@ -278,7 +278,7 @@ async def overload_by_deadline() -> Findings:
 )
 async def deadline() -> Findings:
     """A deadline that passes while queued"""
-    with served(module="tests.broken", cores=2) as service:
+    with served(module="tests.support.faulty_engines", cores=2) as service:
         port = port_of(service)
         slow = asyncio.ensure_future(_ask(port, f"/generate?label={SLOW}"))
         await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 2)
@@ -548,7 +548,7 @@ async def malformed() -> Findings:
 )
 async def not_a_number() -> Findings:
     """NaN in some rows"""
-    with served(module="tests.broken") as service:
+    with served(module="tests.support.faulty_engines") as service:
         port = port_of(service)
         targets = [f"/generate?label={label}&n=4&seed=1" for label in (3, NAN)]
         quiet = await _ask(port, targets[0])
@@ -567,7 +567,7 @@ async def not_a_number() -> Findings:
 )
 async def out_of_memory() -> Findings:
     """Out of memory"""
-    with served(module="tests.broken") as service:
+    with served(module="tests.support.faulty_engines") as service:
         port = port_of(service)
         sizes = (2 * FITS, 4 * FITS, 1)
         statuses = [(await _ask(port, f"/generate?label={MEMORY}&n={n}")).status for n in sizes]
@@ -582,7 +582,7 @@ async def out_of_memory() -> Findings:
 )
 async def lost_device() -> Findings:
     """A lost device"""
-    with served(*PATIENT, module="tests.broken") as service:
+    with served(*PATIENT, module="tests.support.faulty_engines") as service:
         port = port_of(service)
         waiting = asyncio.gather(*(_ask(port, "/generate?label=1&n=1024") for _ in range(50)))
         await _until(port, lambda text: _arrived(text) == 50)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from training.data import default_data_dir
+from training.data.named import default_data_dir
 from training.devices import DeviceError, resolve_device
 
 LIMIT_S = 590.0  # of a part

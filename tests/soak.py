@@ -30,7 +30,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from service.settings import Settings
-from tests.clients import (
+from tests.conftest import make_artifact
+from tests.support.clients import (
     MALFORMED,
     Answer,
     Client,
@@ -43,8 +44,7 @@ from tests.clients import (
     port_of,
     scrape,
 )
-from tests.conftest import make_artifact
-from tests.serving import ServiceProcess
+from tests.support.serving import ServiceProcess
 
 BUNDLED = Settings().weights / "mnist-mlp.safetensors"
 STEADY, SLOW, BURST, SEEDS = 4, 20, 300, 12
@@ -76,7 +76,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerificationResult:
     """One thing that must hold at the end."""
 
     good: bool
@@ -322,7 +322,9 @@ def slope_per_hour(times_s: Sequence[float], values: Sequence[float]) -> float:
     return 3600 * statistics.median(slopes) if slopes else 0.0
 
 
-def judge(points: list[Point], before: Held, after: Held, unexpected: int) -> list[Verdict]:
+def judge(
+    points: list[Point], before: Held, after: Held, unexpected: int
+) -> list[VerificationResult]:
     """The verdicts: memory by its slope while it ran, files and threads by what was left over.
 
     The bound on memory is 10 MB an hour; in a short run, what would be 5 MB over its two thirds.
@@ -333,16 +335,18 @@ def judge(points: list[Point], before: Held, after: Held, unexpected: int) -> li
     bound = max(MAX_GROWTH_MB_PER_HOUR, NOISE_MB / hours if hours else float("inf"))
     slope = slope_per_hour(times, [point.memory_mb for point in late])
     return [
-        Verdict(
+        VerificationResult(
             slope <= bound,
             f"memory: {slope:+.1f} MB an hour over the last two thirds, at most {bound:.1f}",
         ),
-        Verdict(after.files <= before.files, f"files: {before.files} before, {after.files} after"),
-        Verdict(
+        VerificationResult(
+            after.files <= before.files, f"files: {before.files} before, {after.files} after"
+        ),
+        VerificationResult(
             after.threads <= before.threads,
             f"threads: {before.threads} before, {after.threads} after",
         ),
-        Verdict(unexpected == 0, f"unexpected outcomes: {unexpected}"),
+        VerificationResult(unexpected == 0, f"unexpected outcomes: {unexpected}"),
     ]
 
 
@@ -432,7 +436,7 @@ async def soak(service: ServiceProcess, weights: Path, minutes: float, out: Path
         run.blame("log", line.strip())
     verdicts = judge(points, before, after, len(run.unexpected))
     service.signal()
-    verdicts.append(Verdict((status := service.wait()) == 0, f"exit status {status}"))
+    verdicts.append(VerificationResult((status := service.wait()) == 0, f"exit status {status}"))
     report = "\n".join(
         [table(run.outcomes), run.models, "", *run.unexpected[:20], *map(str, verdicts)]
     )

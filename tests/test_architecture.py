@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import REPOSITORY
+from tests.support.processes import REPOSITORY
 
 SERVED = {"training", "training.artifact", "training.devices", "training.files"}
 SERVED |= {"training.networks"}
@@ -104,25 +104,27 @@ def test_what_trains_does_not_know_what_watches_it() -> None:
     def known(name: str) -> set[str]:
         return graph[name] | {each for below in graph[name] for each in known(below)}
 
-    foundation = {"training.networks", "training.losses", "training.augmentation"}
+    foundation = {"training.networks", "training.losses", "training.data.augmentation"}
     for name in (*foundation, "training.distributed", "training.files", "training.devices"):
         assert graph[name] == set(), name
-    stepping = foundation | {"training.config", "training.data", "training.distributed"}
+    stepping = foundation | {"training.config", "training.data.named", "training.distributed"}
     assert known("training.loop") <= stepping | {"training.files"}
     stepping |= {"training.files", "training.loop"}
     assert known("training.manual") <= stepping
-    assert known("training.capture") <= stepping | {"training.manual"}
-    assert "training.run" not in known("training.probe") | known("training.checkpoint")
-    assert not {"training.run", "training.loop"} & known("training.glance")
+    assert known("training.cuda_graph") <= stepping | {"training.manual"}
+    assert "training.run" not in known("training.gamma_search") | known("training.checkpoint")
+    assert not {"training.run", "training.loop"} & known("training.quality.quick_metrics")
 
 
 def test_the_service_needs_nothing_that_only_training_is_installed_with() -> None:
     """They are hidden instead of looked for: PyTorch itself takes tqdm where it finds it."""
     hide = f"import sys\nfor name in {TRAINING_ONLY}: sys.modules[name] = None\n"
-    fresh(hide + import_all([name for name in modules("service") if name != "service.fetch"]))
+    fresh(
+        hide + import_all([name for name in modules("service") if name != "service.commands.fetch"])
+    )
     fresh(hide + "sys.modules['click'] = None\nimport service.app")  # which uvicorn needs, later
     with pytest.raises(AssertionError, match="ModuleNotFoundError"):
-        fresh(hide + "import training.data")
+        fresh(hide + "import training.data.named")
 
 
 @pytest.mark.parametrize("package", ["service", "training"])
@@ -174,9 +176,9 @@ def test_models_are_loaded_without_the_compiler_of_pytorch() -> None:
     """It takes seconds, at every start, and wants to write files."""
     loaded = fresh(
         "import sys\n"
-        "from service.registry import load_registry\n"
+        "from service.inference.repository import load_repository\n"
         "from service.settings import parse_settings\n"
-        "names = load_registry(parse_settings([])).names\n"
+        "names = load_repository(parse_settings([])).names\n"
         "print(*names, *sys.modules)"
     )
     assert {"mnist", "mnist-mlp", "fashion-mnist"} <= set(loaded)

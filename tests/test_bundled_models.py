@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.processes import REPOSITORY
+from tests.support.processes import REPOSITORY
 from training.artifact import Artifact, load_artifact
-from training.data import DATASETS, load_dataset
-from training.evaluation import IMAGES, Certificate, Quality, certificate_of, certify
-from training.figures import NEIGHBOURS
-from training.judge import DIGESTS, load_judge
+from training.data.named import DATASETS, load_dataset
+from training.images import class_grid
 from training.networks import MLPGeneratorConfig, count_parameters
-from training.pictures import class_grid
-from training.report import picture_path, render
+from training.quality.certificate import IMAGES, Certificate, Quality, certificate_of, certify
+from training.quality.classifier import DIGESTS, load_judge
+from training.quality.metrics import NEIGHBOURS
+from training.quality.report import picture_path, render
 
 WEIGHTS = REPOSITORY / "weights"
 PATHS = sorted(WEIGHTS.glob("*.safetensors"), key=lambda path: path.stem)
@@ -124,8 +124,8 @@ def test_a_certificate_is_measured_again(
 ) -> None:
     stored = certified(mnist)
     # What a classifier learns takes minutes, and differs a little from processor to processor.
-    monkeypatch.setattr("training.evaluation.GAN_TRAIN_IMAGES", 10)
-    monkeypatch.setattr("training.evaluation.gan_train", lambda *_given: stored.gan_train)
+    monkeypatch.setattr("training.quality.certificate.GAN_TRAIN_IMAGES", 10)
+    monkeypatch.setattr("training.quality.certificate.gan_train", lambda *_given: stored.gan_train)
     train, test = (
         load_dataset("mnist", "train", mnist_dir, mirrors=()),
         load_dataset("mnist", "test", mnist_dir, mirrors=()),

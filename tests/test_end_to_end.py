@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from tests.serving import ServiceProcess
+from tests.support.serving import ServiceProcess
 
 Recipe = tuple[int, int, int]  # label, seed, n
 

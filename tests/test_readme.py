@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from service.settings import Settings
-from tests.processes import REPOSITORY
-from tests.serving import ServiceProcess
+from tests.support.processes import REPOSITORY
+from tests.support.serving import ServiceProcess
 from training.config import PRESETS
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.clients import Held
 from tests.soak import Point, draw, judge, slope_per_hour
+from tests.support.clients import Held
 
 REST = Held(memory_mb=400.0, files=14, threads=8)
 

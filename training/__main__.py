@@ -14,26 +14,32 @@ import click
 import torch
 
 from training.artifact import ArtifactError, ArtifactInfo, load_artifact, save_artifact
-from training.capture import make_stepper
-from training.checkpoint import Checkpoint, CheckpointError, Identity, read_checkpoint
+from training.checkpoint import Checkpoint, CheckpointError, RunMetadata, read_checkpoint
 from training.config import PRESETS, TrainingConfig
-from training.data import DATASETS, DataError, Dataset, Split, default_data_dir, load_dataset
+from training.cuda_graph import make_stepper
+from training.data.folder import MAX_SIZE, MIN_SIZE, is_folder, read_folder
+from training.data.named import DATASETS, DataError, Dataset, Split, default_data_dir, load_dataset
 from training.devices import DeviceError, describe, has_native_bfloat16, resolve_device
-from training.distributed import World, join, local_device
-from training.evaluation import Certificate, generate, with_certificate
-from training.examiner import MIN_TRAINING_SHARE, Examiner
+from training.distributed import DistributedContext, join, local_device
 from training.files import prepare_folder, write_atomically
-from training.folder import MAX_SIZE, MIN_SIZE, is_folder, read_folder
-from training.glance import Glance
-from training.importing import ForeignCheckpointError, read_published
+from training.gamma_search import DEFAULT_PENALTY
+from training.images import class_grid, grid, save_png
+from training.importing import ForeignCheckpointError, load_foreign
 from training.importing import describe as describe_published
 from training.inspection import description, facts, terminal_picture
-from training.judge import EPOCHS, Judge, JudgeError, save_judge, train_classifier
 from training.loop import DivergedError, create_state, generator_config, train
 from training.networks import Generator, GeneratorConfig, build_generator, count_parameters
-from training.pictures import class_grid, grid, save_png
-from training.probe import DEFAULT_PENALTY
-from training.report import table, write_report
+from training.quality.certificate import Certificate, generate, with_certificate
+from training.quality.classifier import (
+    EPOCHS,
+    FeatureClassifier,
+    JudgeError,
+    save_judge,
+    train_classifier,
+)
+from training.quality.evaluator import MIN_TRAINING_SHARE, Evaluator
+from training.quality.quick_metrics import QuickMetrics
+from training.quality.report import table, write_report
 from training.run import Run, RunFolder, StopFlag, resume_run, start_run, stop_on_signals
 
 # Fewer images than this are learnt by heart unless they are distorted.
@@ -228,7 +234,7 @@ def train_command(
         }
         config = _configure(PRESETS[preset], train_set, world, given)
         folder = RunFolder(out or Path("runs") / f"{train_set.name}-{preset}")
-        identity = Identity(
+        identity = RunMetadata(
             dataset=train_set.name,
             dataset_digest=train_set.digest,
             preset=preset,
@@ -251,7 +257,7 @@ def train_command(
             prepare_folder(publish.parent)
         examiner = None
         if world.writes:
-            examiner = Examiner.prepare(train_set, test_set, report, minutes=identity.minutes)
+            examiner = Evaluator.prepare(train_set, test_set, report, minutes=identity.minutes)
         spent = 0.0 if checkpoint else time.perf_counter() - began
         seconds = _seconds(identity, train_set, examiner, world, certified=certified, spent=spent)
         with stop_on_signals() as stop:
@@ -305,7 +311,7 @@ def _splits(
 
 
 def _configure(
-    preset: TrainingConfig, dataset: Dataset, world: World, given: Mapping[str, Any]
+    preset: TrainingConfig, dataset: Dataset, world: DistributedContext, given: Mapping[str, Any]
 ) -> TrainingConfig:
     """A preset with what was given, as this data set and this device need it."""
     small = len(dataset.labels) < SMALL_DATASET and preset.penalty != 0.0
@@ -332,7 +338,7 @@ def _configure(
     return config
 
 
-def _beginning(folder: RunFolder, wanted: Identity) -> Checkpoint:
+def _beginning(folder: RunFolder, wanted: RunMetadata) -> Checkpoint:
     """The checkpoint whose networks a run begins with.
 
     Raises:
@@ -347,7 +353,7 @@ def _beginning(folder: RunFolder, wanted: Identity) -> Checkpoint:
     return checkpoint
 
 
-def _checkpoint(folder: RunFolder, wanted: Identity, given: Mapping[str, Any]) -> Checkpoint:
+def _checkpoint(folder: RunFolder, wanted: RunMetadata, given: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint to go on from.
 
     Raises:
@@ -388,10 +394,10 @@ def _was_given(name: str) -> bool:
 
 
 def _seconds(
-    identity: Identity,
+    identity: RunMetadata,
     dataset: Dataset,
-    examiner: Examiner | None,
-    world: World,
+    examiner: Evaluator | None,
+    world: DistributedContext,
     *,
     certified: bool,
     spent: float,
@@ -426,7 +432,7 @@ def _seconds(
 
 def _conclude(
     run: Run,
-    examiner: Examiner,
+    examiner: Evaluator,
     stop: StopFlag,
     *,
     dataset: str,
@@ -458,7 +464,7 @@ def _conclude(
 
 
 def _print_plan(
-    folder: RunFolder, dataset: Dataset, identity: Identity, checkpoint: Checkpoint | None
+    folder: RunFolder, dataset: Dataset, identity: RunMetadata, checkpoint: Checkpoint | None
 ) -> None:
     config = identity.config
     shape = generator_config(config, dataset)
@@ -489,7 +495,7 @@ def _print_plan(
     click.echo(f"Estimated time: {left / speed / 60:.1f} minutes at {speed:,.0f} images/s.")
 
 
-def _never_asked(_generator: Generator) -> Glance:
+def _never_asked(_generator: Generator) -> QuickMetrics:
     raise AssertionError("only the process that writes looks")
 
 
@@ -561,7 +567,7 @@ def certify_artifact(
         raise ArtifactError(path, f"makes images of {made}, but those of {dataset} are of {real}")
     if info.training.get("dataset_sha256", train_set.digest) != train_set.digest:
         raise ArtifactError(path, f"was trained on other images than those of {dataset} now")
-    examiner = Examiner.prepare(train_set, test_set, click.echo)
+    examiner = Evaluator.prepare(train_set, test_set, click.echo)
     return examiner.certify(generator.to(device), click.echo)
 
 
@@ -631,7 +637,7 @@ def judge_command(
         seed=seed,
         report=lambda epoch, loss: click.echo(f"epoch {epoch + 1} of {epochs}: loss {loss:.4f}"),
     )
-    accuracy = Judge(classifier, digest="").accuracy(test_set)
+    accuracy = FeatureClassifier(classifier, digest="").accuracy(test_set)
     digest = save_judge(out, classifier, dataset=dataset, epochs=epochs, seed=seed)
     click.echo(f"{out}: {accuracy:.2%} of the real test images, SHA-256 {digest}")
 
@@ -673,7 +679,7 @@ def import_command(
     if out.exists():
         raise click.BadParameter(f"{out} is there already", param_hint="--out")
     prepare_folder(out.parent)
-    published = read_published(checkpoint)
+    published = load_foreign(checkpoint)
     generator, info = published.generator, describe_published(published, dataset)
     if certified:
         if "dataset" not in info.training:

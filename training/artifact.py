@@ -50,7 +50,7 @@ class ArtifactInfo:
         training: the training configuration and circumstances, as recorded.
         images_seen: real images shown during training.
         source_commit: of the code that trained it, where it was known.
-        certificate: the measured quality, where it was measured; see `training.evaluation`.
+        certificate: the measured quality, where it was measured.
         value_range: of the generator's output.
         latent_prior: what a latent's entries are drawn from.
         format: always `cgan-generator`.

@@ -30,7 +30,7 @@ class CheckpointError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity:
+class RunMetadata:
     """What must be the same for a run to go on.
 
     Attributes:
@@ -55,7 +55,7 @@ class Identity:
 
 
 def save_checkpoint(
-    path: Path, state: TrainState, identity: Identity, best: dict[str, Any] | None
+    path: Path, state: TrainState, identity: RunMetadata, best: dict[str, Any] | None
 ) -> None:
     """Write a checkpoint atomically: where that fails, the one before it survives.
 
@@ -95,7 +95,7 @@ class Checkpoint:
     """
 
     path: Path
-    identity: Identity
+    identity: RunMetadata
     state: dict[str, Any]
     best: dict[str, Any] | None
 
@@ -144,7 +144,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         stored = dict(contents["identity"])
         config = _CONFIG.validate_python(stored.pop("config"))
-        identity = Identity(config=config, **stored)
+        identity = RunMetadata(config=config, **stored)
         return Checkpoint(
             path=path, identity=identity, state=contents["state"], best=contents["best"]
         )

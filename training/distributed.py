@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """The processes of a run.
 
     Attributes:
@@ -68,11 +68,11 @@ class World:
         return values / self.size
 
 
-ALONE = World()
+SINGLE_PROCESS = DistributedContext()
 
 
 @contextmanager
-def join() -> Iterator[World]:
+def join() -> Iterator[DistributedContext]:
     """Join the processes that `torchrun` started, or be alone where it did not.
 
     Raises:
@@ -80,12 +80,12 @@ def join() -> Iterator[World]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     # Tensors of each kind of device travel their own way: what is agreed on lies on the CPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield World(dist.get_rank(), size)
+        yield DistributedContext(dist.get_rank(), size)
     finally:
         dist.destroy_process_group()
 

@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from training.artifact import MAX_BYTES, ArtifactInfo
-from training.data import DATASETS
+from training.data.named import DATASETS
 from training.networks import MLPGenerator, MLPGeneratorConfig
 
 # Under these a checkpoint of more than weights keeps its generator.
@@ -96,7 +96,7 @@ LAYOUTS = (
 
 
 @dataclass(frozen=True)
-class Published:
+class ForeignGenerator:
     """A generator that another program trained.
 
     Attributes:
@@ -112,7 +112,7 @@ class Published:
     generator: MLPGenerator
 
 
-def read_published(path: Path) -> Published:
+def load_foreign(path: Path) -> ForeignGenerator:
     """Read a generator's state dict as `torch.save` wrote it; nothing in it is executed.
 
     Raises:
@@ -128,10 +128,10 @@ def read_published(path: Path) -> Published:
     generator.load_state_dict(_fitted(path, layout, generator, tensors), assign=True)
     generator.eval().requires_grad_(False)
     _convert(generator, layout)
-    return Published(path, hashlib.sha256(data).hexdigest(), layout.source, generator)
+    return ForeignGenerator(path, hashlib.sha256(data).hexdigest(), layout.source, generator)
 
 
-def describe(published: Published, dataset: str) -> ArtifactInfo:
+def describe(published: ForeignGenerator, dataset: str) -> ArtifactInfo:
     """What the artifact says: the classes are the data set's if its images have the same shape.
 
     Otherwise the classes are named "0", "1", …, and no data set is recorded.

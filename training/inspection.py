@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.artifact import Artifact, ArtifactInfo
-from training.evaluation import certificate_of
+from training.images import class_grid, grid
 from training.networks import count_parameters
-from training.pictures import class_grid, grid
-from training.report import TABLE_CLASSES, table
+from training.quality.certificate import certificate_of
+from training.quality.report import TABLE_CLASSES, table
 
 _PER_LINE = 5  # classes of a line of the terminal's picture
 

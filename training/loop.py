@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from training.augmentation import augment, flip
 from training.config import TrainingConfig
-from training.data import Dataset
-from training.distributed import ALONE, World
+from training.data.augmentation import augment, flip
+from training.data.named import Dataset
+from training.distributed import SINGLE_PROCESS, DistributedContext
 from training.losses import discriminator_loss, generator_loss, gradient_penalty, mismatch_loss
 from training.networks import (
     Channels,
@@ -58,7 +58,7 @@ class TrainState:
     generator_optimizer: torch.optim.Adam
     discriminator_optimizer: torch.optim.Adam
     rng: torch.Generator
-    world: World = ALONE
+    world: DistributedContext = SINGLE_PROCESS
     images_seen: int = 0
     began: float = field(default_factory=time.perf_counter)
     lr_scale: float = 1.0
@@ -161,7 +161,7 @@ def create_state(
     generator_config: GeneratorConfig,
     device: torch.device,
     seed: int,
-    world: World = ALONE,
+    world: DistributedContext = SINGLE_PROCESS,
 ) -> TrainState:
     """Networks with PyTorch's ordinary initialisation, and their optimisers, on the device.
 
@@ -318,7 +318,10 @@ def draw_batch(
 
 
 def sample_batch(
-    dataset: Dataset, batch_size: int, rng: torch.Generator, world: World = ALONE
+    dataset: Dataset,
+    batch_size: int,
+    rng: torch.Generator,
+    world: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[Tensor, Tensor]:
     """Draw real images with replacement, and take this process's share of them.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.config import TrainingConfig
-from training.data import Dataset
+from training.data.named import Dataset
 from training.loop import TrainState, draw_batch, schedule, update_ema
 from training.networks import MLPDiscriminator, MLPGenerator
 

@@ -19,13 +19,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.artifact import ArtifactInfo, save_artifact
-from training.capture import make_stepper
-from training.checkpoint import Checkpoint, Identity, save_checkpoint
+from training.checkpoint import Checkpoint, RunMetadata, save_checkpoint
 from training.config import TrainingConfig
-from training.data import Dataset
-from training.distributed import World
+from training.cuda_graph import make_stepper
+from training.data.named import Dataset
+from training.distributed import DistributedContext
 from training.files import prepare_folder
-from training.glance import Glance
+from training.gamma_search import DEFAULT_PENALTY, Look, agreed, choose_penalty, is_worthwhile
+from training.images import class_grid, save_png
 from training.loop import (
     DivergedError,
     LogPoint,
@@ -37,8 +38,7 @@ from training.loop import (
     train,
     used_fraction,
 )
-from training.pictures import class_grid, save_png
-from training.probe import DEFAULT_PENALTY, Look, agreed, choose_penalty, is_worthwhile
+from training.quality.quick_metrics import QuickMetrics
 
 LOG_EVERY_IMAGES = 12_800
 SAMPLE_GRIDS = 40  # over the whole run
@@ -143,11 +143,11 @@ class Run:
         folder: RunFolder,
         state: TrainState,
         dataset: Dataset,
-        identity: Identity,
+        identity: RunMetadata,
         *,
         look: Look,
         seconds: float | None = None,
-        best: "Best | None" = None,
+        best: "BestSnapshot | None" = None,
         last_look: int = -1,
     ) -> None:
         self.folder, self.state, self.dataset, self.identity = folder, state, dataset, identity
@@ -155,7 +155,7 @@ class Run:
         self._writes = state.world.writes
         self._last_grid = self._part(SAMPLE_GRIDS)
         self._look_s, self._looked_at = 0.0, state.elapsed_s
-        self._journal: _Journal | None = None
+        self._journal: RunLogger | None = None
 
     def finish(self, stop: Callable[[], bool]) -> bool:
         """Train to the end of the budget, or until stopped; then export, or leave a checkpoint.
@@ -256,7 +256,7 @@ class Run:
                 f"images, and was {self.best.glance.coverage:.3f}"
             )
         if self.best is None or glance.score >= self.best.glance.score:
-            self.best = Best(glance, deepcopy(self.state.state_dict()))
+            self.best = BestSnapshot(glance, deepcopy(self.state.state_dict()))
             self._export_best(batches=20)
         self._look_s, self._looked_at = self.state.elapsed_s - began, self.state.elapsed_s
 
@@ -291,7 +291,7 @@ class Run:
         recompute_batch_norm(generator, batches=batches)
         save_artifact(self.folder.artifact, generator, self._describe(self.best))
 
-    def _describe(self, best: "Best") -> ArtifactInfo:
+    def _describe(self, best: "BestSnapshot") -> ArtifactInfo:
         identity, state = self.identity, self.state
         return ArtifactInfo(
             network=state.ema.config,
@@ -316,10 +316,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Best:
+class BestSnapshot:
     """The best look of a run, and the state that it saw."""
 
-    glance: Glance
+    glance: QuickMetrics
     contents: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
@@ -327,18 +327,18 @@ class Best:
         return {"glance": dataclasses.asdict(self.glance), "contents": self.contents}
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> "Best":
+    def from_dict(cls, stored: dict[str, Any]) -> "BestSnapshot":
         """What `as_dict` gave."""
-        return cls(Glance(**stored["glance"]), stored["contents"])
+        return cls(QuickMetrics(**stored["glance"]), stored["contents"])
 
 
 def start_run(
     folder: RunFolder,
     dataset: Dataset,
-    identity: Identity,
+    identity: RunMetadata,
     *,
     look: Look,
-    world: World,
+    world: DistributedContext,
     seconds: float | None,
     stop: Callable[[], bool],
     begin: Checkpoint | None = None,
@@ -382,7 +382,7 @@ def resume_run(
     checkpoint: Checkpoint,
     *,
     look: Look,
-    world: World,
+    world: DistributedContext,
     seconds: float | None,
 ) -> Run:
     """The run of a checkpoint, where it stopped.
@@ -396,7 +396,7 @@ def resume_run(
     checkpoint.restore(state)
     best, last_look = None, -1
     if checkpoint.best is not None:
-        best, last_look = Best.from_dict(checkpoint.best), checkpoint.best["last_look"]
+        best, last_look = BestSnapshot.from_dict(checkpoint.best), checkpoint.best["last_look"]
     return Run(
         folder,
         state,
@@ -429,7 +429,7 @@ def source_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-class _Journal:
+class RunLogger:
     """What a run tells while it is under way: the bar, the log, TensorBoard, and the samples."""
 
     def __init__(self, bar: "tqdm[Never]", log: TextIO, writer: SummaryWriter) -> None:
@@ -447,7 +447,7 @@ class _Journal:
             self._bar.total = round(state.images_seen / point.used)
         self._bar.update(state.images_seen - self._bar.n)
 
-    def glance(self, state: TrainState, glance: Glance) -> None:
+    def glance(self, state: TrainState, glance: QuickMetrics) -> None:
         """Note a look at the averaged generator."""
         seen = dataclasses.asdict(glance)
         self._line(state, **seen)
@@ -478,7 +478,7 @@ class _Journal:
 @contextmanager
 def _journal(
     folder: RunFolder, state: TrainState, config: TrainingConfig
-) -> Iterator[_Journal | None]:
+) -> Iterator[RunLogger | None]:
     """The journal of the process that writes; None in the others."""
     if not state.world.writes:
         yield None
@@ -496,7 +496,7 @@ def _journal(
     # Purging begins at its step, and the last point before the checkpoint is to stay.
     writer = SummaryWriter(str(folder.tensorboard), purge_step=state.images_seen + 1)
     with folder.log.open("a", encoding="utf-8") as log, writer, bar:
-        yield _Journal(bar, log, writer)
+        yield RunLogger(bar, log, writer)
 
 
 def _truncate_log(path: Path, images_seen: int) -> None:

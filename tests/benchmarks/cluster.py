@@ -20,7 +20,15 @@ from tests.benchmarks.serving import SIZES, WEIGHTS, requests
 COMMANDS = {
     "service, two workers": ["service", "--workers", "2"],
     "Ray, two replicas": [
-        *("service.cluster", "--device", "cpu", "--min-replicas", "2", "--max-replicas", "2")
+        *(
+            "service.commands.cluster",
+            "--device",
+            "cpu",
+            "--min-replicas",
+            "2",
+            "--max-replicas",
+            "2",
+        )
     ],
 }
 

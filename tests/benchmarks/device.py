@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from service.engine import Engine, resolve_dtype
-from service.latents import draw_latents
+from service.inference.engine import Engine, resolve_dtype
+from service.inference.latents import draw_latents
 from tests.benchmarks.load import Sample, closed_loop, run
 from tests.benchmarks.serving import WEIGHTS, requests
-from tests.serving import ServiceProcess
+from tests.support.serving import ServiceProcess
 from training.artifact import load_artifact
 from training.devices import describe, resolve_device
 

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.engine import Engine
-from service.png import contact_sheet, encode_png
+from service.encoding.png import contact_sheet, encode_png
+from service.inference.engine import Engine
 from service.settings import Settings
 from training.artifact import load_artifact
 
@@ -45,7 +45,7 @@ def main() -> None:
     recipe = {"model": "mnist", "sha256": artifact.sha256, "label": 7, "seed": 0, "index": 0}
     for name, pixels in (("28x28", images[0]), ("112x112", contact_sheet(images))):
         encoders: dict[str, Callable[[], bytes]] = {
-            "service.png": lambda p=pixels: encode_png(p, recipe),  # type: ignore[misc]
+            "service.encoding.png": lambda p=pixels: encode_png(p, recipe),  # type: ignore[misc]
             "Pillow, default level": lambda p=pixels: pillow(p),  # type: ignore[misc]
             "Pillow, level 1": lambda p=pixels: pillow(p, compress_level=1),  # type: ignore[misc]
         }
@@ -53,7 +53,7 @@ def main() -> None:
         for _ in range(ROUNDS):
             for each, function in encoders.items():
                 times[each].append(microseconds(function))
-        ours = statistics.median(times["service.png"])
+        ours = statistics.median(times["service.encoding.png"])
         for each, function in encoders.items():
             median = statistics.median(times[each])
             size = len(function())

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from service.engine import Engine
+from service.inference.engine import Engine
 from service.settings import Settings
 from training.artifact import load_artifact
-from training.data import Dataset, default_data_dir, load_dataset
-from training.evaluation import IMAGES, Quality, measure
-from training.examiner import default_cache
-from training.judge import judge_for
+from training.data.named import Dataset, default_data_dir, load_dataset
+from training.quality.certificate import IMAGES, Quality, measure
+from training.quality.classifier import judge_for
+from training.quality.evaluator import default_cache
 
 CASES = ((torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 1), (torch.bfloat16, 1))
 SHOWN = ("gan_test", "precision", "recall", "density", "coverage", "frechet_distance", "kid")

@@ -34,8 +34,8 @@ from typing import Any
 import torch
 
 from service.settings import Settings
+from tests.benchmarks.baselines import RIVALS
 from tests.benchmarks.load import Sample, closed_loop, open_loop, post, precedence, run
-from tests.benchmarks.rivals import RIVALS
 
 WEIGHTS = Settings().weights / "mnist-mlp.safetensors"
 SERVER_CORE, CLIENT_CORE = 0, 1
@@ -63,7 +63,7 @@ class Server:
         if name == OURS:
             command = ["service", "--log-level", "warning", "--workers", str(workers)]
         else:
-            command = ["tests.benchmarks.rivals", name]
+            command = ["tests.benchmarks.baselines", name]
         command += ["--port", str(self.port), "--weights", str(WEIGHTS)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", *command],
@@ -238,10 +238,10 @@ import os, sys, time
 os.sched_setaffinity(0, {int(sys.argv[4])})
 import numpy as np, torch
 from pathlib import Path
-from service.engine import Engine, resolve_dtype
-from service.generation import Images, Order, finish
-from service.registry import Model
-from service.formats import encode_zip
+from service.inference.engine import Engine, resolve_dtype
+from service.generation import GeneratedImages, GenerationRequest, finish
+from service.inference.repository import Model
+from service.encoding.images import encode_zip
 from training.artifact import load_artifact
 torch.set_num_threads(1)
 cpu, n = torch.device("cpu"), int(sys.argv[2])
@@ -250,11 +250,11 @@ engine = Engine(artifact, device=cpu, dtype=resolve_dtype("auto", cpu), max_batc
 model = Model("mnist-mlp", engine)
 labels, indices = np.full(n, 7), np.arange(n)
 seeds = np.full(n, 1, np.uint64)
-order = Order(model, seeds, labels, indices, {7: n})
+order = GenerationRequest(model, seeds, labels, indices, {7: n})
 def make():
     batches = [slice(first, first + 64) for first in range(0, n, 64)]
     made = [engine(seeds[b], indices[b], labels[b]) for b in batches]
-    return finish(encode_zip(order, Images(np.concatenate(made), 0.0, 0.0), 1))
+    return finish(encode_zip(order, GeneratedImages(np.concatenate(made), 0.0, 0.0), 1))
 make()
 print("ready", flush=True)
 sys.stdin.readline()

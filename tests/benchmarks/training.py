@@ -31,9 +31,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from training.capture import make_stepper
 from training.config import PRESETS, TrainingConfig
-from training.data import Dataset, default_data_dir, load_dataset
+from training.cuda_graph import make_stepper
+from training.data.named import Dataset, default_data_dir, load_dataset
 from training.devices import describe, has_native_bfloat16, resolve_device
 from training.loop import Stepper, create_state, eager_stepper, generator_config
 

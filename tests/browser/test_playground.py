@@ -15,7 +15,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from tests.serving import ServiceProcess
+from tests.support.serving import ServiceProcess
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECRET = "a-secret-of-16-characters"  # of the service that these tests start

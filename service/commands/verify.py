@@ -1,0 +1,64 @@
+"""The command `python -m service verify`."""
+
+import asyncio
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from service.encoding.verification import Found, VerificationResult, compare, read_png, repeat
+from service.errors import Problem
+from service.generation import Client, Generation
+from service.inference.batcher import Batcher
+from service.inference.repository import ModelRepository, artifact_paths, load_repository
+from service.settings import MAX_TIMEOUT_MS, Settings, VerifySettings, parse
+from service.telemetry.metrics import Metrics
+from training.artifact import ArtifactError
+from training.devices import DeviceError
+
+
+def main(arguments: list[str]) -> int:
+    """Verify a file; returns the exit status.
+
+    Raises:
+        ValueError: an option is wrong, or whether the file is the same cannot be told.
+    """
+    settings = parse(VerifySettings, arguments)
+    try:
+        found = read_png(settings.file.read_bytes())
+        weights = _find_artifact(settings.weights, found.recipe.sha256)
+        registry = load_repository(
+            Settings.model_construct(weights=weights, device=settings.device, dtype=settings.dtype)
+        )
+        verdict = asyncio.run(_verify(found, registry))
+    except OSError as error:
+        raise ValueError(f"{settings.file}: cannot be read: {error.strerror}") from error
+    except (ArtifactError, DeviceError) as error:
+        raise ValueError(str(error)) from error
+    except Problem as problem:
+        raise ValueError(f"{settings.file}: {problem.detail}") from problem
+    print(f"{verdict.detail} Made by {verdict.model}.")
+    return 0 if verdict.same_pixels else 1
+
+
+def _find_artifact(weights: Path, sha256: str) -> Path:
+    """The file that is the model of a recipe; all are tried before one is loaded, which takes long.
+
+    Raises:
+        ArtifactError: none of them is.
+    """
+    for path in artifact_paths(weights):
+        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+            return path
+    raise ArtifactError(weights, f"holds no model with the digest of the recipe, {sha256}")
+
+
+async def _verify(found: Found, registry: ModelRepository) -> VerificationResult:
+    order = repeat(found.recipe, registry)
+    metrics = Metrics()
+    batcher = Batcher(len(order.labels), MAX_TIMEOUT_MS / 1e3, metrics)
+    batcher.start()
+    with ThreadPoolExecutor(1) as encoders:
+        generation = Generation(registry, batcher, metrics, encoders)
+        images = await generation.fulfil(order, Client())
+        await batcher.close()
+    return compare(found, order, images)

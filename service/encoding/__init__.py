@@ -1,0 +1,1 @@
+"""Pixels to bytes; knows no HTTP."""

@@ -1,0 +1,1 @@
+"""Seeds and labels to pixels; knows no bytes."""

@@ -1,0 +1,1 @@
+"""One ASGI middleware a module."""

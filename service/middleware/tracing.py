@@ -1,0 +1,138 @@
+"""Traces for OpenTelemetry: where the time of a request went, and with whom it shared a batch.
+
+A request is one span, with a child for each time that it queued, was computed and was encoded.
+Every batch is a span of its own, without a parent, since it belongs to all the requests with rows
+in it; the forward of each of these links to it.
+"""
+
+import time
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.generation import Stage, stages
+from service.inference.batcher import BatchRecord
+from service.middleware.access_log import PROBE_PATHS
+
+_propagator = TraceContextTextMapPropagator()
+
+
+class Tracing:
+    """Makes spans, and sends them to a collector in the background.
+
+    What the SDK reads from the environment holds here, too: OTEL_SERVICE_NAME,
+    OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, and so on.
+
+    Args:
+        endpoint: a collector for OTLP over HTTP, as `http://localhost:4318`.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        resource = Resource.create()
+        if str(resource.attributes["service.name"]).startswith("unknown_service"):  # its default
+            resource = resource.merge(Resource({"service.name": "cgan-service"}))
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces")
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("service")
+        self._batches: WeakKeyDictionary[BatchRecord, SpanContext] = WeakKeyDictionary()
+
+    def begin(self, scope: Scope) -> Span:
+        """The span of a request, which goes on with the caller's trace where it sent one."""
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1")
+            for name, value in scope["headers"]
+            if name in (b"traceparent", b"tracestate")
+        }
+        return self._tracer.start_span(
+            scope["method"],
+            context=_propagator.extract(headers),
+            kind=SpanKind.SERVER,
+            attributes={"http.request.method": scope["method"], "url.path": scope["path"]},
+        )
+
+    def end(self, span: Span, scope: Scope, status: int, took: list[Stage]) -> None:
+        """Complete the span of a request with its stages."""
+        route = getattr(scope.get("route"), "path", None)
+        if route is not None:
+            span.update_name(f"{scope['method']} {route}")
+            span.set_attribute("http.route", route)
+        span.set_attribute("http.response.status_code", status)
+        span.set_attribute("cgan.request_id", scope["state"]["request_id"])
+        if status >= 500:
+            span.set_status(StatusCode.ERROR)
+        parent = trace.set_span_in_context(span)
+        since_epoch = time.time() - time.perf_counter()
+        for stage in took:
+            links = [Link(self._batch(forward, since_epoch)) for forward in stage.forwards]
+            child = self._tracer.start_span(
+                stage.name, parent, links=links, start_time=_nanoseconds(since_epoch + stage.began)
+            )
+            child.end(_nanoseconds(since_epoch + stage.ended))
+        span.end()
+
+    def _batch(self, forward: BatchRecord, since_epoch: float) -> SpanContext:
+        """The span of a batch, which the first of its requests to be answered makes."""
+        known = self._batches.get(forward)
+        if known is None:
+            span = self._tracer.start_span(
+                "batch",
+                context=trace.set_span_in_context(trace.INVALID_SPAN),
+                attributes={"cgan.batch.images": forward.rows},
+                start_time=_nanoseconds(since_epoch + forward.started_at),
+            )
+            span.end(_nanoseconds(since_epoch + forward.done_at))
+            known = self._batches[forward] = span.get_span_context()
+        return known
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        """An app whose requests are traced."""
+        return TracingMiddleware(app, self)
+
+    def close(self) -> None:
+        """Send what has not been sent; gives up after some seconds where nobody takes it."""
+        self._provider.shutdown()
+
+
+class TracingMiddleware:
+    """ASGI middleware around `AccessLogMiddleware`, of every request but probes and scrapes."""
+
+    def __init__(self, app: ASGIApp, tracing: Tracing) -> None:
+        self._app = app
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on within a span."""
+        if scope["type"] != "http" or scope["path"] in PROBE_PATHS:
+            await self._app(scope, receive, send)
+            return
+        status = 500
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        span = self._tracing.begin(scope)
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state["trace_id"] = trace.format_trace_id(span.get_span_context().trace_id)
+        took: list[Stage] = []
+        before = stages.set(took if span.is_recording() else None)
+        try:
+            await self._app(scope, receive, watched_send)
+        finally:
+            stages.reset(before)
+            self._tracing.end(span, scope, status, took)
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(1e9 * seconds)

@@ -1,1 +1,0 @@
-"""The HTTP surfaces of the service, one module each."""

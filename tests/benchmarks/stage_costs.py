@@ -1,0 +1,124 @@
+"""`python -m tests.benchmarks.stage_costs`: what each step of a request costs, on one core.
+
+Prints microseconds of processor time, the least of several rounds: of a request, and of one image
+where it says so. HTTP itself is in `tests.benchmarks.serving`, as the floors.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+import uvloop
+from numpy.typing import NDArray
+
+from service.api.parameters import parse_query
+from service.encoding.images import encode_sheet, encode_zip
+from service.encoding.png import encode_contact_sheet
+from service.generation import Client, GeneratedImages, Generation, GenerationRequest, finish
+from service.inference.batcher import Batcher
+from service.inference.engine import Engine, resolve_dtype
+from service.inference.latents import RowOptions, draw_latents
+from service.inference.repository import Model, ModelRepository
+from service.telemetry.metrics import Metrics
+from tests.benchmarks.serving import WEIGHTS
+from training.artifact import load_artifact
+
+ROUNDS = 7
+
+
+def microseconds(function: Callable[[], object], calls: int = 100) -> float:
+    """Processor time of one call."""
+    best = float("inf")
+    for _ in range(ROUNDS):
+        began = time.process_time()
+        for _ in range(calls):
+            function()
+        best = min(best, (time.process_time() - began) / calls * 1e6)
+    return best
+
+
+class NoEngine:
+    """Answers at once, so that what is left is the batcher."""
+
+    max_batch = 256
+
+    def __call__(
+        self,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        varied: Sequence[RowOptions] = (),
+    ) -> NDArray[np.uint8]:
+        return np.zeros((len(seeds), 28, 28, 1), np.uint8)
+
+
+def batching(rows: int, together: int = 64, rounds: int = 200) -> float:
+    """Processor time of one request of so many rows in the batcher, both threads together."""
+
+    async def main() -> float:
+        batcher = Batcher(1 << 20, 60.0, Metrics())
+        batcher.start()
+        engine = NoEngine()
+        seeds, numbers = np.zeros(rows, np.uint64), np.arange(rows)
+        began = time.process_time()
+        for _ in range(rounds):
+            requests = [batcher.submit(engine, seeds, numbers, numbers) for _ in range(together)]
+            await asyncio.gather(*requests)
+        spent = time.process_time() - began
+        await batcher.close()
+        return spent / (rounds * together) * 1e6
+
+    return min(uvloop.run(main()) for _ in range(3))
+
+
+def forwards(engine: Engine) -> None:
+    """Print what latents and pixels of an image cost, by batch size."""
+    latent_dim = engine.artifact.info.network.latent_dim
+    for rows in (1, 8, 16, 64, 128, 256):
+        seeds, numbers = np.full(rows, 5, np.uint64), np.arange(rows)
+        latents = microseconds(partial(draw_latents, seeds, numbers, latent_dim), 30)
+        whole = microseconds(partial(engine, seeds, numbers, numbers % 10), 30)
+        print(
+            f"batch of {rows:>3}: {whole / rows:7.1f} us an image, its latent {latents / rows:.1f}"
+        )
+
+
+def whole_zip(order: GenerationRequest, images: GeneratedImages) -> bytes:
+    """All single PNGs in one file."""
+    return finish(encode_zip(order, images, 1))
+
+
+def main() -> None:
+    """Measure all steps of requests for 1, 16 and 64 images."""
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    dtype = resolve_dtype("auto", cpu)
+    engine = Engine(load_artifact(WEIGHTS), device=cpu, dtype=dtype, max_batch=256)
+    print(f"{WEIGHTS.stem}, {dtype}")
+    forwards(engine)
+    metrics = Metrics()
+    batcher = Batcher(4096, 10.0, metrics)
+    registry = ModelRepository([Model(WEIGHTS.stem, engine)], WEIGHTS.stem)
+    generation = Generation(registry, batcher, metrics, ThreadPoolExecutor(1))
+    for n in (1, 16, 64):
+        order = generation.order(labels=["3"], n=n, seed=5, model=None)
+        pixels = engine(order.seeds, order.indices, order.labels)
+        images = GeneratedImages(pixels, 0.0, 0.0)
+        steps: dict[str, Callable[[], object]] = {
+            "parse and validate": partial(parse_query, b"label=3&n=16&seed=5"),
+            "order": partial(generation.order, labels=["3"], n=n, seed=5, model=None),
+            "sheet and PNG": partial(encode_contact_sheet, pixels, {}),
+            "sheet, PNG and recipe": partial(encode_sheet, order, images, 1),
+            "zip": partial(whole_zip, order, images),
+            "count": partial(generation.count, order, Client()),
+        }
+        found = ", ".join(f"{name} {microseconds(step):.1f}" for name, step in steps.items())
+        print(f"n={n}: batcher {batching(n):.1f}, {found}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The service as users run it: default options, both cores, the access log on, an API key set.
+
+    python -m tests.benchmarks.unpinned [NAME=CHECKOUT ...] [--rounds 5] [--seconds 1.5]
+
+Each NAME=CHECKOUT is a working tree of this project. Without any, this tree is compared with two
+common servers of the same generator (`tests.benchmarks.baselines`). Servers and load share the
+cores; nothing is pinned. Rounds of all servers are interleaved, and medians are printed with the
+ratio to the first server. Nothing else should run meanwhile.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tests.benchmarks.load import Sample, closed_loop, run
+from tests.support.processes import REPOSITORY
+
+MODELS = ("mnist", "mnist-mlp")
+SIZES = (1, 16, 64)
+CONNECTIONS = (64, 1)
+KEY = "a-secret-for-this-benchmark"
+BASELINES = ("plain", "batching")
+START_S = 120.0
+
+
+class Case(NamedTuple):
+    """One load.
+
+    Attributes:
+        model: name of the model.
+        n: images of each request.
+        connections: clients, each of which has one request in flight.
+        format: of the response.
+    """
+
+    model: str
+    n: int
+    connections: int
+    format: str = "png"
+
+    def __str__(self) -> str:
+        extra = "" if self.format == "png" else f", {self.format}"
+        return f"{self.model}, n={self.n}, c={self.connections}{extra}"
+
+
+def requests(case: Case) -> Iterator[bytes]:
+    """Return endless requests for images of each class in turn."""
+    extra = f"&model={case.model}" if case.model != MODELS[0] else ""
+    extra += "" if case.format == "png" else f"&format={case.format}"
+    return itertools.cycle(
+        [
+            (
+                f"POST /generate?label={label}&n={case.n}{extra} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                f"Authorization: Bearer {KEY}\r\nContent-Length: 0\r\n\r\n"
+            ).encode()
+            for label in range(10)
+        ]
+    )
+
+
+def start(stack: ExitStack, command: Sequence[str], checkout: Path) -> int:
+    """Start a server of a working tree; returns its port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    environment = {**os.environ, "CGAN_API_KEYS": f"benchmark:{KEY}", "PYTHONPATH": str(checkout)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command, "--port", str(port)],
+        cwd=checkout,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # the access log is formatted and written, but not kept
+    )
+    stack.callback(process.wait)
+    stack.callback(process.terminate)
+    for _ in range(int(START_S / 0.1)):
+        if process.poll() is not None:
+            raise SystemExit(f"{' '.join(command)} in {checkout} did not start")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return port
+        try:
+            process.wait(0.1)
+        except subprocess.TimeoutExpired:
+            continue
+    raise SystemExit(f"{' '.join(command)} in {checkout} did not start")
+
+
+def measure(
+    ports: dict[tuple[str, str], int], cases: Sequence[Case], rounds: int, seconds: float
+) -> dict[tuple[str, Case], list[Sample]]:
+    """Run all cases against all servers, interleaved."""
+    found: dict[tuple[str, Case], list[Sample]] = {}
+    names = list(dict.fromkeys(name for name, _ in ports))
+    for number in range(rounds):
+        for case in cases:
+            for name in names if number % 2 == 0 else reversed(names):
+                port = ports.get((name, case.model), ports.get((name, "")))
+                assert port is not None
+                load = {"connections": case.connections}
+                run(closed_loop(port, requests(case), seconds=0.3, **load))
+                sample = run(closed_loop(port, requests(case), seconds=seconds, **load))
+                if sample.other or sample.refusals:
+                    raise SystemExit(f"{case}, {name}: requests failed")
+                found.setdefault((name, case), []).append(sample)
+    return found
+
+
+def report(found: dict[tuple[str, Case], list[Sample]], path: Path | None) -> None:
+    """Print medians, and the ratio of each rate to that of the first server."""
+    print(f"{'':<28}{'server':<20}{'req/s':>9}{'p50 ms':>9}{'p99 ms':>9}{'ratio':>7}")
+    first = next(iter(found))[0]
+    rows = []
+    for case in dict.fromkeys(case for _, case in found):
+        reference = statistics.median(sample.rate for sample in found[first, case])
+        for name, of in found:
+            if of != case:
+                continue
+            samples = found[name, case]
+            rate = statistics.median(sample.rate for sample in samples)
+            p50, p99 = (statistics.median(s.percentile(p) for s in samples) for p in (50, 99))
+            print(
+                f"{case!s:<28}{name:<20}{rate:>9,.0f}{p50:>9.2f}{p99:>9.2f}{rate / reference:>7.2f}"
+            )
+            rows.append({"case": str(case), "server": name, "rate": rate, "p50": p50, "p99": p99})
+    if path is not None:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def main() -> None:
+    """Start the servers, run the loads, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("builds", nargs="*", metavar="NAME=CHECKOUT")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each loop in each round")
+    parser.add_argument("--workers", type=int, default=1, help="of each build")
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--connections", type=int, nargs="+", default=CONNECTIONS)
+    parser.add_argument("--format", default="png")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    options = parser.parse_args()
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}")
+    cases = [
+        Case(model, n, connections, options.format)
+        for model in options.models
+        for n in options.sizes
+        for connections in options.connections
+    ]
+    command = ["service"]
+    if options.workers > 1:
+        command += ["--workers", str(options.workers)]
+    ports: dict[tuple[str, str], int] = {}
+    with ExitStack() as stack:
+        builds = [build.partition("=")[::2] for build in options.builds]
+        for name, checkout in builds or [("this service", str(REPOSITORY))]:
+            ports[name, ""] = start(stack, command, Path(checkout).resolve())
+        if not builds:
+            for name, model in itertools.product(BASELINES, options.models):
+                weights = REPOSITORY / "weights" / f"{model}.safetensors"
+                baseline = ["tests.benchmarks.baselines", name, "--weights", str(weights)]
+                ports[name, model] = start(stack, baseline, REPOSITORY)
+        found = measure(ports, cases, options.rounds, options.seconds)
+    report(found, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The manifests against the schemas of Kubernetes and of the custom resources, and each other."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.settings import Settings
+from tests.support.processes import REPOSITORY
+
+KUBERNETES = REPOSITORY / "service" / "deploy" / "kubernetes"
+BASE = KUBERNETES / "base"
+LABELS = {"app.kubernetes.io/name": "cgan"}
+
+
+def closed(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
+    """The schema of an object that has nothing else."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+TEXT = {"type": "string"}
+NUMBER = {"type": "integer", "minimum": 0}
+SELECTOR = closed(("matchLabels",), matchLabels={"type": "object", "additionalProperties": TEXT})
+# What is used of the definitions of the Prometheus Operator and of KEDA.
+CUSTOM = {
+    "ServiceMonitor": closed(
+        ("selector", "endpoints"),
+        selector=SELECTOR,
+        jobLabel=TEXT,
+        endpoints={
+            "type": "array",
+            "minItems": 1,
+            "items": closed(
+                ("port",), port=TEXT, path=TEXT, interval={"type": "string", "pattern": r"^\d+s$"}
+            ),
+        },
+    ),
+    "ScaledObject": closed(
+        ("scaleTargetRef", "triggers"),
+        scaleTargetRef=closed(("name",), name=TEXT),
+        minReplicaCount=NUMBER,
+        maxReplicaCount=NUMBER,
+        cooldownPeriod=NUMBER,
+        triggers={
+            "type": "array",
+            "minItems": 1,
+            "items": closed(
+                ("type", "metadata"),
+                type={"const": "prometheus"},
+                metricType={"enum": ["AverageValue", "Value"]},
+                metadata=closed(
+                    ("serverAddress", "query", "threshold"),
+                    serverAddress=TEXT,
+                    query=TEXT,
+                    threshold=TEXT,
+                ),
+            ),
+        },
+    ),
+}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def resources() -> dict[str, dict[str, Any]]:
+    """Every resource of the base, by its kind."""
+    (kustomization,) = read(BASE / "kustomization.yaml")
+    found = [each for name in kustomization["resources"] for each in read(BASE / name)]
+    assert sorted(kustomization["resources"]) == sorted(
+        path.name for path in BASE.iterdir() if path.name != "kustomization.yaml"
+    )
+    return {each["kind"]: each for each in found}
+
+
+def check(resource: dict[str, Any]) -> None:
+    """Strictly: a field that is misspelt is wrong, too."""
+    kind = resource["kind"]
+    if kind in CUSTOM:
+        jsonschema.validate(resource["spec"], CUSTOM[kind])
+    else:
+        kubernetes_validate.validate(resource, "1.33", strict=True)
+
+
+@pytest.mark.parametrize("kind", sorted(resources()))
+def test_a_resource_is_what_its_schema_says(kind: str) -> None:
+    resource = resources()[kind]
+    check(resource)
+    if kind != "Namespace":
+        assert resource["metadata"]["labels"] == LABELS
+
+
+def test_what_is_misspelt_would_be_found() -> None:
+    for kind, resource in resources().items():
+        if "spec" in resource:
+            resource["spec"]["replica"] = 1
+            with pytest.raises((kubernetes_validate.ValidationError, jsonschema.ValidationError)):
+                check(resource)
+            assert kind
+
+
+def test_everything_selects_the_pods_and_their_port() -> None:
+    found = resources()
+    pod = found["Deployment"]["spec"]["template"]
+    assert pod["metadata"]["labels"] == LABELS
+    assert found["Service"]["spec"]["selector"] == LABELS
+    for kind in ("Deployment", "PodDisruptionBudget", "ServiceMonitor"):
+        assert found[kind]["spec"]["selector"]["matchLabels"] == LABELS
+    assert found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == LABELS
+    (port,) = pod["spec"]["containers"][0]["ports"]
+    assert found["Service"]["spec"]["ports"][0]["targetPort"] == port["name"]
+    assert found["NetworkPolicy"]["spec"]["ingress"][0]["ports"][0]["port"] == port["name"]
+    assert (
+        found["ScaledObject"]["spec"]["scaleTargetRef"]["name"]
+        == (found["Deployment"]["metadata"]["name"])
+    )
+
+
+def test_the_pod_is_restricted_and_has_time_to_drain() -> None:
+    found = resources()
+    spec = found["Deployment"]["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    variables = {each["name"]: each["value"] for each in container["env"]}
+    names = {name.removeprefix("CGAN_").lower() for name in variables}
+    assert names <= Settings.model_fields.keys()
+    drain_s = int(variables["CGAN_DRAIN_DELAY_MS"]) / 1e3
+    request_s = Settings().timeout_ms / 1e3
+    assert spec["terminationGracePeriodSeconds"] > drain_s + request_s
+    namespace = found["Namespace"]["metadata"]["labels"]
+    assert namespace["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+@pytest.mark.parametrize("folder", ["base", "overlays/cpu"])
+def test_kustomize_builds_it(folder: str) -> None:
+    built = subprocess.run(
+        ["kubectl", "kustomize", str(KUBERNETES / folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = {each["kind"]: each for each in yaml.safe_load_all(built.stdout)}
+    for resource in found.values():
+        check(resource)
+        if resource["kind"] != "Namespace":
+            assert resource["metadata"]["namespace"] == "cgan"
+    (container,) = found["Deployment"]["spec"]["template"]["spec"]["containers"]
+    gpu = folder == "base"
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) == gpu
+    assert container["env"][0]["value"] == ("cuda" if gpu else "cpu")

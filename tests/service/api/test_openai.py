@@ -1,0 +1,188 @@
+import asyncio
+import base64
+import io
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from service.api.openai import find_class
+from service.errors import Problem
+from service.inference.repository import Model, Weights
+from service.settings import Settings
+from tests.support.serving import ServiceProcess
+
+
+@pytest.fixture
+def client(service: ServiceProcess) -> httpx.Client:
+    return service.client
+
+
+@pytest.fixture
+def remote(service: ServiceProcess) -> Iterator[openai.OpenAI]:
+    base_url = f"{service.client.base_url}/v1"
+    with openai.OpenAI(base_url=base_url, api_key="any", max_retries=0) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Model]:
+    return {model.name: model for model in Weights(Settings()).load()}
+
+
+def files(response: openai.types.ImagesResponse) -> list[bytes]:
+    assert response.data is not None
+    return [base64.b64decode(each.b64_json or "") for each in response.data]
+
+
+def test_a_prompt_gives_the_images_of_generate(client: httpx.Client, remote: openai.OpenAI) -> None:
+    response = remote.images.generate(
+        model="mnist", prompt="a seven", n=2, response_format="b64_json", extra_body={"seed": 5}
+    )
+    expected = [
+        client.post(f"/generate?label=7&seed=5&index={index}").content for index in range(2)
+    ]
+    assert files(response) == expected
+    assert response.data is not None
+    assert {each.revised_prompt for each in response.data} == {"seven"}
+    assert response.created > 1_700_000_000
+
+
+def test_without_a_seed_every_answer_differs(remote: openai.OpenAI) -> None:
+    one, other = (files(remote.images.generate(prompt="3")) for _ in range(2))
+    assert len(one) == 1
+    assert one != other
+
+
+def test_size_enlarges_by_whole_pixels(client: httpx.Client, remote: openai.OpenAI) -> None:
+    large = remote.images.generate(
+        prompt="three",
+        size="84x84",
+        extra_body={"seed": 1, "truncation": 0.5},
+    )
+    with Image.open(io.BytesIO(files(large)[0])) as image:
+        assert image.size == (84, 84)
+        pixels = np.asarray(image)
+    small = client.post("/generate?label=3&seed=1&truncation=0.5").content
+    with Image.open(io.BytesIO(small)) as image:
+        assert np.array_equal(pixels, np.asarray(image).repeat(3, 0).repeat(3, 1))
+
+
+def test_the_asynchronous_client_is_answered_too(service: ServiceProcess) -> None:
+    async def ask() -> list[list[bytes]]:
+        base_url = f"{service.client.base_url}/v1"
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="any") as remote:
+            asked = [
+                remote.images.generate(prompt="nine", extra_body={"seed": 4}) for _ in range(8)
+            ]
+            return [files(response) for response in await asyncio.gather(*asked)]
+
+    expected = [service.client.post("/generate?label=9&seed=4").content]
+    assert all(found == expected for found in asyncio.run(ask()))
+
+
+def test_the_headers_say_what_made_the_images(remote: openai.OpenAI) -> None:
+    raw = remote.images.with_raw_response.generate(prompt="3", extra_body={"seed": 11})
+    assert raw.headers["X-Seed"] == "11"
+    assert raw.headers["X-Model"].startswith("mnist@sha256:")
+    assert "forward;dur=" in raw.headers["Server-Timing"]
+
+
+def test_models_are_listed(client: httpx.Client, remote: openai.OpenAI) -> None:
+    served = [each["name"] for each in client.get("/models").json()["models"]]
+    assert [each.id for each in remote.models.list()] == served
+    assert remote.models.retrieve("mnist").owned_by == "cgan-service"
+    with pytest.raises(openai.NotFoundError, match="is not loaded; allowed is one of"):
+        remote.models.retrieve("nobody")
+
+
+def test_a_wrong_value_is_an_error_of_the_client(remote: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="names no class of mnist") as caught:
+        remote.images.generate(prompt="a cat")
+    assert caught.value.param == "prompt"
+    assert caught.value.code == "invalid_value"
+    assert caught.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError, match="must be auto, or 28x28 times"):
+        remote.images.generate(prompt="7", size="1024x1024")
+    with pytest.raises(openai.BadRequestError) as caught:
+        remote.images.generate(prompt="7", n=1025)
+    assert caught.value.param == "n"
+    with pytest.raises(openai.BadRequestError) as caught:
+        remote.images.generate(prompt="7", response_format="url")
+    assert caught.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError, match="there is no such parameter") as caught:
+        remote.images.generate(prompt="7", quality="high")
+    assert caught.value.param == "quality"
+    with pytest.raises(openai.BadRequestError, match="pixels in all"):
+        remote.images.generate(prompt="7", n=1024, size="448x448")
+    with pytest.raises(openai.NotFoundError):
+        remote.images.generate(prompt="7", model="nobody")
+
+
+def test_what_is_no_json_is_an_error_of_that_shape(client: httpx.Client) -> None:
+    for body in (b"{", b"[]", b"\xff"):
+        answer = client.post(
+            "/v1/images/generations", content=body, headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code == 400
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
+
+
+def test_a_key_is_that_of_the_client_and_its_limit_is_retried() -> None:
+    with ServiceProcess(
+        "--api-keys",
+        "me:a-secret-of-16-characters",
+        "--images-per-second",
+        "10",
+        "--burst-images",
+        "5",
+    ) as service:
+        base_url = f"{service.client.base_url}/v1"
+        with (
+            openai.OpenAI(base_url=base_url, api_key="wrong") as stranger,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            stranger.images.generate(prompt="7")
+        secret = "a-secret-of-16-characters"
+        with openai.OpenAI(base_url=base_url, api_key=secret, max_retries=0) as once:
+            assert len(files(once.images.generate(prompt="7", n=5))) == 5
+            with pytest.raises(openai.RateLimitError) as caught:
+                once.images.generate(prompt="7", n=5)
+            assert caught.value.type == "rate_limit_error"
+        with openai.OpenAI(base_url=base_url, api_key=secret) as patient:
+            assert len(files(patient.images.generate(prompt="7", n=5))) == 5
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt", "expected"),
+    [
+        ("mnist", "seven", "seven"),
+        ("mnist", "7", "seven"),
+        ("mnist", "A handwritten SEVEN, please!", "seven"),
+        ("mnist", "two sevens", None),
+        ("mnist", "sevens", "seven"),
+        ("mnist", "a picture of 4", "four"),
+        ("mnist", "seventeen", None),
+        ("mnist", "", None),
+        ("fashion-mnist", "an ankle boot", "ankle-boot"),
+        ("fashion-mnist", "sneakers", "sneaker"),
+        ("fashion-mnist", "a dress", "dress"),
+        ("fashion-mnist", "t-shirt", "t-shirt"),
+        ("fashion-mnist", "a red shirt", "shirt"),
+        ("fashion-mnist", "a bag and a coat", None),
+    ],
+)
+def test_a_phrase_names_exactly_one_class(
+    models: dict[str, Model], model: str, prompt: str, expected: str | None
+) -> None:
+    chosen = models[model]
+    if expected is None:
+        with pytest.raises(Problem) as caught:
+            find_class(chosen, prompt)
+        assert caught.value.errors[0].field == "prompt"
+    else:
+        assert chosen.info.class_names[find_class(chosen, prompt)] == expected

@@ -1,0 +1,178 @@
+import signal
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import Running, start
+from tests.support.serving import ServiceProcess
+from tests.support.wire import wait_until
+
+
+def fetch(url: str, out: Path, *options: str) -> Running:
+    return start("-m", "service", "fetch-dataset", url, "--out", str(out), *options)
+
+
+def end(process: Running, status: int = 0) -> tuple[str, str]:
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == status, errors
+    return output, errors
+
+
+def address(service: ServiceProcess, query: str) -> str:
+    return f"{service.client.base_url}/dataset?{query}"
+
+
+class Flaky(BaseHTTPRequestHandler):
+    """A service that announces a file, is overloaded once, and sends it in three goes."""
+
+    protocol_version = "HTTP/1.1"
+    content = bytes(range(256)) * 40
+    tag = '"0123456789abcdef"'
+    asked: list[str | None]  # the Range of every GET
+
+    def _begin(self, status: int, length: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.send_header("ETag", self.tag)
+        self.send_header("X-Images", "7")
+        self.send_header("Content-Disposition", 'attachment; filename="set.zip"')
+
+    def do_HEAD(self) -> None:
+        self._begin(200, len(self.content))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.asked.append(self.headers["Range"])
+        if len(self.asked) == 1:
+            self._begin(429, 0)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            return
+        begin = int(self.headers["Range"][6:-1])
+        rest = self.content[begin:]
+        self._begin(206, len(rest))
+        self.end_headers()
+        self.wfile.write(rest if len(self.asked) == 4 else rest[:3000])
+        self.close_connection = True
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def flaky() -> Iterator[tuple[str, type[Flaky]]]:
+    class Handler(Flaky):
+        asked: list[str | None] = []  # noqa: RUF012  (of this server alone)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/dataset?seed=0", Handler
+        server.shutdown()
+        thread.join()
+
+
+def test_it_is_the_file_that_the_service_makes(service: ServiceProcess, tmp_path: Path) -> None:
+    query = "per_class=50&seed=4&format=idx"
+    output, errors = end(fetch(address(service, query), tmp_path / "new"))
+    path = Path(output.strip())
+    assert path == tmp_path / "new" / "mnist-50-of-each-seed-4.idx.tar"
+    assert path.read_bytes() == service.client.get(f"/dataset?{query}").content
+    assert "500 images: 100%" in errors
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_same_command_goes_on_after_a_kill(service: ServiceProcess, tmp_path: Path) -> None:
+    query = "per_class=3000&seed=4&format=webdataset"
+    first = fetch(address(service, query), tmp_path)
+
+    def begun() -> int:
+        return sum(path.stat().st_size for path in tmp_path.glob("*.part"))
+
+    wait_until(lambda: begun() > 0, "the first bytes")
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=60)
+    left = begun()
+    assert left > 0
+    output, _ = end(fetch(address(service, query), tmp_path))
+    content = Path(output.strip()).read_bytes()
+    assert content == service.client.get(f"/dataset?{query}").content
+    assert not list(tmp_path.glob("*.part"))
+    assert end(fetch(address(service, query), tmp_path))[0] == output  # it is there
+
+
+def test_refusals_and_broken_connections_are_borne(
+    flaky: tuple[str, type[Flaky]], tmp_path: Path
+) -> None:
+    url, handler = flaky
+    output, _ = end(fetch(url, tmp_path))
+    assert Path(output.strip()).read_bytes() == Flaky.content
+    assert handler.asked == ["bytes=0-", "bytes=0-", "bytes=3000-", "bytes=6000-"]
+
+
+def test_attempts_that_bring_nothing_come_to_an_end(
+    flaky: tuple[str, type[Flaky]], tmp_path: Path
+) -> None:
+    _, errors = end(fetch(flaky[0], tmp_path, "--retries", "0"), 1)
+    assert "127.0.0.1: 429" in errors
+    _, errors = end(fetch("http://127.0.0.1:1/dataset?seed=0", tmp_path, "--retries", "1"), 1)
+    assert "refused" in errors
+
+
+def test_a_file_that_has_become_another_is_not_gone_on_with(
+    flaky: tuple[str, type[Flaky]], tmp_path: Path
+) -> None:
+    url, handler = flaky
+    handler.asked.append(None)
+    (tmp_path / "set.zip.0123456789ab.part").write_bytes(b"x")
+
+    def answer(self: Flaky) -> None:
+        self.asked.append(self.headers["Range"])
+        self._begin(200, 5)
+        self.end_headers()
+        self.wfile.write(b"other")
+
+    handler.do_GET = answer  # type: ignore[method-assign]
+    _, errors = end(fetch(url, tmp_path), 1)
+    assert "is another file now" in errors
+    assert (tmp_path / "set.zip.0123456789ab.part").read_bytes() == b"x"
+
+
+def test_a_key_is_read_from_a_file(tmp_path: Path) -> None:
+    secret = tmp_path / "key"
+    secret.write_text("a-secret-of-16-characters\n")
+    with ServiceProcess("--api-keys", "me:a-secret-of-16-characters") as service:
+        url = address(service, "per_class=1&seed=0&format=npz")
+        end(fetch(url, tmp_path, "--api-key-file", str(secret)))
+        _, errors = end(fetch(url, tmp_path / "other"), 1)
+        assert "401: A valid API key is needed" in errors
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("localhost:8000/dataset?seed=0", "must begin with http:// or https://"),
+        ("http://localhost:8000/dataset?per_class=1", "needs a seed"),
+    ],
+)
+def test_an_address_that_will_not_do_is_refused_in_words(
+    tmp_path: Path, url: str, words: str
+) -> None:
+    _, errors = end(fetch(url, tmp_path), 2)
+    assert errors.startswith("URL: ")
+    assert words in errors
+
+
+def test_a_wrong_value_and_another_address_are_refused_in_words(
+    service: ServiceProcess, tmp_path: Path
+) -> None:
+    _, errors = end(fetch(address(service, "seed=0&per_class=0"), tmp_path), 1)
+    assert "422: per_class: Input should be greater than or equal to 1" in errors
+    _, errors = end(fetch(f"{service.client.base_url}/models?seed=0", tmp_path), 1)
+    assert "is no data set of this service" in errors
+    (tmp_path / "file").touch()
+    _, errors = end(fetch(address(service, "seed=0&per_class=1"), tmp_path / "file"), 1)
+    assert "file: File exists" in errors

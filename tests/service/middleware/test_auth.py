@@ -1,0 +1,251 @@
+"""API keys and their limits, on a real service."""
+
+import base64
+import hmac
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.errors import Problem
+from service.middleware.auth import TokenBucket
+from service.telemetry.metrics import Metrics
+from tests.conftest import make_artifact
+from tests.service.api.test_health import samples
+from tests.support.serving import ServiceProcess
+
+DEADLINE_S = 60.0
+ALICE, BOB, CAROL = "a" * 20, "b" * 20 + "==", "c" * 20
+PATHS = ("/", "/readyz", "/metrics", "/models", "/docs", "/docs/start.js", "/openapi.json", "/no")
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_artifact(tmp_path_factory.mktemp("weights") / "small.safetensors")
+
+
+@pytest.fixture(scope="module")
+def locked(artifact: Path) -> Iterator[ServiceProcess]:
+    """Alice has no limit; Bob has 10 images a second, and 50 at once."""
+    keys = f"alice:{ALICE},bob:{BOB}:10,carol:{CAROL}:10"
+    with ServiceProcess(
+        *("--weights", str(artifact), "--burst-images", "50"), environment={"CGAN_API_KEYS": keys}
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def client(locked: ServiceProcess) -> httpx.Client:
+    return locked.client
+
+
+def password(secret: str) -> str:
+    return base64.b64encode(f"anybody:{secret}".encode()).decode()
+
+
+def requests(client: httpx.Client, headers: dict[str, str]) -> Iterator[httpx.Response]:
+    for path in PATHS:
+        yield client.get(path, headers=headers)
+    yield client.post("/generate?label=cat", headers=headers)
+    yield client.get("/generate", headers=headers)
+    yield client.options("/generate", headers=headers)
+
+
+# Keys --------------------------------------------------------------------------------------------
+
+
+def test_only_liveness_needs_no_key(client: httpx.Client) -> None:
+    assert client.get("/livez").status_code == 200
+    for answer in requests(client, {}):
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert answer.json()["type"] == "urn:cgan:problem:unauthorized"
+        assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
+
+
+def test_the_schema_says_where_a_key_is_needed(client: httpx.Client) -> None:
+    schema = client.get("/openapi.json", headers=bearer(ALICE)).json()
+    schemes = schema["components"]["securitySchemes"]
+    assert {name: each["scheme"] for name, each in schemes.items()} == {
+        "key": "bearer",
+        "password": "basic",
+    }
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            needed = path not in {"/livez", "/v2/health/live"}
+            assert ("401" in operation["responses"]) == needed
+            assert operation.get("security") == (
+                [{"key": []}, {"password": []}] if needed else None
+            )
+
+
+def test_with_a_key_everything_is_as_it_was(client: httpx.Client) -> None:
+    statuses = [answer.status_code for answer in requests(client, bearer(ALICE))]
+    assert statuses == [200, 200, 200, 200, 200, 200, 200, 404, 200, 422, 405]
+
+
+@pytest.mark.parametrize("scheme", ["bearer ", "BEARER ", "Bearer   "])
+def test_the_scheme_is_read_as_it_is_defined(client: httpx.Client, scheme: str) -> None:
+    assert client.get("/models", headers={"Authorization": scheme + BOB}).status_code == 200
+
+
+def test_a_browser_sends_a_key_as_a_password(client: httpx.Client) -> None:
+    basic = {"Authorization": f"Basic {password(BOB)}"}
+    for site in ({}, {"Sec-Fetch-Site": "none"}, {"Sec-Fetch-Site": "same-origin"}):
+        assert client.get("/", headers=basic | site).status_code == 200
+    assert client.get("/", headers=basic | {"Sec-Fetch-Site": "cross-site"}).status_code == 401
+
+
+def test_only_a_page_that_is_opened_asks_for_a_password(client: httpx.Client) -> None:
+    page = client.get("/", headers={"Sec-Fetch-Mode": "navigate"})
+    assert page.headers["WWW-Authenticate"].startswith("Basic realm=")
+    script = client.get("/models", headers={"Sec-Fetch-Mode": "cors"})
+    assert script.headers["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [],
+        [""],
+        ["Bearer"],
+        [ALICE],
+        [f"Basic {ALICE}"],
+        [f"Basic {password(ALICE[:-1])}"],
+        [f"Basic {password(ALICE)}x"],
+        [f"Bearer{ALICE}"],
+        [f"Bearer {ALICE[:-1]}"],
+        [f"Bearer {ALICE}a"],
+        [f"Bearer {ALICE.upper()}"],
+        [f"Bearer alice:{ALICE}"],
+        [f"Bearer {ALICE}", f"Bearer {ALICE}"],
+        ["Bearer é"],
+    ],
+)
+def test_whatever_is_wrong_with_a_key_the_answer_is_the_same(
+    client: httpx.Client, sent: list[str]
+) -> None:
+    headers = [(b"X-Request-ID", b"same")]
+    headers += [(b"Authorization", each.encode("latin-1")) for each in sent]
+    answer = client.post("/generate?label=cat", headers=headers)
+    expected = client.post("/generate?label=cat", headers={"X-Request-ID": "same"})
+    assert answer.status_code == expected.status_code == 401
+    assert answer.content == expected.content
+    assert answer.headers.keys() == expected.headers.keys()
+
+
+def test_every_key_is_compared_whatever_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.keys import parse_keys  # noqa: PLC0415
+    from service.middleware.auth import APIKeyGrant, APIKeyMiddleware  # noqa: PLC0415
+
+    async def app(*_: object) -> None:
+        raise AssertionError
+
+    access = APIKeyMiddleware(
+        app, [APIKeyGrant(key) for key in parse_keys(f"alice:{ALICE},bob:{BOB}")]
+    )
+    compared = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((len(a), len(b)))
+        return a == b
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    sent = (b"", b"Bearer", b"Basic x", b"Bearer x", f"Bearer {ALICE}".encode())
+    for value in sent:
+        access._find({"headers": [(b"authorization", value)]})
+    access._find({"headers": []})
+    assert compared == [(32, 32)] * 2 * (len(sent) + 1)
+
+
+def test_the_log_names_the_key_and_never_shows_it(artifact: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice:{ALICE}\n")
+    with ServiceProcess(
+        *("--weights", str(artifact), "--api-keys-file", str(file), "--log-level", "debug")
+    ) as service:
+        service.client.post("/generate?label=cat", headers=bearer(ALICE))
+        service.client.post("/generate?label=cat", headers=bearer("w" * 20))
+        service.signal()
+        assert service.wait() == 0
+    written = service.first_line + "".join(service.errors)
+    assert ALICE not in written
+    assert "w" * 20 not in written
+    lines = [json.loads(line) for line in service.errors]
+    names = [(line["status"], line.get("key")) for line in lines if "status" in line]
+    assert names == [(200, "alice"), (401, None)]
+
+
+# Limits ------------------------------------------------------------------------------------------
+
+
+def test_over_the_limit_is_429_until_enough_is_there_again(client: httpx.Client) -> None:
+    bob = bearer(BOB)
+    assert client.post("/generate?label=cat&label=dog&n=25", headers=bob).status_code == 200
+    refused = client.post("/generate?label=cat&n=50", headers=bob)
+    assert refused.status_code == 429
+    assert refused.json()["type"] == "urn:cgan:problem:rate-limited"
+    assert 1 <= int(refused.headers["Retry-After"]) <= 5
+    assert client.post("/generate?label=cat&n=50", headers=bearer(CAROL)).status_code == 200
+    assert client.post("/generate?label=cat&n=200", headers=bearer(ALICE)).status_code == 200
+    refusals, deadline = 1, time.monotonic() + DEADLINE_S
+    while client.post("/generate?label=cat&n=5", headers=bob).status_code == 429:
+        assert time.monotonic() < deadline, "nothing was there again"
+        refusals += 1
+    with httpx.Client(base_url=client.base_url, headers=bearer(ALICE)) as prometheus:
+        found = samples(prometheus)
+    assert found["cgan_rejections_total", (("reason", "rate-limited"),)] == refusals
+
+
+def test_more_than_the_key_may_ever_have_at_once_is_422(client: httpx.Client) -> None:
+    answer = client.post("/generate?label=cat&label=dog&n=26", headers=bearer(BOB))
+    assert answer.status_code == 422
+    (error,) = answer.json()["errors"]
+    assert (error["field"], error["value"]) == ("n", "52")
+    assert "at once" in error["message"]
+    assert "50" in error["message"]
+
+
+def wait_for_429(take: TokenBucket, images: int) -> int:
+    with pytest.raises(Problem) as caught:
+        take.take(images)
+    assert caught.value.status == 429
+    return int(caught.value.headers["Retry-After"])
+
+
+def test_the_bucket_refills_at_its_rate_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1e6 / 7
+    monkeypatch.setattr("service.middleware.auth.time.monotonic", lambda: now)
+    allowance = TokenBucket(3.0, 10, Metrics().rejections.labels("rate-limited"), None)
+    allowance.take(10)
+    assert wait_for_429(allowance, 10) == 4
+    assert wait_for_429(allowance, 1) == 1
+    now += 1.01  # three are there again, and what was refused took none
+    assert wait_for_429(allowance, 4) == 1
+    allowance.take(3)
+    now += 1000
+    allowance.take(10)
+    assert wait_for_429(allowance, 1) == 1
+
+
+def test_workers_share_the_limit_of_a_key(artifact: Path) -> None:
+    """Each request is on a connection of its own, which any worker may take."""
+    with ServiceProcess(
+        *("--weights", str(artifact), "--workers", "2", "--burst-images", "40"),
+        *("--images-per-second", "0.001"),
+        environment={"CGAN_API_KEYS": f"alice:{ALICE},bob:{BOB}"},
+    ) as service:
+        url = service.client.base_url.join("/generate?label=cat&n=4")
+        for secret in (ALICE, BOB):
+            statuses = [
+                httpx.post(url, headers=bearer(secret), timeout=60).status_code for _ in range(30)
+            ]
+            assert statuses == [200] * 10 + [429] * 20

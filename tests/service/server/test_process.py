@@ -1,0 +1,189 @@
+"""The end of a service, under load, over raw connections."""
+
+import http.client
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.server.protocol import raise_nofile_limit
+from tests.conftest import make_artifact
+from tests.support.clients import metric
+from tests.support.serving import ServiceProcess
+from tests.support.wire import PATIENCE_S, Client, address, drain, wait_until
+
+TARGET = "/generate?label=cat&n=64&format=zip"
+COMPLETE, REFUSED, UNREACHABLE = "complete", "refused with 503", "no connection"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_artifact(tmp_path_factory.mktemp("weights") / "small.safetensors"))
+
+
+def get(service: ServiceProcess, path: str) -> httpx.Response:
+    """An answer over a connection of its own."""
+    return httpx.get(service.client.base_url.join(path), timeout=PATIENCE_S)
+
+
+def drains(service: ServiceProcess) -> bool:
+    return get(service, "/readyz").status_code == 503
+
+
+class Load(threading.Thread):
+    """A client that asks again and again over a connection that it keeps, to the very end."""
+
+    def __init__(self, service: ServiceProcess) -> None:
+        super().__init__()
+        self.connection = http.client.HTTPConnection(*address(service), timeout=PATIENCE_S)
+        self.outcomes: list[str] = []
+
+    def run(self) -> None:
+        while not self.outcomes or self.outcomes[-1] in {COMPLETE, REFUSED}:
+            self.outcomes.append(self.ask())
+
+    def ask(self) -> str:
+        fresh = self.connection.sock is None
+        try:
+            self.connection.request("POST", TARGET)
+            answer = self.connection.getresponse()
+        except ConnectionError as error:
+            self.connection.close()
+            # Not accepted before the port was closed, if never a byte came over it.
+            return UNREACHABLE if fresh else f"lost: {error!r}"
+        try:
+            body = answer.read()
+        except http.client.IncompleteRead as error:
+            return f"cut: {error!r}"
+        if answer.status == 200 and body.startswith(b"PK"):
+            return COMPLETE
+        kind = answer.getheader("Content-Type")
+        clean = answer.status == 503 and kind == "application/problem+json"
+        return REFUSED if clean and b"draining" in body else f"{answer.status}: {body!r}"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_under_load_every_request_is_answered_or_refused_and_none_is_cut(
+    artifact: str, workers: str
+) -> None:
+    arguments = ("--weights", artifact, "--workers", workers, "--drain-delay-ms", "300")
+    with ServiceProcess(*arguments, "--log-level", "warning") as service:
+        load = [Load(service) for _ in range(24)]
+        for each in load:
+            each.start()
+        wait_until(lambda: all(len(each.outcomes) > 3 for each in load), "everybody is served")
+        service.signal()
+        for each in load:
+            each.join()
+        assert service.wait() == 0
+    outcomes = {outcome for each in load for outcome in each.outcomes}
+    assert outcomes <= {COMPLETE, REFUSED, UNREACHABLE}
+    assert {each.outcomes[-1] for each in load} == {UNREACHABLE}
+    assert service.errors == []
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_draining_service_serves_on_and_sends_clients_elsewhere(
+    artifact: str, workers: str
+) -> None:
+    arguments = ("--weights", artifact, "--workers", workers, "--drain-delay-ms", "600000")
+    with ServiceProcess(*arguments) as service:
+        kept = Client(service)
+        kept.send(b"GET /livez HTTP/1.1\r\nHost: test\r\n\r\n")
+        kept.receive()
+        assert "connection" not in kept.answers()[0].headers
+        service.signal()
+        wait_until(lambda: drains(service), "readiness is off")
+        for _ in range(4):
+            answer = httpx.post(service.client.base_url.join(TARGET), timeout=PATIENCE_S)
+            assert answer.status_code == 200
+            assert answer.headers["Connection"] == "close"
+        kept.received.clear()
+        kept.send(b"GET /livez HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert kept.wait()[0].headers["connection"] == "close"
+        began = time.monotonic()
+        service.signal()
+        assert service.wait() == 0
+        assert time.monotonic() - began < PATIENCE_S / 2  # of ten minutes
+
+
+def test_an_answer_that_is_read_late_is_still_whole_and_what_was_begun_is_refused(
+    artifact: str,
+) -> None:
+    with ServiceProcess("--weights", artifact) as service:
+        late, partial, idle = (Client(service) for _ in range(3))
+        late.send(b"POST /generate?label=cat&n=1024&scale=8&format=json HTTP/1.1\r\n\r\n")
+        partial.send(b"POST /generate?label=cat HTTP/1.1\r\n")
+        wait_until(lambda: b"cgan_images_total{" in get(service, "/metrics").content, "it is made")
+        service.signal()
+        assert idle.wait() == []
+        (refused,) = partial.wait()
+        assert refused.problem["type"] == "urn:cgan:problem:draining"
+        (answer,) = late.wait()
+        assert answer.status == 200
+        assert len(answer.body) == int(answer.headers["content-length"]) > 1_000_000
+        assert service.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once_what_would_take_long(
+    artifact: str, number: signal.Signals
+) -> None:
+    arguments = ("--weights", artifact, "--max-queue", "1000000", "--timeout-ms", "600000")
+    with ServiceProcess(*arguments, "--max-batch", "1") as service:
+        busy = [Client(service) for _ in range(200)]
+        for client in busy:
+            client.send(b"POST /generate?label=cat&n=1024 HTTP/1.1\r\n\r\n")
+        wait_until(lambda: b"cgan_queue_rows 0.0" not in get(service, "/metrics").content, "work")
+        service.signal(number)
+        wait_until(lambda: drains(service), "it drains")
+        service.signal(number)
+        assert service.process.wait(timeout=10) == 0
+        service.wait()
+        drain(busy)
+
+
+def test_garbage_is_looked_for_where_objects_become_many(artifact: str) -> None:
+    def looks_after(lists: int) -> float:
+        before = metric(get(service, "/metrics").text, looks)
+        body = f"[{', '.join(lists * ['[]'])}]"
+        answer = service.client.post("/v1/images/generations", content=body, headers=is_json)
+        assert answer.status_code == 400
+        return metric(get(service, "/metrics").text, looks) - before
+
+    looks, is_json = "python_gc_collections_total", {"Content-Type": "application/json"}
+    with ServiceProcess("--weights", artifact) as service:
+        assert looks_after(2_000) == looks_after(5_000) == 0  # as requests that wait may be
+        assert looks_after(100_000) > 0
+
+
+def test_the_limit_of_open_files_is_raised(artifact: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(200, hard), hard))
+    try:
+        service = ServiceProcess("--weights", artifact)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with service:
+        limits = Path(f"/proc/{service.process.pid}/limits").read_text()
+    (line,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
+    assert line.split()[3:5] == [str(hard)] * 2
+
+
+@pytest.mark.parametrize(
+    ("hard", "room"), [(resource.RLIM_INFINITY, 4096), (100_000, 4096), (1024, 256), (10, 1)]
+)
+def test_no_more_connections_are_taken_than_files_may_be_open(
+    hard: int, room: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (5, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    assert raise_nofile_limit(4096) == room
+    assert raised == [(hard, hard)]
+    assert (caplog.text != "") == (room < 4096)

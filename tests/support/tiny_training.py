@@ -1,0 +1,189 @@
+"""A data set, networks and a configuration small enough to train in a test.
+
+Its two classes are easy to tell apart: one is bright on the left half, the other on the right.
+"""
+
+import gzip
+import hashlib
+import struct
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from training import config
+from training.artifact import ArtifactInfo, save_artifact
+from training.config import TrainingConfig
+from training.data import named as data
+from training.data.named import DataFile, Dataset, DatasetSpec, SplitFiles
+from training.loop import TrainState, create_state, recompute_batch_norm, train_step
+from training.networks import (
+    ConvGeneratorConfig,
+    GeneratorConfig,
+    MLPGeneratorConfig,
+    build_generator,
+)
+from training.quality.certificate import certify
+from training.quality.classifier import FeatureClassifier, train_classifier
+
+CPU = torch.device("cpu")
+CLASS_NAMES = ("left", "right")
+FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+NETWORK = MLPGeneratorConfig(
+    num_classes=2, channels=1, image_size=8, latent_dim=9, embedding_dim=3, hidden=(16, 32, 24)
+)
+CONV_NETWORK = ConvGeneratorConfig(
+    num_classes=2,
+    channels=1,
+    image_size=8,
+    latent_dim=9,
+    embedding_dim=3,
+    style_dim=16,
+    widths=(8,),
+)
+CONFIG = TrainingConfig(
+    generator="mlp",
+    generator_width=0,
+    discriminator="mlp",
+    discriminator_hidden=(32, 16),
+    objective="relativistic",
+    penalty=0.5,
+    penalty_interval=2,
+    batch_size=16,
+    images=640,
+    lr=1e-3,
+    lr_schedule="cosine",
+    beta1=0.0,
+    beta2=0.99,
+    precision="float32",
+    ema_half_life=100.0,
+)
+CONV = replace(
+    CONFIG,
+    generator="conv",
+    generator_width=8,
+    discriminator="residual",
+    discriminator_hidden=(8, 16),
+    mismatch=0.3,
+)
+PAPER = replace(
+    CONFIG,
+    objective="cross-entropy",
+    penalty=0.0,
+    penalty_interval=1,
+    lr_schedule="constant",
+    ema_half_life=0.0,
+)
+
+
+def arrays(count: int, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Images (N, 8, 8) and labels (N,) as their files hold them."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, count, dtype=np.uint8)
+    images = rng.integers(0, 64, (count, 8, 8), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[:, 4 * label : 4 * label + 4] += np.uint8(160)
+    return images, labels
+
+
+def dataset(count: int = 256, seed: int = 0) -> Dataset:
+    images, labels = arrays(count, seed)
+    return Dataset(
+        name="tiny",
+        images=torch.from_numpy(images)[:, None],
+        labels=torch.from_numpy(labels.astype(np.int64)),
+        class_names=CLASS_NAMES,
+        digest=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
+    )
+
+
+def network_of(training: TrainingConfig, _dataset: Dataset | None = None) -> GeneratorConfig:
+    """In the place of `training.loop.generator_config`."""
+    return CONV_NETWORK if training.generator == "conv" else NETWORK
+
+
+def state(training: TrainingConfig = CONFIG, seed: int = 0) -> TrainState:
+    return create_state(training, network_of(training), CPU, seed)
+
+
+def judge(train: Dataset, *_given: object, **_options: object) -> FeatureClassifier:
+    """Stand in for `judge_for`: train hastily, without bundled or cached classifiers."""
+    return FeatureClassifier(train_classifier(train, epochs=4, seed=0), digest="0" * 64)
+
+
+def steps(
+    state: TrainState, training: TrainingConfig, count: int, data: Dataset | None = None
+) -> Tensor:
+    """Make `count` steps as a run would; returns what the last one reported."""
+    shown = data or dataset()
+    report = torch.zeros(5)
+    for _ in range(count):
+        step = state.images_seen // training.batch_size
+        report = train_step(
+            state,
+            shown,
+            training,
+            used=min(1.0, state.images_seen / training.images),
+            penalise=bool(training.penalty) and step % training.penalty_interval == 0,
+        )
+    return report
+
+
+def artifact_file(path: Path, *, network: GeneratorConfig = NETWORK, **described: Any) -> Path:
+    """An artifact of an untrained generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        generator = build_generator(network)
+    recompute_batch_norm(generator, batches=2)
+    description: dict[str, Any] = {"class_names": CLASS_NAMES, "images_seen": 0, **described}
+    save_artifact(path, generator, ArtifactInfo(network=network, **description))
+    return path
+
+
+def idx(array: npt.NDArray[np.uint8]) -> bytes:
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_data_dir(folder: Path, name: str = "mnist") -> DatasetSpec:
+    """Both splits as a data directory's files; returns how to find them, and no mirror."""
+    splits = {}
+    (folder / name).mkdir(parents=True)
+    for seed, (split, names) in enumerate(FILES.items()):
+        entries = []
+        for file_name, array in zip(names, arrays(256, seed), strict=True):
+            content = idx(array)
+            (folder / name / f"{file_name}.gz").write_bytes(gzip.compress(content))
+            entries.append(DataFile(file_name, hashlib.sha256(content).hexdigest()))
+        splits[split] = SplitFiles(*entries)
+    return DatasetSpec(CLASS_NAMES, (), cast("dict[data.Split, SplitFiles]", splits))
+
+
+def install(patch: pytest.MonkeyPatch, folder: Path, *, images: int = CONFIG.images) -> None:
+    """Let the command line's `mnist`, its presets and its networks be the tiny ones.
+
+    The command line knows its data sets by name, so the tiny one takes the name of a real one.
+    """
+    patch.setitem(cast("dict[str, DatasetSpec]", data.DATASETS), "mnist", write_data_dir(folder))
+    patch.setitem(config.PRESETS, "mlp", replace(CONFIG, images=images))
+    patch.setitem(config.PRESETS, "conv", replace(CONV, images=images))
+    patch.setitem(config.PRESETS, "paper", replace(PAPER, images=images))
+    patch.setattr("training.run.LOG_EVERY_IMAGES", 160)
+    patch.setattr("training.run.SAMPLE_GRIDS", 2)
+    patch.setattr("training.quality.quick_metrics.IMAGES", 100)
+    patch.setattr("training.quality.evaluator.judge_for", judge)
+    patch.setattr("training.quality.evaluator.certify", partial(certify, images=200))
+    patch.setattr("training.quality.certificate.GAN_TRAIN_IMAGES", 64)
+    patch.setattr("training.quality.gan_train.IMAGES", 64)
+    for module in ("training.__main__", "training.run"):
+        patch.setattr(f"{module}.generator_config", network_of)
+    patch.setenv(data.DATA_DIR_VARIABLE, str(folder))

@@ -1,0 +1,709 @@
+"""The command line, run in this process on a tiny data set under a real one's name."""
+
+import errno
+import hashlib
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import training.__main__ as command_line
+from tests.conftest import make_artifact
+from tests.support import tiny_training as tiny
+from tests.support.serving import ServiceProcess
+from tests.support.wire import wait_until
+from training.__main__ import main
+from training.artifact import load_artifact
+from training.checkpoint import read_checkpoint
+from training.config import PRESETS
+from training.data import named as data
+from training.devices import has_native_bfloat16
+from training.loop import generator_config
+from training.networks import GeneratorConfig
+from training.quality import classifier as judge
+from training.quality.certificate import certificate_of
+from training.quality.classifier import load_judge
+from training.quality.report import table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _tiny_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.install(monkeypatch, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return tiny.artifact_file(tmp_path / "a.safetensors", training={"dataset": "mnist"})
+
+
+def invoke(*arguments: str | Path) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    expected = result.exception is None or isinstance(result.exception, SystemExit)
+    assert expected, result.exception  # a traceback for whoever typed it
+    return result
+
+
+def train(out: Path, *options: str) -> Result:
+    return invoke("train", "mnist", "--device", "cpu", "--out", out, *options)
+
+
+def refused(result: Result, *said: str, status: int = 1) -> None:
+    assert result.exit_code == status, result.output
+    for text in said:
+        assert text in result.stderr
+    assert "Traceback" not in result.output
+
+
+def interrupt(out: Path, *options: str) -> None:
+    """A run that was stopped at its third step, without signals."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "stop_on_signals", StopEarly)
+        assert train(out, *options).exit_code == 143
+
+
+class StopEarly:
+    signal = 15
+
+    def __init__(self) -> None:
+        self.left = 3
+
+    def __enter__(self) -> "StopEarly":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+# train
+
+
+@pytest.mark.parametrize("preset", ["conv", "mlp", "paper"])
+def test_train_exports_an_artifact_and_says_how_to_measure_it(out: Path, preset: str) -> None:
+    result = train(out, "--preset", preset, "--seed", "7")
+
+    assert result.exit_code == 0, result.output
+    exported = out / "generator.safetensors"
+    assert "Device: the CPU" in result.stdout
+    assert f"{exported}: the best of 640 images" in result.stdout
+    assert f"python -m training evaluate {exported}" in result.stdout
+    info = load_artifact(exported).info
+    assert (info.training["preset"], info.training["seed"]) == (preset, 7)
+    assert info.class_names == tiny.CLASS_NAMES
+
+
+def test_what_is_published_is_served_without_a_restart(out: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    make_artifact(weights / "small.safetensors")
+    with ServiceProcess("--weights", str(weights)) as service:
+        target = weights / "fresh.safetensors"
+        result = train(out, "--publish", str(target))
+        assert result.exit_code == 0, result.output
+        assert f"{target}: the same" in result.stdout
+
+        def names() -> list[str]:
+            return [each["name"] for each in service.client.get("/models").json()["models"]]
+
+        wait_until(lambda: names() == ["fresh", "small"], "the new model is served")
+        made = service.client.post(f"/generate?model=fresh&label={tiny.CLASS_NAMES[0]}&n=4")
+        digest = hashlib.sha256((out / "generator.safetensors").read_bytes()).hexdigest()
+        assert made.headers["X-Model"] == f"fresh@sha256:{digest}"
+
+
+def test_a_name_that_no_service_would_serve_is_refused_before_training(out: Path) -> None:
+    refused(
+        train(out, "--publish", "fresh.pt"), "--publish", ".safetensors", "'fresh.pt'", status=2
+    )
+    assert not out.exists()
+
+
+def test_a_run_lies_in_a_folder_of_its_data_set_and_preset_unless_told_otherwise(
+    tmp_path: Path,
+) -> None:
+    assert invoke("train", "mnist", "--device", "cpu", "--images", "32").exit_code == 0
+    assert (tmp_path / "runs" / "mnist-conv" / "generator.safetensors").exists()
+
+
+def test_images_set_the_length_of_a_run(out: Path) -> None:
+    assert train(out, "--images", "64").exit_code == 0
+    info = load_artifact(out / "generator.safetensors").info
+    assert info.images_seen == info.training["config"]["images"] == 64
+
+
+def test_minutes_set_the_length_of_a_run(out: Path) -> None:
+    assert train(out, "--minutes", "0.05").exit_code == 0
+    info = load_artifact(out / "generator.safetensors").info
+    assert info.training["minutes"] == 0.05
+    assert 0 < info.training["elapsed_s"] < 60 * 0.05 + 2
+    assert info.images_seen > 0
+
+
+def test_the_precision_is_what_the_device_computes_in(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "conv", replace(tiny.CONV, precision="bfloat16", images=32))
+    assert train(out).exit_code == 0
+    used = load_artifact(out / "generator.safetensors").info.training["config"]["precision"]
+    assert used == ("bfloat16" if has_native_bfloat16(tiny.CPU) else "float32")
+
+
+def test_a_precision_that_the_device_does_not_compute_in_is_refused(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.__main__.has_native_bfloat16", lambda _: False)
+    said = "--precision: bfloat16 is not what the CPU", "allowed is float32"
+    refused(train(out, "--precision", "bfloat16"), *said, status=2)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        (("--gamma", "0.7"), "penalty", 0.7),
+        (("--mismatch", "0.4"), "mismatch", 0.4),
+        (("--batch-size", "8"), "batch_size", 8),
+        (("--precision", "float32"), "precision", "float32"),
+        (("--flip",), "flip", True),
+        ((), "augment", True),  # so few images would be learnt by heart
+        (("--no-augment",), "augment", False),
+        (("--preset", "paper"), "augment", False),
+    ],
+)
+def test_what_a_run_was_told_is_recorded(
+    out: Path, options: tuple[str, ...], name: str, value: object
+) -> None:
+    assert train(out, "--images", "32", *options).exit_code == 0
+    info = load_artifact(out / "generator.safetensors").info
+    assert info.training["config"][name] == value
+
+
+def test_a_run_measures_its_generator_on_request(out: Path) -> None:
+    result = train(out, "--images", "64", "--certify")
+    assert result.exit_code == 0, result.output
+    info = load_artifact(out / "generator.safetensors").info
+    certificate = certificate_of(info)
+    assert certificate is not None
+    assert table(certificate, info.class_names) in result.stdout
+    assert certificate.dataset_sha256 == info.training["dataset_sha256"]
+
+
+def test_too_few_minutes_for_a_certificate_are_refused_before_training(out: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.quality.evaluator.estimate_certification_s", lambda *_a, **_k: 90.0)
+        result = train(out, "--minutes", "1", "--certify")
+    refused(result, "--minutes: 1 are too few", "allowed with --certify is", status=2)
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_minutes_that_preparing_takes_are_refused(out: Path) -> None:
+    result = train(out, "--minutes", "0.00001")
+    refused(result, "--minutes: 1e-05 are too few, because preparing took", status=2)
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_a_folder_of_images_is_reported_trained_on_and_sampled_by_name(tmp_path: Path) -> None:
+    images, labels = tiny.arrays(120, 0)
+    for position, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "sides" / ("west", "east")[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        large = Image.fromarray(pixels).resize((28, 28), Image.Resampling.NEAREST)
+        large.save(folder / f"{position}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("training.__main__", "training.run"):
+            patch.setattr(f"{module}.generator_config", generator_config)
+        result = invoke(
+            *("train", tmp_path / "sides", "--device", "cpu", "--images", "32", "--certify"),
+            *("--gamma", "1", "--out", tmp_path / "run"),
+        )
+    assert result.exit_code == 0, result.output
+    assert "2 classes, " in result.stdout.splitlines()[1]
+    artifact = tmp_path / "run" / "generator.safetensors"
+    info = load_artifact(artifact).info
+    assert (info.class_names, info.training["dataset"]) == (("east", "west"), "sides")
+    assert info.network.image_size == 28
+    sheet = tmp_path / "east.png"
+    assert invoke("sample", artifact, "--label", "east", "--out", sheet).exit_code == 0
+    again = invoke("evaluate", artifact, "--dataset", tmp_path / "sides", "--device", "cpu")
+    assert again.exit_code == 0, again.output
+
+
+def test_a_run_on_a_folder_says_how_to_measure_it_wherever_the_folder_lies(tmp_path: Path) -> None:
+    folder = tmp_path / "two sides"
+    for label, name in enumerate(("west", "east")):
+        (folder / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.full((28, 28), 100 * label + i, np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.__main__.generator_config", generator_config)
+        patch.setattr("training.run.generator_config", generator_config)
+        result = invoke("train", folder, "--device", "cpu", "--images", "16", "--gamma", "1")
+    assert result.exit_code == 0, result.output
+    command = shlex.split(result.stdout.splitlines()[-1].removeprefix("Measure it: "))
+    assert command[:4] == ["python", "-m", "training", "evaluate"]
+    assert invoke(*command[3:], "--device", "cpu").exit_code == 0
+
+
+def test_a_folder_that_cannot_be_trained_on_is_refused_before_anything_is_written(
+    out: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    result = invoke("train", tmp_path / "pets", "--out", out)
+    refused(result, f"{tmp_path / 'pets'}: has 1 sub-folders")
+    assert not out.exists()
+
+
+def test_an_output_folder_that_takes_no_files_is_named_before_time_is_spent(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spend(*_given: object, **_how: object) -> None:
+        raise AssertionError("time is spent")
+
+    def refuse(*, dir: Path) -> None:  # noqa: A002
+        raise OSError(errno.EROFS, "Read-only file system", dir)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("training.quality.evaluator.judge_for", spend)
+    monkeypatch.setattr(command_line, "train_classifier", spend)
+    judge_file = tmp_path / "judge.safetensors"
+    for command in (
+        ("train", "mnist", "--out", tmp_path / "run"),
+        ("evaluate", artifact),
+        ("judge", "mnist", "--out", judge_file),
+        ("import", tmp_path / "a.pth", "--out", tmp_path / "theirs.safetensors"),
+    ):
+        refused(invoke(*command), f"{tmp_path}", "cannot hold files: Read-only file system")
+
+
+def test_a_run_goes_on_where_it_stopped(out: Path) -> None:
+    interrupt(out)
+    before = (out / "log.jsonl").read_text()
+
+    result = train(out, "--resume")
+
+    assert result.exit_code == 0, result.output
+    assert "the best of 640 images" in result.stdout
+    log = (out / "log.jsonl").read_text()
+    assert log.startswith(before)
+    assert json.loads(log.splitlines()[-1])["images_seen"] == 640
+
+
+def test_a_resumed_run_has_the_budget_and_the_preset_that_it_was_given(out: Path) -> None:
+    interrupt(out, "--images", "320", "--preset", "paper", "--seed", "5")
+    assert train(out, "--resume").exit_code == 0
+    info = load_artifact(out / "generator.safetensors").info
+    assert info.images_seen == 320
+    assert (info.training["preset"], info.training["seed"]) == ("paper", 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--seed", "1"), "--seed is 0 there, but 1 here"),
+        (("--preset", "paper"), "--preset is 'conv' there, but 'paper' here"),
+        (("--images", "64"), "--images is 640 there, but 64 here"),
+        (("--minutes", "1"), "--minutes is not given there, but 1.0 here"),
+        (("--gamma", "7"), "--gamma is 0.5 there, but 7.0 here"),
+        (("--flip",), "--flip is False there, but True here"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another_one(
+    out: Path, options: tuple[str, ...], said: str
+) -> None:
+    interrupt(out)
+    before = (out / "checkpoint.pt").read_bytes()
+    refused(train(out, "--resume", *options), f"{out / 'checkpoint.pt'}: {said}")
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_the_same_options_again_go_on(out: Path) -> None:
+    options = ("--seed", "0", "--preset", "conv", "--images", "640")
+    interrupt(out, *options)
+    assert train(out, "--resume", *options).exit_code == 0
+
+
+def test_a_run_does_not_go_on_with_other_data(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(out)
+    monkeypatch.setattr(tiny, "arrays", lambda count, seed: ARRAYS(count, seed + 100))
+    tiny.install(monkeypatch, tmp_path / "other data")
+    refused(train(out, "--resume"), "the images of mnist have changed since", "give the same")
+
+
+ARRAYS = tiny.arrays
+
+
+def test_a_run_that_is_there_is_not_begun_again(out: Path) -> None:
+    interrupt(out)
+    before = (out / "checkpoint.pt").read_bytes()
+    refused(train(out), f"{out} holds a run already", "--resume", "another --out", status=2)
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_there_is_nothing_to_go_on_with_in_an_empty_folder(out: Path) -> None:
+    refused(train(out, "--resume"), "checkpoint.pt: there is no checkpoint to resume from")
+
+
+def test_a_damaged_checkpoint_is_named(out: Path) -> None:
+    interrupt(out)
+    (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:-100])
+    refused(train(out, "--resume"), "checkpoint.pt: is damaged")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--images", "64", "--minutes", "1"), ("--images and --minutes", "give one of them")),
+        (("--preset", "best"), ("'--preset': 'best'", "'paper'", "'mlp'", "'conv'")),
+        (("--size", "32"), ("--size is for folders of images; mnist has its own",)),
+        (("--gamma", "-1"), ("'--gamma': -1.0",)),
+        (("--preset", "paper", "--mismatch", "1"), ("--mismatch: 1 needs", "allowed is 0")),
+        (("--images", "0"), ("'--images': 0",)),
+        (("--batch-size", "1"), ("'--batch-size': 1",)),
+        (("--minutes", "0"), ("'--minutes': 0.0",)),
+        (("--seed", "-1"), ("'--seed': -1",)),
+    ],
+)
+def test_a_wrong_option_is_named_with_what_is_allowed(
+    out: Path, options: tuple[str, ...], said: tuple[str, ...]
+) -> None:
+    refused(train(out, *options), *said, status=2)
+    assert not out.exists()
+
+
+def test_an_unknown_data_set_is_answered_with_the_ones_there_are() -> None:
+    refused(invoke("train", "mnits"), "mnits: is neither a folder nor", "mnist, fashion-mnist")
+
+
+def test_missing_data_is_named_with_what_to_do(out: Path, tmp_path: Path) -> None:
+    result = train(out, "--data-dir", str(tmp_path / "elsewhere"))
+    refused(result, str(tmp_path / "elsewhere" / "mnist"), "train-images-idx3-ubyte.gz is missing")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "mps", ""])
+def test_an_unknown_device_is_answered_with_the_ones_there_are(out: Path, name: str) -> None:
+    result = invoke("train", "mnist", "--device", name, "--out", out)
+    refused(result, repr(name), "allowed are auto, cpu, cuda, cuda:N")
+
+
+def test_a_device_that_is_not_there_is_not_replaced_by_another(out: Path) -> None:
+    absent = f"cuda:{torch.cuda.device_count()}"
+    refused(invoke("train", "mnist", "--device", absent, "--out", out), absent, "--device cpu")
+    assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_by_name_is_not_replaced_by_the_cpu(out: Path) -> None:
+    result = invoke("train", "mnist", "--device", "cuda", "--out", out)
+    refused(result, "cuda was asked for, but PyTorch", "sees 0 CUDA devices here")
+
+
+# train --dry-run
+
+
+def plan_of(result: Result) -> dict[str, object]:
+    assert result.exit_code == 0, result.output
+    text = result.stdout
+    plan: dict[str, object] = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    return plan
+
+
+def test_a_dry_run_shows_its_plan_and_writes_nothing(out: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+
+    result = train(out, "--dry-run", "--images", "320", "--seed", "4")
+
+    plan = plan_of(result)
+    assert (plan["dataset"], plan["preset"], plan["seed"]) == ("mnist", "conv", 4)
+    assert plan["out"] == str(out)
+    assert isinstance(plan["config"], dict)
+    assert plan["config"]["images"] == 320
+    assert plan["generator_parameters"] == sum(
+        p.numel() for p in tiny.state(tiny.CONV).generator.parameters()
+    )
+    assert "Estimated time: 0.0 minutes at" in result.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_by_time_estimates_what_it_was_told(out: Path) -> None:
+    result = train(out, "--dry-run", "--minutes", "2.5")
+    assert plan_of(result)["minutes"] == 2.5
+    assert "Estimated time: 2.5 minutes, as asked for." in result.stdout
+
+
+def test_a_dry_run_of_a_finished_run_says_so(out: Path) -> None:
+    assert train(out, "--images", "32").exit_code == 0
+    result = train(out, "--resume", "--dry-run")
+    plan_of(result)
+    assert "Estimated time: none; the run is complete." in result.stdout
+
+
+# sample
+
+
+@pytest.mark.parametrize(
+    ("labels", "n", "scale", "size"),
+    [(("left",), 1, 1, (8, 8)), (("0", "right"), 3, 1, (24, 16)), (("1",), 16, 3, (96, 96))],
+)
+def test_sample_writes_a_sheet(
+    artifact: Path,
+    tmp_path: Path,
+    labels: tuple[str, ...],
+    n: int,
+    scale: int,
+    size: tuple[int, int],
+) -> None:
+    sheet = tmp_path / "sheets" / "sheet.png"
+    options = [option for label in labels for option in ("--label", label)]
+    options += ["--n", str(n), "--scale", str(scale), "--device", "cpu"]
+
+    result = invoke("sample", artifact, *options, "--out", sheet)
+
+    assert result.exit_code == 0, result.output
+    assert f"{sheet}: {n * len(labels)} images" in result.stdout
+    with Image.open(sheet) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "L", size)
+
+
+def test_the_sheet_of_a_seed_is_always_the_same_and_a_name_is_its_index(
+    artifact: Path, tmp_path: Path
+) -> None:
+    sheets = {}
+    for name, label, seed in [
+        ("first", "right", "1"),
+        *(("again", "right", "1"), ("index", "1", "1")),
+        *(("seed", "right", "2"), ("label", "left", "1")),
+    ]:
+        out = tmp_path / f"{name}.png"
+        invoke("sample", artifact, "--label", label, "--seed", seed, "--out", out)
+        sheets[name] = out.read_bytes()
+    assert sheets["first"] == sheets["again"] == sheets["index"]
+    assert len(set(sheets.values())) == 3
+
+
+def test_a_colour_sheet_is_in_colour(tmp_path: Path) -> None:
+    artifact = tiny.artifact_file(
+        tmp_path / "rgb.safetensors", network=replace(tiny.NETWORK, channels=3)
+    )
+    invoke("sample", artifact, "--label", "0", "--n", "4", "--out", tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert (image.mode, image.size) == ("RGB", (16, 16))
+        assert len(np.unique(np.asarray(image))) > 20
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--label", "up", "--out", "a.png"), ("--label", "'up' is not a class", "left, right")),
+        (("--label", "2", "--out", "a.png"), ("--label", "an index from 0 to 1")),
+        (("--label", "0", "--out", "a.jpg"), ("--out", "a.jpg must end in .png")),
+        (("--label", "0", "--out", "a.png", "--n", "0"), ("'--n': 0",)),
+        (("--label", "0", "--out", "a.png", "--scale", "17"), ("'--scale': 17",)),
+        (("--out", "a.png"), ("Missing option '--label'",)),
+    ],
+)
+def test_sample_refuses_what_it_cannot_do_and_says_what_is_allowed(
+    artifact: Path, tmp_path: Path, options: tuple[str, ...], said: tuple[str, ...]
+) -> None:
+    refused(invoke("sample", artifact, *options), *said, status=2)
+    assert not list(tmp_path.glob("a.*g"))
+
+
+def test_sample_refuses_a_file_that_is_no_artifact(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"\x80\x04.")
+    result = invoke("sample", tmp_path / "a.bin", "--label", "0", "--out", tmp_path / "a.png")
+    refused(result, f"{tmp_path / 'a.bin'}: is a pickle (a checkpoint?); nothing in it was")
+
+
+# judge and evaluate
+
+
+def test_judge_trains_a_classifier_and_says_how_good_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "judges" / "mnist.safetensors"
+
+    result = invoke("judge", "mnist", "--epochs", "40", "--device", "cpu", "--out", path)
+
+    assert result.exit_code == 0, result.output
+    assert "epoch 40 of 40: loss " in result.stdout
+    digest = result.stdout.split()[-1]
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    test = data.load_dataset("mnist", "test", tmp_path / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "DIGESTS", {"mnist": digest})
+        accuracy = load_judge(test, path.parent).accuracy(test)
+    assert f"{accuracy:.2%} of the real test images" in result.stdout
+    assert accuracy > 0.9
+
+
+def test_evaluate_writes_the_certificate_into_the_artifact_and_the_page_beside_it(
+    artifact: Path, tmp_path: Path
+) -> None:
+    before = load_artifact(artifact)
+
+    result = invoke("evaluate", artifact, "--device", "cpu", "--report")
+
+    assert result.exit_code == 0, result.output
+    after = load_artifact(artifact)
+    certificate = certificate_of(after.info)
+    assert certificate is not None
+    assert (certificate.dataset, certificate.images) == ("mnist", 200)
+    assert replace(after.info, certificate=None) == before.info
+    for name, tensor in before.generator.state_dict().items():
+        assert torch.equal(after.generator.state_dict()[name], tensor), name
+    page = (tmp_path / "README.md").read_text()
+    for line in table(certificate, after.info.class_names).splitlines():
+        assert line in result.stdout
+        assert line in page
+    with Image.open(artifact.with_suffix(".png")) as picture:
+        assert picture.size == (16 * 8 * 2, 2 * 8 * 2)
+
+
+def test_evaluating_again_gives_the_same_file(artifact: Path) -> None:
+    invoke("evaluate", artifact, "--device", "cpu")
+    first = artifact.read_bytes()
+    invoke("evaluate", artifact, "--device", "cpu")
+    assert artifact.read_bytes() == first
+
+
+@pytest.mark.parametrize("training", [{}, {"dataset": ["mnist"]}])
+def test_an_artifact_that_names_no_data_set_is_measured_against_the_one_given(
+    tmp_path: Path, training: dict[str, object]
+) -> None:
+    artifact = tiny.artifact_file(tmp_path / "a.safetensors", training=training)
+    refused(invoke("evaluate", artifact), f"{artifact}: names no data set; give one with --dataset")
+
+    assert invoke("evaluate", artifact, "--dataset", "mnist", "--device", "cpu").exit_code == 0
+    assert load_artifact(artifact).info.certificate is not None
+
+
+@pytest.mark.parametrize(
+    ("training", "network", "said"),
+    [
+        ({"dataset": "pets"}, tiny.NETWORK, None),
+        (
+            {"dataset": "mnist", "dataset_sha256": "0" * 64},
+            tiny.NETWORK,
+            "was trained on other images than those of mnist now",
+        ),
+        (
+            {"dataset": "mnist"},
+            replace(tiny.NETWORK, image_size=9),
+            "makes images of 9x9x1 in 2 classes, but those of mnist are of 8x8x1 in 2",
+        ),
+        (
+            {"dataset": "mnist"},
+            replace(tiny.NETWORK, channels=3),
+            "makes images of 8x8x3 in 2 classes",
+        ),
+        (
+            {"dataset": "mnist"},
+            replace(tiny.NETWORK, num_classes=1),
+            "makes images of 8x8x1 in 1 classes",
+        ),
+    ],
+)
+def test_a_foreign_artifact_is_not_measured(
+    tmp_path: Path, training: dict[str, object], network: GeneratorConfig, said: str | None
+) -> None:
+    artifact = tmp_path / "a.safetensors"
+    names = tiny.CLASS_NAMES[: network.num_classes]
+    tiny.artifact_file(artifact, network=network, training=training, class_names=names)
+    before = artifact.read_bytes()
+    cause = f"{artifact}: {said}" if said else "pets: is neither a folder nor one of the data sets"
+    refused(invoke("evaluate", artifact, "--device", "cpu"), cause)
+    assert artifact.read_bytes() == before
+
+
+def test_evaluate_refuses_a_judge_that_is_not_the_committed_one(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = artifact.read_bytes()
+    monkeypatch.setattr(judge, "DIGESTS", {"mnist": "0" * 64})
+    monkeypatch.setattr(
+        "training.quality.evaluator.judge_for", lambda _train, test, **_how: load_judge(test)
+    )
+    result = invoke("evaluate", artifact, "--device", "cpu")
+    refused(result, "mnist.safetensors: SHA-256 is", f"the committed judge has {'0' * 64}")
+    assert artifact.read_bytes() == before
+
+
+def test_help_names_every_command() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for command in ("train", "evaluate", "sample", "judge", "import", "inspect"):
+        assert f"  {command} " in result.stdout
+
+
+# train --from
+
+
+def test_a_run_can_begin_with_the_networks_of_another(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "conv", replace(tiny.CONV, penalty=None))
+    assert train(out, "--images", "320", "--seed", "3", "--gamma", "0.7").exit_code == 0
+    second = tmp_path / "second"
+
+    result = train(second, "--from", str(out), "--images", "16", "--mismatch", "0.9")
+
+    assert result.exit_code == 0, result.output
+    first, info = (load_artifact(each / "generator.safetensors").info for each in (out, second))
+    assert info.images_seen == 16
+    assert info.training["config"]["penalty"] == 0.7
+    assert info.training["config"]["mismatch"] == 0.9
+    began_with = info.training["began_with"]
+    assert (began_with["images_seen"], began_with["seed"]) == (320, 3)
+    assert began_with["config"] == first.training["config"]
+    assert first.training["began_with"] is None
+
+
+def test_its_first_step_is_from_where_the_other_stopped(out: Path, tmp_path: Path) -> None:
+    assert train(out, "--images", "320").exit_code == 0
+    assert train(tmp_path / "second", "--from", str(out), "--images", "16").exit_code == 0
+    assert train(tmp_path / "fresh", "--images", "16", "--gamma", "1").exit_code == 0
+    start, near, far = (
+        torch.cat([value.flatten() for value in read_generator(each).values()])
+        for each in (out, tmp_path / "second", tmp_path / "fresh")
+    )
+    assert (near - start).norm() < 0.3 * (far - start).norm()
+
+
+def read_generator(run: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = read_checkpoint(run / "checkpoint.pt").state["generator"]
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "status"),
+    [
+        (("--from", "nowhere"), "nowhere/checkpoint.pt: there is no checkpoint", 1),
+        (("--from", "run", "--resume"), "--from begins a run and --resume goes on with one", 2),
+        (("--from", "run", "--preset", "mlp"), "preset is 'conv' there, but 'mlp' was asked", 1),
+    ],
+)
+def test_a_beginning_that_does_not_fit_is_refused(
+    out: Path, tmp_path: Path, options: tuple[str, ...], said: str, status: int
+) -> None:
+    assert train(out, "--images", "16", "--gamma", "1").exit_code == 0
+    refused(train(tmp_path / "second", *options), said, status=status)
+    assert not (tmp_path / "second").exists()

@@ -1,0 +1,382 @@
+"""A folder of images as a data set: a sub-folder for each class, named like the class.
+
+The layout is `DIR/CLASS/*.png`, of which a tenth of every class is held out for testing, or
+`DIR/train/CLASS/*.png` with `DIR/test/CLASS/*.png`. What cannot be used is left out and reported.
+"""
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from training.data.named import DATASETS, DataError, Dataset
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+MIN_SIZE, MAX_SIZE = 28, 64
+MAX_CLASSES = 1000
+MAX_PIXELS = 100_000_000  # of one file; beyond that it is no photograph but an attack on the memory
+HELD_OUT = 10  # one image in so many
+SMALL_CLASS = 100  # training images
+_SHOWN = 10  # entries of a list in a report
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _File:
+    """A readable image.
+
+    Attributes:
+        path: of the file.
+        pixels: (H, W, 3).
+        grey: whether the three channels are equal.
+        original: width and height in the file.
+        digest: SHA-256 of the pixels, the same for equal images of whatever format.
+    """
+
+    path: Path
+    pixels: Pixels = field(repr=False)
+    grey: bool
+    original: tuple[int, int]
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderReport:
+    """What was found in a folder.
+
+    Attributes:
+        path: the folder.
+        counts: class name -> images to train on, and held-out images.
+        image_size: height and width of the images, in pixels.
+        channels: 1 or 3.
+        originals: (width, height) in the files -> how many.
+        unusable: files that were left out -> why.
+        duplicates: files that were left out because another of the class has the same pixels.
+        ambiguous: files that were left out because one of another class has the same pixels.
+        leaked: held-out files that were left out because a training file has the same pixels.
+        ignored: how many files are neither PNG nor JPEG by their names.
+    """
+
+    path: Path
+    counts: dict[str, tuple[int, int]]
+    image_size: int
+    channels: int
+    originals: dict[tuple[int, int], int]
+    unusable: dict[Path, str]
+    duplicates: tuple[Path, ...]
+    ambiguous: tuple[Path, ...]
+    leaked: tuple[Path, ...]
+    ignored: int
+
+    @property
+    def small(self) -> tuple[str, ...]:
+        """Classes of fewer than `SMALL_CLASS` training images."""
+        return tuple(name for name, (train, _) in self.counts.items() if train < SMALL_CLASS)
+
+    def render(self) -> str:
+        """The report in lines."""
+        train, test = (sum(pair[i] for pair in self.counts.values()) for i in (0, 1))
+        colour = "grey" if self.channels == 1 else "colour"
+        lines = [
+            f"{self.path}: {len(self.counts)} classes, {train:,} images to train on and {test:,} "
+            f"held out, {self.image_size}x{self.image_size}, {colour}",
+            "  images to train on + held out: "
+            + _some([f"{name} {a:,} + {b:,}" for name, (a, b) in self.counts.items()], 20),
+        ]
+        if set(self.originals) != {(self.image_size, self.image_size)}:
+            sizes = Counter(self.originals).most_common()
+            lines.append("  resized from " + _some([f"{w}x{h} ({n:,})" for (w, h), n in sizes]))
+        kinds = (
+            ("unusable", [f"{self._short(path)} ({why})" for path, why in self.unusable.items()]),
+            ("left out, the same as another of its class", self._names(self.duplicates)),
+            ("left out, the same as one of another class", self._names(self.ambiguous)),
+            ("not held out, the same as one to train on", self._names(self.leaked)),
+            (f"classes of fewer than {SMALL_CLASS} images", self.small),
+        )
+        lines += [f"  {len(names):,} {kind}: {_some(names)}" for kind, names in kinds if names]
+        if self.ignored:
+            lines.append(f"  {self.ignored:,} other files ignored")
+        return "\n".join(lines)
+
+    def _short(self, path: Path) -> str:
+        return str(path.relative_to(self.path))
+
+    def _names(self, paths: Sequence[Path]) -> list[str]:
+        return [self._short(path) for path in paths]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of images: both splits on the CPU, and what was found."""
+
+    train: Dataset
+    test: Dataset
+    report: FolderReport
+
+
+def is_folder(name: str) -> bool:
+    """Whether what a person calls a data set is a folder of theirs, not the name of a known one."""
+    return name not in DATASETS
+
+
+def read_folder(path: Path, *, size: int | None = None, channels: int | None = None) -> Folder:
+    """Read a folder of images.
+
+    Which images are held out depends on their pixels alone, so it stays the same when files are
+    renamed.
+
+    Args:
+        path: of the folder.
+        size: crop every image to its middle square and resize it to so many pixels; else all must
+            have one square size already.
+        channels: 1 or 3, to convert the images to; else 3 if any image has colour.
+
+    Raises:
+        DataError: it is no such folder, its images do not fit together, or a class has too few.
+    """
+    train_dirs, test_dirs = _class_folders(path)
+    reader = _Reader(size)
+    train_files = {name: reader.read(folder) for name, folder in train_dirs.items()}
+    test_files = {name: reader.read(folder) for name, folder in test_dirs.items()}
+    every = [f for files in (train_files, test_files) for each in files.values() for f in each]
+    image_size = size or _one_size(path, every)
+    unique, duplicates, ambiguous = _without_duplicates(train_files)
+    leaked: list[Path] = []
+    if test_dirs:
+        held_out, again, unclear = _without_duplicates(test_files)
+        held_out, leaked = _unseen(held_out, unique)
+        duplicates, ambiguous = duplicates + again, ambiguous + unclear
+    else:
+        unique, held_out = _hold_out(unique)
+    _check_counts(path, unique, held_out)
+    channels = channels or (1 if all(file.grey for file in every) else 3)
+    names = tuple(unique)
+    report = FolderReport(
+        path=path,
+        counts={name: (len(unique[name]), len(held_out.get(name, ()))) for name in names},
+        image_size=image_size,
+        channels=channels,
+        originals=dict(Counter(file.original for file in every)),
+        unusable=reader.unusable,
+        duplicates=tuple(duplicates),
+        ambiguous=tuple(ambiguous),
+        leaked=tuple(leaked),
+        ignored=reader.ignored,
+    )
+    name = path.resolve().name
+    name = f"{name}-folder" if name in DATASETS else name  # its figures are not those of the other
+    train, test = (_dataset(name, names, files, channels) for files in (unique, held_out))
+    return Folder(train, test, report)
+
+
+def _class_folders(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Class name -> folder, to train on and to test with; the latter may be empty."""
+    if not path.is_dir():
+        known = ", ".join(DATASETS)
+        raise DataError(f"{path}: is neither a folder nor one of the data sets {known}")
+    folders = _folders(path)
+    test: dict[str, Path] = {}
+    if "train" in folders and _folders(folders["train"]):
+        test = _folders(folders["test"]) if "test" in folders else {}
+        folders = _folders(folders["train"])
+        unknown = [name for name in test if name not in folders]
+        if unknown:
+            raise DataError(f"{path / 'test'}: has classes that train has not: {_some(unknown)}")
+    if not 2 <= len(folders) <= MAX_CLASSES:
+        raise DataError(
+            f"{path}: has {len(folders)} sub-folders, but each is a class, and allowed are 2 to "
+            f"{MAX_CLASSES}; the layout is DIR/CLASS/*.png or DIR/train/CLASS/*.png"
+        )
+    long = [name for name in folders if len(name) > 200]
+    if long:
+        raise DataError(
+            f"{path}: a class name of {len(long[0])} characters; at most 200 are allowed"
+        )
+    return folders, test
+
+
+def _folders(path: Path) -> dict[str, Path]:
+    """The sub-folders by name, hidden ones left out; numbers in the order of their values."""
+    names = [each.name for each in path.iterdir() if each.is_dir() and not _is_hidden(each)]
+    numbers = all(name.isascii() and name.isdecimal() for name in names)
+    names.sort(key=lambda name: (int(name) if numbers else 0, name))
+    return {name: path / name for name in names}
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith((".", "__"))
+
+
+class _Reader:
+    """Reads class folders, and remembers what could not be read.
+
+    Attributes:
+        unusable: file -> why.
+        ignored: how many files are no images by their names.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        self.unusable: dict[Path, str] = {}
+        self.ignored = 0
+        self._size = size
+
+    def read(self, folder: Path) -> list[_File]:
+        """The usable images of a class, in an order that their pixels decide."""
+        files = []
+        entries = sorted(each for each in folder.iterdir() if not _is_hidden(each))
+        # disable=None: no bar in a log file.
+        for path in tqdm(entries, desc=folder.name, unit="image", leave=False, disable=None):
+            if path.suffix.lower() not in SUFFIXES or path.is_dir():
+                self.ignored += 1
+                continue
+            try:
+                files.append(_read(path, self._size))
+            except ValueError as error:
+                self.unusable[path] = str(error)
+        return sorted(files, key=lambda file: file.digest)
+
+
+def _read(path: Path, size: int | None) -> _File:
+    """Decode an image.
+
+    Raises:
+        ValueError: it cannot be used; says why.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is odd in a file; what is wrong raises
+            with Image.open(path, formats=("PNG", "JPEG")) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels are too many")
+                # The mode does not tell: 16 bits of each colour would become 8 without a word.
+                if any(";16" in str(tile.args) for tile in image.tile):
+                    raise ValueError("more than 8 bits a channel")
+                return _decode(path, image, size)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error).replace(str(path), path.name)) from error
+    except (AssertionError, IndexError) as error:  # a palette or a profile that is not there
+        raise ValueError("is corrupt") from error
+
+
+def _decode(path: Path, image: Image.Image, size: int | None) -> _File:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            raise ValueError("has transparent pixels")
+    # A camera that was held upright says so beside the pixels.
+    image = ImageOps.exif_transpose(image.convert("RGB"))
+    original = image.size
+    if size is not None:
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image)
+    grey = bool((pixels == pixels[:, :, :1]).all())
+    return _File(path, pixels, grey, original, hashlib.sha256(pixels.tobytes()).hexdigest())
+
+
+def _one_size(path: Path, files: Sequence[_File]) -> int:
+    """The height and width that all images share."""
+    sizes = Counter(file.original for file in files)
+    if not sizes:
+        raise DataError(f"{path}: has no usable image in its class folders")
+    shown = _some([f"{w}x{h} ({n:,})" for (w, h), n in sizes.most_common()])
+    (width, height), _ = sizes.most_common()[-1]
+    if len(sizes) == 1 and width == height and MIN_SIZE <= width <= MAX_SIZE:
+        return width
+    rare = next(file.path for file in files if file.original == (width, height))
+    raise DataError(
+        f"{path}: the sizes of the images are {shown}; that of {rare.relative_to(path)} is "
+        f"{width}x{height}. They must be one square size from {MIN_SIZE} to {MAX_SIZE}: --size 32 "
+        "crops and resizes them."
+    )
+
+
+def _without_duplicates(
+    classes: dict[str, list[_File]],
+) -> tuple[dict[str, list[_File]], list[Path], list[Path]]:
+    """The classes with each image once, the files that repeat one, and those of several classes."""
+    homes: dict[str, set[str]] = {}
+    for name, files in classes.items():
+        for file in files:
+            homes.setdefault(file.digest, set()).add(name)
+    kept: dict[str, list[_File]] = {name: [] for name in classes}
+    repeated, ambiguous = [], []
+    for name, files in classes.items():
+        seen: set[str] = set()
+        for file in files:
+            if len(homes[file.digest]) > 1:
+                ambiguous.append(file.path)  # no label is right for all copies of it
+            elif file.digest in seen:
+                repeated.append(file.path)
+            else:
+                kept[name].append(file)
+            seen.add(file.digest)
+    return kept, repeated, ambiguous
+
+
+def _unseen(
+    test: dict[str, list[_File]], train: dict[str, list[_File]]
+) -> tuple[dict[str, list[_File]], list[Path]]:
+    """Test images that are not trained on, and the files of those that are."""
+    known = {file.digest for files in train.values() for file in files}
+    kept = {name: [f for f in files if f.digest not in known] for name, files in test.items()}
+    leaked = [f.path for files in test.values() for f in files if f.digest in known]
+    return kept, leaked
+
+
+def _hold_out(
+    classes: dict[str, list[_File]],
+) -> tuple[dict[str, list[_File]], dict[str, list[_File]]]:
+    """A tenth of every class goes to the second: those whose digests come first."""
+    shares = {name: max(1, len(files) // HELD_OUT) for name, files in classes.items()}
+    train = {name: files[shares[name] :] for name, files in classes.items()}
+    return train, {name: files[: shares[name]] for name, files in classes.items()}
+
+
+def _check_counts(
+    path: Path, train: dict[str, list[_File]], held_out: dict[str, list[_File]]
+) -> None:
+    empty = [name for name, files in train.items() if not files]
+    if empty:
+        raise DataError(f"{path}: classes with too few usable images, or none: {_some(empty)}")
+    if sum(map(len, held_out.values())) < 2:
+        raise DataError(f"{path / 'test'}: has fewer than 2 usable images")
+
+
+def _dataset(
+    name: str, class_names: tuple[str, ...], classes: dict[str, list[_File]], channels: int
+) -> Dataset:
+    files = [file for each in class_names for file in classes.get(each, ())]
+    labels = [i for i, each in enumerate(class_names) for _ in classes.get(each, ())]
+    images = torch.from_numpy(np.stack([_channels(file.pixels, channels) for file in files]))
+    digest = hashlib.sha256(images.numpy().tobytes())
+    digest.update(json.dumps([labels, class_names]).encode())
+    return Dataset(
+        name=name,
+        images=images,
+        labels=torch.tensor(labels),
+        class_names=class_names,
+        digest=digest.hexdigest(),
+    )
+
+
+def _channels(pixels: Pixels, channels: int) -> Pixels:
+    """(H, W, 3) to (C, H, W)."""
+    if channels == 1:
+        return np.asarray(Image.fromarray(pixels).convert("L"))[None]
+    return pixels.transpose(2, 0, 1)
+
+
+def _some(names: Iterable[str], most: int = _SHOWN) -> str:
+    shown = list(names)
+    text = ", ".join(shown[:most])
+    return text if len(shown) <= most else f"{text}, … ({len(shown):,} in all)"

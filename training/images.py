@@ -1,0 +1,53 @@
+"""Pictures of generated images: grids as PNG files."""
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from training.files import write_atomically
+from training.networks import Generator
+from training.quality.certificate import to_pixels
+
+MAX_ROWS = 20
+
+
+def grid(pixels: Tensor, columns: int) -> Tensor:
+    """Images (N, C, H, W) uint8, row by row, as one (rows * H, columns * W, C), padded black."""
+    count, channels, height, width = pixels.shape
+    rows = -(-count // columns)
+    cells = pixels.new_zeros((rows * columns, channels, height, width))
+    cells[:count] = pixels
+    cells = cells.view(rows, columns, channels, height, width)
+    return cells.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
+
+
+@torch.inference_mode()
+def class_grid(generator: Generator, *, columns: int, seed: int = 0) -> Tensor:
+    """A row per class and the same latents down each column: (rows * H, columns * W, C) uint8.
+
+    What changes along a row is the latent, what changes down a column is the class. Of more than
+    20 classes the first 20 are shown.
+    """
+    device = generator.label_embedding.weight.device
+    rows = min(generator.config.num_classes, MAX_ROWS)
+    rng = torch.Generator().manual_seed(seed)
+    latents = torch.randn((columns, generator.config.latent_dim), generator=rng).to(device)
+    labels = torch.arange(rows, device=device).repeat_interleave(columns)
+    return grid(to_pixels(generator(latents.repeat(rows, 1), labels)), columns)
+
+
+def save_png(path: Path, pixels: Tensor, *, scale: int = 1) -> None:
+    """Write (H, W, C) uint8 as a PNG, each pixel `scale` times in both directions.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is untouched.
+    """
+    array = pixels.cpu().numpy().repeat(scale, axis=0).repeat(scale, axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(
+        buffer, format="PNG", optimize=True
+    )
+    write_atomically(path, buffer.getvalue())

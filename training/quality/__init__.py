@@ -1,0 +1,1 @@
+"""The certificate: an evaluation report stored inside the artifact."""
