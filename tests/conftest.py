@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.processes import REPOSITORY, prepare
+from tests.support.processes import REPOSITORY
 from tests.support.serving import MODEL, ServiceProcess
 from training.artifact import Artifact, ArtifactInfo, load_artifact, save_artifact
 from training.data.named import default_data_dir
@@ -28,7 +28,6 @@ def pytest_configure() -> None:
         threads = max(1, (os.cpu_count() or 1) // processes)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         torch.set_num_threads(threads)
-    prepare()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
