@@ -138,7 +138,7 @@ def _one_image(weights: Path) -> bytes:
     return sheet(images)
 
 
-RIVALS = {
+BASELINES = {
     "plain": plain,
     "batching": batching,
     "checked": checked,
@@ -150,13 +150,13 @@ RIVALS = {
 def main() -> None:
     """Serve one of them until told to stop."""
     parser = argparse.ArgumentParser(description="Serve what the service is compared with.")
-    parser.add_argument("name", choices=RIVALS)
+    parser.add_argument("name", choices=BASELINES)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     uvicorn.run(
-        RIVALS[options.name](options.weights),
+        BASELINES[options.name](options.weights),
         port=options.port,
         loop="uvloop",
         http="httptools",

@@ -1,6 +1,6 @@
 """The service beside other ways to serve the same generator, on two cores of this machine.
 
-    python -m tests.benchmarks.serving [--rounds 5] [--seconds 2] [--json FILE]
+    python -m tests.benchmarks.serving [--rounds 5] [--seconds 2] [--beside CHECKOUT]
 
 Every server is pinned to one core and the load generator to another; all serve `mnist-mlp`, the
 document's MLP, as the same contact sheets, without an access log. Rounds of all servers are
@@ -34,8 +34,10 @@ from typing import Any
 import torch
 
 from service.settings import Settings
-from tests.benchmarks.baselines import RIVALS
+from tests.benchmarks.baselines import BASELINES
 from tests.benchmarks.load import Sample, closed_loop, open_loop, post, precedence, run
+from tests.benchmarks.unpinned import compare
+from tests.support.processes import REPOSITORY
 
 WEIGHTS = Settings().weights / "mnist-mlp.safetensors"
 SERVER_CORE, CLIENT_CORE = 0, 1
@@ -335,6 +337,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each loop in each round")
     parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--beside", type=Path, help="another checkout, in place of the baselines")
     options = parser.parse_args()
     if len(os.sched_getaffinity(0)) < 2:
         raise SystemExit("two cores are needed: one for the server, one for the load")
@@ -345,13 +348,17 @@ def main() -> None:
             f"the open loop's client {'goes' if allowed else 'may not go'} before other processes"
         )
     with contextlib.ExitStack() as stack:
-        servers = {name: stack.enter_context(Server(name)) for name in (OURS, *RIVALS)}
+        servers = {name: stack.enter_context(Server(name)) for name in (OURS, *BASELINES)}
         rows = closed(servers, options.rounds, options.seconds)
         for n in SIZES:
             rows += opened(servers, n, options.rounds, 2 * options.seconds)
         bulks = bulk(servers[OURS], options.rounds, options.seconds)
     workers = two_workers(16, options.rounds, options.seconds)
     report(rows, workers, bulks, options.json)
+    os.sched_setaffinity(0, {SERVER_CORE, CLIENT_CORE})
+    print("unpinned, default options, access log and API key")
+    builds = [("this build", REPOSITORY), ("other build", options.beside)]
+    compare(builds if options.beside else [], rounds=options.rounds)
 
 
 def report(

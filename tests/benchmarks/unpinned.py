@@ -137,8 +137,47 @@ def report(found: dict[tuple[str, Case], list[Sample]], path: Path | None) -> No
         path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def compare(
+    builds: Sequence[tuple[str, Path]],
+    *,
+    models: Sequence[str] = MODELS,
+    sizes: Sequence[int] = SIZES,
+    connections: Sequence[int] = CONNECTIONS,
+    form: str = "png",
+    workers: int = 1,
+    rounds: int = 5,
+    seconds: float = 1.5,
+    path: Path | None = None,
+) -> None:
+    """Measure working trees, or, without any, this one beside the baselines; print a table.
+
+    Args:
+        builds: name and folder of each working tree; the first one is the reference.
+        models: names of models to ask for.
+        sizes: images of each request.
+        connections: numbers of clients.
+        form: format of the responses.
+        workers: processes of each build.
+        rounds: interleaved rounds, of which medians are taken.
+        seconds: duration of each loop of each round.
+        path: file for the rows as JSON.
+    """
+    cases = [Case(*each, form) for each in itertools.product(models, sizes, connections)]
+    command = ["service", *(["--workers", str(workers)] if workers > 1 else [])]
+    ports: dict[tuple[str, str], int] = {}
+    with ExitStack() as stack:
+        for name, checkout in builds or [("this service", REPOSITORY)]:
+            ports[name, ""] = start(stack, command, checkout.resolve())
+        if not builds:
+            for name, model in itertools.product(BASELINES, models):
+                weights = REPOSITORY / "weights" / f"{model}.safetensors"
+                baseline = ["tests.benchmarks.baselines", name, "--weights", str(weights)]
+                ports[name, model] = start(stack, baseline, REPOSITORY)
+        report(measure(ports, cases, rounds, seconds), path)
+
+
 def main() -> None:
-    """Start the servers, run the loads, print the table."""
+    """Read the command line, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("builds", nargs="*", metavar="NAME=CHECKOUT")
     parser.add_argument("--rounds", type=int, default=5)
@@ -151,27 +190,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, torch {torch.__version__}")
-    cases = [
-        Case(model, n, connections, options.format)
-        for model in options.models
-        for n in options.sizes
-        for connections in options.connections
-    ]
-    command = ["service"]
-    if options.workers > 1:
-        command += ["--workers", str(options.workers)]
-    ports: dict[tuple[str, str], int] = {}
-    with ExitStack() as stack:
-        builds = [build.partition("=")[::2] for build in options.builds]
-        for name, checkout in builds or [("this service", str(REPOSITORY))]:
-            ports[name, ""] = start(stack, command, Path(checkout).resolve())
-        if not builds:
-            for name, model in itertools.product(BASELINES, options.models):
-                weights = REPOSITORY / "weights" / f"{model}.safetensors"
-                baseline = ["tests.benchmarks.baselines", name, "--weights", str(weights)]
-                ports[name, model] = start(stack, baseline, REPOSITORY)
-        found = measure(ports, cases, options.rounds, options.seconds)
-    report(found, options.json)
+    builds = [build.partition("=")[::2] for build in options.builds]
+    compare(
+        [(name, Path(checkout)) for name, checkout in builds],
+        models=options.models,
+        sizes=options.sizes,
+        connections=options.connections,
+        form=options.format,
+        workers=options.workers,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        path=options.json,
+    )
 
 
 if __name__ == "__main__":
