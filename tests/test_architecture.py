@@ -1,4 +1,4 @@
-"""The lines that the parts of the project do not cross."""
+"""The boundaries between the parts of the project."""
 
 import ast
 import subprocess
@@ -18,12 +18,21 @@ TRAINING_ONLY = ("matplotlib", "pooch", "tensorboard", "tqdm")
 
 TOP_LEVEL = {
     *("pyproject.toml", "Dockerfile", "docker-compose.yml", "README.md"),
-    *("service", "training", "tests", "weights"),
+    *("service", "training", "tests", "weights", "findings"),
 }
+
+# Each part of the service may import those to its right, and nothing of its own column or before.
+DIRECTION = (
+    "__main__ > commands > server > app > api > middleware, encoding > generation > inference "
+    "> telemetry > errors, settings, keys, disconnect, rate_limit"
+)
+MODULE_LINES, FUNCTION_LINES = 450, 60
+DECLARATIVE: set[str] = set()  # functions that are tables of instruments or options
+LEAVES = {"errors", "settings", "keys", "disconnect", "rate_limit"}
 
 
 def fresh(code: str) -> list[str]:
-    """What a fresh interpreter prints, in words."""
+    """Return the words that a fresh interpreter prints."""
     ended = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
@@ -59,7 +68,7 @@ def imports_of(path: Path) -> set[str]:
 
 @cache
 def after_importing(package: str) -> tuple[list[str], list[str]]:
-    """What is loaded when all of a package is, and what a fresh interpreter does meanwhile."""
+    """Import all of a package; return the loaded modules, and threads and CUDA's state."""
     code = import_all(modules(package)) + "import threading, torch\n"
     code += "print(threading.active_count(), torch.cuda.is_initialized(), *sys.modules)"
     threads, initialized, *loaded = fresh(code)
@@ -78,23 +87,54 @@ def test_the_service_knows_of_training_only_what_artifacts_need() -> None:
     assert {name for name in loaded if name.split(".")[0] == "training"} == SERVED
 
 
+def source_of(name: str) -> Path:
+    stem = REPOSITORY / name.replace(".", "/")
+    return stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+
+
 def own_imports(package: str) -> dict[str, set[str]]:
-    """Which modules of a package each of its modules names in an import, wherever it stands."""
+    """Return the modules of a package that each of its modules imports, at any place in it."""
     names = set(modules(package))
-    graph = {}
-    for name in names:
-        stem = REPOSITORY / name.replace(".", "/")
-        path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
-        graph[name] = (imports_of(path) & names) - {name, package}
-    return graph
+    packages = {name for name in names if source_of(name).name == "__init__.py"}
+    return {name: (imports_of(source_of(name)) & names) - {name} - packages for name in names}
 
 
 @pytest.mark.parametrize("package", ["service", "training"])
-def test_imports_run_downwards_only(package: str) -> None:
+def test_no_imports_form_a_circle(package: str) -> None:
     graph = own_imports(package)
-    order = list(TopologicalSorter(graph).static_order())  # which no circle has
+    order = list(TopologicalSorter(graph).static_order())
     assert set(order) >= graph.keys()
     assert sum(map(len, graph.values())) > 10
+
+
+def test_imports_of_the_service_run_in_one_direction() -> None:
+    levels = [set(column.split(", ")) for column in DIRECTION.split(" > ")]
+    level = {part: number for number, parts in enumerate(levels) for part in parts}
+    wrong = []
+    for name, imported in own_imports("service").items():
+        part = name.split(".")[1] if "." in name else "__main__"
+        for other in sorted(imported):
+            target = other.split(".")[1]
+            inside = target == part or {part, target} <= LEAVES
+            if not inside and level[target] <= level[part]:
+                wrong.append(f"{name} imports {other}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", ["service", "training"])
+def test_modules_and_functions_can_be_read_in_one_go(package: str) -> None:
+    long = []
+    for name in modules(package):
+        path = source_of(name)
+        text = path.read_text()
+        if len(text.splitlines()) > MODULE_LINES:
+            long.append(f"{name}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > FUNCTION_LINES and f"{name}.{node.name}" not in DECLARATIVE:
+                    long.append(f"{name}.{node.name}: {lines} lines")
+    assert long == []
 
 
 def test_what_trains_does_not_know_what_watches_it() -> None:
