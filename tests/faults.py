@@ -1,4 +1,4 @@
-"""What the service promises about faults, each done to a real one, as a table.
+"""Fault injection: faults done to real services, compared with the guarantees, as a table.
 
     python -m tests.faults [NAME]... [--markdown]
 
@@ -37,7 +37,7 @@ from tests.benchmarks.load import Sample, closed_loop, open_loop, post, run
 from tests.conftest import make_artifact
 from tests.support.clients import (
     MALFORMED,
-    PATIENCE_S,
+    TIMEOUT_S,
     Answer,
     Client,
     Held,
@@ -77,14 +77,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a row."""
+    """The outcome of a row."""
 
     fault: Fault
     findings: Findings
 
     @property
     def ok(self) -> bool:
-        """Whether everything is as promised, and there is something."""
+        """True if there are findings and all of them are as promised."""
         return bool(self.findings) and all(good for _, good in self.findings)
 
     @property
@@ -176,7 +176,7 @@ async def _warm_up(service: ServiceProcess) -> Held:
 
 
 async def _peak_memory(service: ServiceProcess, work: Awaitable[Sample]) -> tuple[Sample, float]:
-    """What a loop saw, and the most memory that the service held meanwhile, in MB."""
+    """Run a loop; return its sample and the service's peak memory during it in MB."""
     task, most = asyncio.ensure_future(work), 0.0
     while not task.done():
         most = max(most, held(service).memory_mb)
@@ -189,7 +189,7 @@ async def _overload(n: int, timeout_s: float, *arguments: str, cores: int = 1) -
 
     On one core a refusal waits for the products of a batch; with two none has to.
     """
-    prompt = 50 if cores == 1 else 99  # so many percent of the refusals have to be
+    prompt = 50 if cores == 1 else 99  # percentile of the refusals that must be prompt
     idle = ("--client-timeout-s", "600")  # not all connections are used all the time
     limit = ("--timeout-ms", f"{1e3 * timeout_s:.0f}")
     with served(*arguments, *idle, *limit, cores=cores) as service:
@@ -299,7 +299,7 @@ async def _beside(port: int, other: Callable[[float], Awaitable[object]]) -> tup
 
     Args:
         port: of the service.
-        other: what is beside it, for so many seconds.
+        other: the load beside it, for a number of seconds.
     """
     alone, beside = Sample(), Sample()
     for _ in range(ROUNDS):
@@ -376,14 +376,14 @@ async def disconnects() -> Findings:
         most_rows = 0.0
         grown = []  # MB after each fifth
         for fifth in range(1, 6):
-            while _gone(await scrape(port)) < LEAVERS * fifth / 5:
+            while _left(await scrape(port)) < LEAVERS * fifth / 5:
                 most_rows = max(most_rows, await _wave(port))
             after = await at_rest(service)
             grown.append(after.memory_mb - before.memory_mb)
         text = await scrape(port)
-        gone = _gone(text)
+        left = _left(text)
         return [
-            (f"{gone:,.0f} left before their answer", gone >= LEAVERS),
+            (f"{left:,.0f} left before their answer", left >= LEAVERS),
             (f"up to {most_rows:,.0f} rows waited", most_rows > 0),
             (
                 f"{metric(text, 'cgan_queue_rows'):.0f} rows wait",
@@ -414,19 +414,19 @@ async def _wave(port: int) -> float:
 
 
 def _arrived(text: str) -> float:
-    """How many requests have come, but for that for the metrics."""
+    """Return the number of requests received, scrapes excepted."""
     answered = metric(text, "cgan_requests_total", 'route="/generate"')
     return answered + metric(text, "cgan_requests_in_progress") - 1
 
 
-def _gone(text: str) -> float:
-    """How many clients left before their answer."""
+def _left(text: str) -> float:
+    """Return the number of clients that left before their answer."""
     return metric(text, "cgan_requests_total", 'status="499"')
 
 
 async def _until(port: int, reached: Callable[[str], bool]) -> float:
     """Scrape until something is so; the rows that waited then."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TIMEOUT_S):
         while not reached(text := await scrape(port)):
             pass
     return metric(text, "cgan_queue_rows")
@@ -455,14 +455,14 @@ async def neighbours() -> Findings:
                 same += sum(a.body == b for a, b in zip(answers, quiet, strict=True))
                 left += len(answers)
             await leaving
-        gone = metric(await scrape(port), "cgan_requests_total", 'status="499"')
+        left = metric(await scrape(port), "cgan_requests_total", 'status="499"')
         more_rows, more_batches = await _batches(port)
         mean = (more_rows - rows) / (more_batches - batches)
         for client in clients:
             client.close()
         return [
             (f"{same:,} of {left:,} answers are the same bytes", same == left > 0),
-            (f"{gone:.0f} of 320 left before their answer", gone > 0),
+            (f"{left:.0f} of 320 left before their answer", left > 0),
             (f"{mean:.0f} images in a batch, on average", mean > 16),
         ]
 
@@ -543,7 +543,7 @@ async def malformed() -> Findings:
 
 
 @fault(
-    "a network that gives what is no number for one class, in batches with 20 other requests",
+    "a network that returns NaN for one class, in batches with 20 other requests",
     "503 for the requests of that class, the same bytes as ever for the others",
 )
 async def not_a_number() -> Findings:

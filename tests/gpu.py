@@ -1,4 +1,4 @@
-"""What only a GPU can prove, in parts that run unattended, each within ten minutes.
+"""The checks that need a GPU, in parts that run unattended, each within ten minutes.
 
     python -m tests.gpu PART... [--out DIR] [--data-dir DIR] [--minutes M] [--rehearse]
 
@@ -41,7 +41,7 @@ class Options:
 
     @property
     def device(self) -> str:
-        """Which device to name: one that is not there is an error, but not in a rehearsal."""
+        """The device to name: one that is absent is an error, except in a rehearsal."""
         return "auto" if self.rehearse else "cuda"
 
 
@@ -49,7 +49,7 @@ Command = list[str]
 
 
 def tests(options: Options) -> dict[str, Command]:
-    """What is marked, and services as users start them."""
+    """Return the tests marked `gpu`, and services as users start them."""
     marked = ["pytest", "-m", "gpu", "tests"]
     files = [f"tests/test_{name}.py" for name in SERVICES]
     if options.rehearse:

@@ -56,7 +56,7 @@ NO_IMAGE = frozenset({400, 404, 405, 406, 422})
 
 @dataclass(frozen=True)
 class Point:
-    """What was seen at one time, or since the time before."""
+    """An observation at one time, or since the time before."""
 
     at_s: float
     memory_mb: float
@@ -120,7 +120,7 @@ class Soak:
 
     @property
     def models(self) -> str:
-        """How many files answered, and how many there were."""
+        """Return the number of files that answered, and of all."""
         answered = {model.rpartition(":")[2] for model, _ in self._bytes}
         return f"{len(answered)} artifacts answered, of {len(self._digests)} that were in place"
 
@@ -131,7 +131,7 @@ class Soak:
         if "seed=" in target and self._bytes.setdefault((model, target), body) != body:
             self.blame(who, f"other bytes than before for {target} of {model}")
 
-    # The clients: each acts once, and is told by `forever` when to do so again
+    # The clients: each acts once, and `forever` says when it acts again
 
     async def forever(self, who: str, act: Callable[[], Awaitable[None]], pause_s: float) -> None:
         """Act, pause for about `pause_s`, and so on until the end."""
@@ -209,14 +209,14 @@ class Soak:
                 async with asyncio.timeout(max(0.1, self.until - time.monotonic())):
                     self.note("slow", await sending, expected, target)
             except TimeoutError:
-                if time.monotonic() < self.until:  # the end of the soak is no fault
+                if time.monotonic() < self.until:  # the end of the soak is not a fault
                     raise
 
         await self.forever("slow", act, 1.0)
         client.close()
 
     async def wrong(self) -> None:
-        """What is refused: broken HTTP, wrong values, unknown models, formats and methods."""
+        """Send requests that must be rejected: broken HTTP, wrong values, unknown models and formats."""
         client = Client(self.port)
         asks = (
             ("/generate?label=99", "POST", "", 422),
@@ -259,7 +259,7 @@ class Soak:
         await self.forever("swap", act, 5.0)
 
     async def probes(self) -> None:
-        """What an orchestrator and a browser ask."""
+        """Ask as an orchestrator and a browser do."""
         client = Client(self.port)
 
         async def act() -> None:

@@ -53,7 +53,7 @@ def test_the_same_seed_gives_the_same_bytes_alone_in_a_crowd_and_after_a_restart
 
 
 def batch_sizes(client: httpx.Client) -> dict[str, float]:
-    """How many batches were full, which a request of at most 89 images seldom is by itself."""
+    """Count full batches, which a request of at most 89 images seldom fills by itself."""
     found = {}
     for line in client.get("/metrics").text.splitlines():
         if line.startswith("cgan_batch_rows_bucket"):

@@ -1,4 +1,4 @@
-"""What `python -m tests.soak` concludes; the soak itself takes minutes and is run by it."""
+"""The conclusions of `python -m tests.soak`; the soak itself takes minutes."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the service is compared with: `python -m tests.benchmarks.baselines NAME --port N`.
+"""Servers for comparison: `python -m tests.benchmarks.baselines NAME --port N`.
 
 Each serves the same generator as the same contact sheets, on uvicorn with uvloop and httptools,
 without an access log: the ways in which people write such a service, and the floors of HTTP itself.
@@ -148,7 +148,7 @@ BASELINES = {
 
 
 def main() -> None:
-    """Serve one of them until told to stop."""
+    """Serve one of them until stopped."""
     parser = argparse.ArgumentParser(description="Serve what the service is compared with.")
     parser.add_argument("name", choices=BASELINES)
     parser.add_argument("--port", type=int, required=True)

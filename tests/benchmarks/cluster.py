@@ -1,9 +1,9 @@
-"""What a Ray cluster costs on one machine, and what processes that share a port do there instead.
+"""A Ray cluster beside workers that share a port, on one machine.
 
     python -m tests.benchmarks.cluster [--rounds 5] [--seconds 3]
 
 Both have two processes with the models, and share all cores with the load: closed loops of 64
-connections, rounds interleaved, medians printed. Nothing else should run meanwhile.
+connections, rounds interleaved, medians printed. Run nothing else.
 """
 
 import argparse

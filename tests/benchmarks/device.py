@@ -1,4 +1,4 @@
-"""What one device serves: a forward, the engine, and the service with more and more workers.
+"""One device: a forward, the engine, and the service with more and more workers.
 
     python -m tests.benchmarks.device [--device cuda] [--weights FILE] [--workers 1 4 12]
 
@@ -57,7 +57,7 @@ class Step:
 
 
 def microseconds(function: Callable[[], object], seconds: float) -> float:
-    """The median time of a call, of as many as fit into so many seconds, but at least five."""
+    """Return the median time of a call, over as many calls as fit into `seconds`, at least five."""
     for _ in range(3):
         function()
     found: list[float] = []
@@ -70,7 +70,7 @@ def microseconds(function: Callable[[], object], seconds: float) -> float:
 
 
 def forward_alone(engine: Engine, rows: int, seconds: float) -> float:
-    """The forward of so many rows without what surrounds it, in microseconds."""
+    """Return the time of a forward of `rows` rows alone, in microseconds."""
     captured = engine._captured
     if captured is None:
         nothing = torch.zeros(rows, engine._inputs(*engine._order(1)).shape[1])
@@ -88,7 +88,7 @@ def forward_alone(engine: Engine, rows: int, seconds: float) -> float:
 
 
 def rows_of(engine: Engine, rows: int) -> Callable[[], object]:
-    """A call of the engine for so many images."""
+    """Return the time of an engine call for a number of images."""
     seeds, numbers = np.full(rows, 5, np.uint64), np.arange(rows)
     return partial(engine, seeds, numbers, numbers % engine.artifact.info.network.num_classes)
 
@@ -153,7 +153,7 @@ def load(port: int, n: int, connections: int, seconds: float) -> Sample:
 
 
 def used_mb(device: torch.device) -> float:
-    """What is in use of the device's memory, by whatever process; nothing of a CPU's."""
+    """Return the device's memory in use by all processes in MB; 0 for a CPU."""
     if device.type != "cuda":
         return float("nan")
     free, total = torch.cuda.mem_get_info(device)
@@ -163,7 +163,7 @@ def used_mb(device: torch.device) -> float:
 def served(
     weights: Path, device: torch.device, workers: int, rounds: int, seconds: float
 ) -> list[Served]:
-    """A service with so many workers, asked for all sizes in turn."""
+    """Measure a service with a number of workers, all sizes in turn."""
     before = used_mb(device)
     share = max(1, (os.cpu_count() or 1) - workers)  # processes that make the load
     share = min(share, 4)
@@ -201,7 +201,7 @@ def _await_workers(client: httpx.Client, workers: int) -> None:
 
 
 def merged(samples: Sequence[Sample]) -> Sample:
-    """What several processes saw at the same time, as one."""
+    """Merge the samples of several processes into one."""
     whole = Sample(seconds=statistics.mean(sample.seconds for sample in samples))
     for sample in samples:
         whole.good += sample.good

@@ -19,12 +19,14 @@ from typing import Any, TypeVar, cast
 import uvloop
 
 T = TypeVar("T")
-EARLY_S = 5e-5  # a thread's sleep may last so much longer; a timer of an event loop, a millisecond
+EARLY_S = (
+    5e-5  # a thread's sleep may last this much longer; a timer of an event loop, a millisecond
+)
 
 
 @dataclass
 class Sample:
-    """What one loop saw.
+    """The results of one loop.
 
     Attributes:
         seconds: from the first request to the end of the loop.
@@ -74,7 +76,7 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass of it
 
     def send(self, request: bytes, due: float) -> None:
         """Send a whole request."""
@@ -122,7 +124,7 @@ async def _connect(port: int, done: Callable[[Connection, int], None]) -> Connec
 async def closed_loop(
     port: int, requests: Iterator[bytes], *, connections: int, seconds: float
 ) -> Sample:
-    """So many clients, each of which sends its next request when it has its answer."""
+    """Run a number of clients, each of which sends its next request when it has its answer."""
     sample = Sample()
     finished = asyncio.Event()
     running = connections
@@ -190,7 +192,7 @@ async def open_loop(
     Latency counts from the time a request was due, so what waits here for a free connection is part
     of it. Until then this sleeps, and leaves its core to the machine's other processes, which would
     interrupt it or the server else. The first `warmup_s` do not count: the server is still busy
-    with so many new connections. After that, when `on_counting` is called, every request that was
+    with the new connections. After that, when `on_counting` is called, every request that was
     due in `seconds` counts, and is waited for; the rate is that of the good answers that came in
     them.
     """

@@ -22,7 +22,7 @@ ROUNDS, CALLS = 15, 200
 
 
 def pillow(pixels: NDArray[np.uint8], **options: int) -> bytes:
-    """What a service without an encoder of its own would do."""
+    """Encode as a service without an encoder of its own would."""
     buffer = io.BytesIO()
     Image.fromarray(pixels[:, :, 0]).save(buffer, format="PNG", **options)
     return buffer.getvalue()

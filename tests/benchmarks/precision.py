@@ -1,4 +1,4 @@
-"""What the service's precision does to quality, by the figures of the certificate.
+"""The effect of the service's precision on quality, by the metrics of the certificate.
 
     python -m tests.benchmarks.precision [--data-dir DIR]
 
@@ -27,7 +27,7 @@ SHOWN = ("gan_test", "precision", "recall", "density", "coverage", "frechet_dist
 
 
 def served(engine: Engine, like: Dataset, seed: int) -> Dataset:
-    """What the service would send: the classes in turn, as many of each."""
+    """Return the images that the service would send: the classes in turn."""
     labels = np.arange(IMAGES) % like.num_classes
     indices = np.arange(IMAGES) // like.num_classes
     seeds = np.full(IMAGES, seed, np.uint64)

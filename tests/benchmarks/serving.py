@@ -4,9 +4,9 @@
 
 Every server is pinned to one core and the load generator to another; all serve `mnist-mlp`, the
 document's MLP, as the same contact sheets, without an access log. Rounds of all servers are
-interleaved, and medians over the rounds are printed. Nothing else should run meanwhile.
+interleaved, and medians over the rounds are printed. Run nothing else.
 
-The closed loop has so many connections, each of which asks again when it is answered. The open
+The closed loop has a number of connections, each of which asks again when it is answered. The open
 loop asks at a constant rate, and latency counts from the time a request was due; a constant answer
 is asked for at the same rate, for what client and machine add; the client sleeps until a request is
 due, and then goes before the machine's other processes, where that is allowed. Bulk compares a
@@ -303,7 +303,7 @@ def bulk(server: Server, rounds: int, seconds: float) -> dict[str, float]:
 
 
 def ratios(rows: list[Row], workers: dict[str, float], bulks: dict[str, float]) -> dict[str, float]:
-    """What the README quotes."""
+    """Return the ratios that the pages quote."""
     by = {(row.case, row.server): row for row in rows}
     found = {
         "n=1, c=64, of FastAPI with checks": _rate(by, "n=1, c=64", OURS, CHECKED),

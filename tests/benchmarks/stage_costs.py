@@ -57,7 +57,7 @@ class NoEngine:
 
 
 def batching(rows: int, together: int = 64, rounds: int = 200) -> float:
-    """Processor time of one request of so many rows in the batcher, both threads together."""
+    """Return the processor time of a request of `rows` rows in the batcher, on both threads."""
 
     async def main() -> float:
         batcher = Batcher(1 << 20, 60.0, Metrics())

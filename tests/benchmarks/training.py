@@ -41,7 +41,7 @@ from training.loop import Stepper, create_state, eager_stepper, generator_config
 class PerImage(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """MNIST image by image, as torchvision's MNIST, ToTensor and Normalize go about it.
 
-    The same operations in the same order, written out here because torchvision is no dependency:
+    The same operations in the same order, written out here because torchvision is not a dependency:
     the row as a PIL image, its bytes copied into an array, the channel put first, scaled to [0, 1];
     then a copy with mean and deviation made into tensors, checked, and applied. The Resize to 28
     pixels between them returns an image that has 28 pixels as it is, and is left out.

@@ -5,7 +5,7 @@
 Each NAME=CHECKOUT is a working tree of this project. Without any, this tree is compared with two
 common servers of the same generator (`tests.benchmarks.baselines`). Servers and load share the
 cores; nothing is pinned. Rounds of all servers are interleaved, and medians are printed with the
-ratio to the first server. Nothing else should run meanwhile.
+ratio to the first server. Run nothing else.
 """
 
 import argparse

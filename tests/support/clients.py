@@ -1,4 +1,4 @@
-"""Clients that misbehave on purpose, and what Linux knows of the service they do it to."""
+"""Clients that misbehave on purpose, and Linux's view of the service."""
 
 import asyncio
 import random
@@ -10,7 +10,7 @@ from typing import cast
 
 from tests.support.serving import ServiceProcess
 
-PATIENCE_S = 300.0  # a hang is longer than any queue, and than a machine that stands still
+TIMEOUT_S = 300.0  # a hang is longer than any queue, and than a machine that stands still
 KEPT_S = 3.0  # for how long an idle connection is sure to be kept; the server closes it at 5
 
 MALFORMED = (
@@ -64,7 +64,7 @@ class Client:
 
     async def read(self) -> Answer:
         """The next answer."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             head = await self.reader.readuntil(b"\r\n\r\n")
             first, *lines = head.decode("latin-1").strip().split("\r\n")
             headers = {name.lower(): value for name, value in (x.split(": ", 1) for x in lines)}
@@ -130,7 +130,7 @@ async def leave(port: int, target: str, *, after_s: float, read_bytes: int = 0) 
     writer.write(f"POST {target} HTTP/1.1\r\nHost: s\r\n\r\n".encode())
     try:
         if read_bytes:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(TIMEOUT_S):
                 await reader.read(read_bytes)
         await asyncio.sleep(after_s * random.random())
     finally:
@@ -142,7 +142,7 @@ async def leave(port: int, target: str, *, after_s: float, read_bytes: int = 0) 
 
 @dataclass(frozen=True)
 class Held:
-    """What all processes of a service hold together."""
+    """The resources of all processes of a service together."""
 
     memory_mb: float  # resident
     files: int
@@ -150,7 +150,7 @@ class Held:
 
 
 def held(service: ServiceProcess) -> Held:
-    """What a service holds now; that of several workers includes their supervisor."""
+    """Return the resources of a service now, its supervisor included."""
     found = [_held(pid) for pid in (service.process.pid, *children(service))]
     return Held(
         sum(each.memory_mb for each in found),
@@ -189,7 +189,7 @@ def metric(text: str, name: str, *labels: str) -> float:
 
 
 async def scrape(port: int) -> str:
-    """What `/metrics` says, on a connection of its own."""
+    """Return `/metrics`, read on a connection of its own."""
     client = Client(port)
     try:
         return (await client.ask("/metrics", "GET")).body.decode()
@@ -198,13 +198,13 @@ async def scrape(port: int) -> str:
 
 
 async def at_rest(service: ServiceProcess) -> Held:
-    """What a service holds once nothing is asked of it any more.
+    """Return the resources of a service once it is idle.
 
     Raises:
         TimeoutError: something is still queued, in progress or connected.
     """
     port = port_of(service)
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TIMEOUT_S):
         last: tuple[int, int] | None = None
         while True:
             text = await scrape(port)

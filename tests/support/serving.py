@@ -79,7 +79,7 @@ class ServiceProcess:
 
 
 def refused(*arguments: str) -> str:
-    """What a service that must not start writes to stderr."""
+    """Start a service that must not start; return its stderr."""
     ended = run("-m", "service", "--port", "0", *arguments, environment=_environment())
     assert ended.returncode != 0
     assert ended.stdout == ""

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from tests.support.serving import ServiceProcess
 
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 LAST = b"GET /livez HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
 
 
@@ -34,7 +34,7 @@ class Answer:
 
     @property
     def gist(self) -> tuple[int, bytes]:
-        """What is the same whenever the same is asked."""
+        """The part of an answer that equal requests share."""
         own = self.headers.get("x-request-id", "none").encode()
         return self.status, self.body.replace(own, b"")
 
@@ -51,7 +51,7 @@ class Client:
 
     def __post_init__(self) -> None:
         self.socket = socket.socket()
-        self.socket.settimeout(PATIENCE_S)
+        self.socket.settimeout(TIMEOUT_S)
         if self.window is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.window)
         self.socket.connect(address(self.service))
@@ -87,7 +87,7 @@ class Client:
 
 
 def wait_until(reached: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not reached():
         assert time.monotonic() < deadline, f"never happened: {what}"
         time.sleep(0.005)  # for threads of this process, which may be what it waits for
@@ -105,7 +105,7 @@ def ask(service: ServiceProcess, *parts: bytes) -> list[Answer]:
     return client.wait()
 
 
-def drain(clients: Sequence[Client], patience_s: float = PATIENCE_S) -> None:
+def drain(clients: Sequence[Client], patience_s: float = TIMEOUT_S) -> None:
     """Read until the service has ended every connection."""
     deadline = time.monotonic() + patience_s
     while left := {client.socket: client for client in clients if not client.ended}:
@@ -133,7 +133,7 @@ def parse(received: bytes) -> list[Answer]:
     """Answers one after the other; the last one has to be complete.
 
     Raises:
-        http.client.HTTPException: this is no HTTP.
+        http.client.HTTPException: malformed HTTP.
     """
     source, answers = _Open(received), []
     while source.tell() < len(received):

@@ -15,7 +15,7 @@ from service.server.protocol import raise_nofile_limit
 from tests.conftest import make_artifact
 from tests.support.clients import metric
 from tests.support.serving import ServiceProcess
-from tests.support.wire import PATIENCE_S, Client, address, drain, wait_until
+from tests.support.wire import TIMEOUT_S, Client, address, drain, wait_until
 
 TARGET = "/generate?label=cat&n=64&format=zip"
 COMPLETE, REFUSED, UNREACHABLE = "complete", "refused with 503", "no connection"
@@ -28,7 +28,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def get(service: ServiceProcess, path: str) -> httpx.Response:
     """An answer over a connection of its own."""
-    return httpx.get(service.client.base_url.join(path), timeout=PATIENCE_S)
+    return httpx.get(service.client.base_url.join(path), timeout=TIMEOUT_S)
 
 
 def drains(service: ServiceProcess) -> bool:
@@ -40,7 +40,7 @@ class Load(threading.Thread):
 
     def __init__(self, service: ServiceProcess) -> None:
         super().__init__()
-        self.connection = http.client.HTTPConnection(*address(service), timeout=PATIENCE_S)
+        self.connection = http.client.HTTPConnection(*address(service), timeout=TIMEOUT_S)
         self.outcomes: list[str] = []
 
     def run(self) -> None:
@@ -100,7 +100,7 @@ def test_a_draining_service_serves_on_and_sends_clients_elsewhere(
         service.signal()
         wait_until(lambda: drains(service), "readiness is off")
         for _ in range(4):
-            answer = httpx.post(service.client.base_url.join(TARGET), timeout=PATIENCE_S)
+            answer = httpx.post(service.client.base_url.join(TARGET), timeout=TIMEOUT_S)
             assert answer.status_code == 200
             assert answer.headers["Connection"] == "close"
         kept.received.clear()
@@ -109,7 +109,7 @@ def test_a_draining_service_serves_on_and_sends_clients_elsewhere(
         began = time.monotonic()
         service.signal()
         assert service.wait() == 0
-        assert time.monotonic() - began < PATIENCE_S / 2  # of ten minutes
+        assert time.monotonic() - began < TIMEOUT_S / 2  # of ten minutes
 
 
 def test_an_answer_that_is_read_late_is_still_whole_and_what_was_begun_is_refused(
