@@ -216,7 +216,7 @@ class Soak:
         client.close()
 
     async def wrong(self) -> None:
-        """Send requests that must be rejected: broken HTTP, wrong values, unknown models and formats."""
+        """Send requests that must be rejected: broken HTTP, wrong values, unknown names."""
         client = Client(self.port)
         asks = (
             ("/generate?label=99", "POST", "", 422),

@@ -7,7 +7,8 @@ from tests.support.processes import REPOSITORY
 
 FIRST_WORDS = {"What", "Whether", "Who", "Which", "How", "Where"}
 AVOIDED = re.compile(
-    r"\b([Ww]hoever|told|gone|[Bb]esides|for ever|is no|is none|[Ss]o (many|much|long)|[Mm]eanwhile)\b"
+    r"\b([Ww]hoever|told|gone|[Bb]esides|for ever|is no|is none|[Mm]eanwhile"
+    r"|[Ss]o (many|much|long))\b"
 )
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 READ_BY_USERS = (

@@ -1,6 +1,5 @@
 """Python programs as processes of their own."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
