@@ -150,8 +150,7 @@ def test_what_trains_does_not_know_what_watches_it() -> None:
     stepping = foundation | {"training.config", "training.data.named", "training.distributed"}
     assert known("training.loop") <= stepping | {"training.files"}
     stepping |= {"training.files", "training.loop"}
-    assert known("training.manual") <= stepping
-    assert known("training.cuda_graph") <= stepping | {"training.manual"}
+    assert known("training.cuda_graph") <= stepping
     assert "training.run" not in known("training.gamma_search") | known("training.checkpoint")
     assert not {"training.run", "training.loop"} & known("training.quality.quick_metrics")
 

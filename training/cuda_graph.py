@@ -13,7 +13,6 @@ from torch import Tensor
 from training.config import TrainingConfig
 from training.data.named import Dataset
 from training.loop import Stepper, TrainState, eager_stepper, schedule, update
-from training.manual import ManualStepper
 
 _STEPS_PER_REPLAY = 16
 _WARM_UP_STEPS = 4
@@ -33,8 +32,6 @@ def make_stepper(
         config: of the run.
         warn: told the reason, once, where a CUDA device launches every step by itself.
     """
-    if ManualStepper.applies(state, config):
-        return ManualStepper(state, dataset, config)
     if state.rng.device.type != "cuda":
         return eager_stepper(state, dataset, config)
     if state.world.size > 1:
