@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -29,6 +28,7 @@ from service.middleware.auth import PUBLIC_PATHS, APIKeyGrant, APIKeyMiddleware,
 from service.settings import Settings
 from service.startup import ServiceError
 from service.telemetry.metrics import Metrics
+from training.devices import available_cores
 
 if TYPE_CHECKING:
     from service.middleware.tracing import Tracing
@@ -85,13 +85,6 @@ class App(FastAPI):
                 }
                 self.openapi_schema["components"]["securitySchemes"] = schemes
         return self.openapi_schema
-
-
-def available_cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def create_app(

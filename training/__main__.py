@@ -19,7 +19,13 @@ from training.config import PRESETS, TrainingConfig
 from training.cuda_graph import make_stepper
 from training.data.folder import MAX_SIZE, MIN_SIZE, is_folder, read_folder
 from training.data.named import DATASETS, DataError, Dataset, Split, default_data_dir, load_dataset
-from training.devices import DeviceError, describe, has_native_bfloat16, resolve_device
+from training.devices import (
+    DeviceError,
+    describe,
+    has_native_bfloat16,
+    limit_threads,
+    resolve_device,
+)
 from training.distributed import DistributedContext, join, local_device
 from training.files import prepare_folder, write_atomically
 from training.gamma_search import DEFAULT_PENALTY
@@ -72,6 +78,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"show_default": True, "max_content_width": 100})
 def main() -> None:
     """Train class-conditional generators, measure them, and sample from them."""
+    limit_threads()
 
 
 device_option = click.option(

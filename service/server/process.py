@@ -32,7 +32,7 @@ from service.settings import Settings
 from service.startup import Address, ServiceError, address_of, serving
 from service.telemetry.metrics import Metrics, share
 from training.artifact import ArtifactError
-from training.devices import DeviceError, describe
+from training.devices import DeviceError, describe, limit_threads
 
 # For requests that are on their way when the port closes: time to arrive and to be answered.
 _LAST_MOMENT_S = 0.2
@@ -229,6 +229,7 @@ def load(settings: Settings) -> ModelRepository:
     """
     configure_logging(settings.log_level)
     prometheus_client.disable_created_metrics()  # a second series for each one, which nobody reads
+    limit_threads(settings.workers)
     try:
         return load_repository(settings)
     except (ArtifactError, DeviceError) as error:
@@ -273,7 +274,6 @@ def serve_as_worker(
     Raises:
         ServiceError: it cannot start.
     """
-    share_cores(settings.workers)
     share(folder, str(index))
     registry = load(on_own_device(settings, index))
     metrics = Metrics(folder)
@@ -302,12 +302,6 @@ def listening(descriptor: int) -> socket.socket:
         shared.close()
         raise ServiceError(f"the port cannot be opened: {error.strerror}") from error
     return shared
-
-
-def share_cores(workers: int) -> None:
-    """Give this worker its part of the threads that PyTorch would use for one."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def on_own_device(settings: Settings, index: int) -> Settings:

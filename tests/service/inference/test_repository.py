@@ -67,7 +67,7 @@ def test_one_bad_file_is_named_and_nothing_is_served(tmp_path: Path) -> None:
 
 def test_a_device_that_is_none_is_refused(tmp_path: Path) -> None:
     make_artifact(tmp_path / "good.safetensors")
-    with pytest.raises(DeviceError, match="'tpu' is none; allowed are auto, cpu, cuda"):
+    with pytest.raises(DeviceError, match="unknown device 'tpu'; expected auto, cpu, cuda"):
         load_repository(settings(tmp_path, device="tpu"))
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from service.server.accepting import TOLERANCE
-from service.server.process import listening, on_own_device, share_cores
+from service.server.process import listening, on_own_device
 from service.settings import Settings
 from service.startup import ServiceError
 from tests.conftest import make_artifact
@@ -406,18 +406,3 @@ def test_workers_are_spread_over_gpus(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     settings = Settings(device=device)
     assert [on_own_device(settings, index).device for index in range(3)] == expected
-
-
-@pytest.mark.parametrize(("workers", "expected"), [(2, 4), (3, 2), (16, 1)])
-def test_workers_share_the_threads_of_one(
-    workers: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[int] = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    share_cores(workers)
-    assert taken == []
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    share_cores(workers)
-    assert taken == [expected]
