@@ -17,7 +17,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import errors
 from service.api import datasets, generate, health, open_inference, openai, pages
 from service.api.generate import GenerateEndpoint
-from service.api.load_shedding import Shedder
 from service.generation import Generation
 from service.inference.batcher import Batcher
 from service.inference.health import Readiness, SelfTest
@@ -168,10 +167,6 @@ def create_app(
     app.state.refusal = AccessLogMiddleware(
         errors.refuse, metrics
     )  # of what never becomes a request
-    # Whoever needs a key, or has a trace, is looked at before being refused.
-    app.state.shed = (
-        None if grants or tracing else Shedder(generation, AccessLogMiddleware(front_door, metrics))
-    )
     return app
 
 

@@ -284,22 +284,6 @@ class Generation:
         variation = None if truncation == 1.0 else SamplingOptions(truncation)
         return GenerationRequest(model, seeds, labels, indices, counts, variation)
 
-    @property
-    def crowded(self) -> bool:
-        """Whether one was refused for want of room or time, since nothing waited."""
-        return self._batcher.crowded
-
-    def refusal(self, model: Model, images: int, timeout_s: float | None) -> Problem | None:
-        """The problem that an order of so many images ends in now, where there is no room for it.
-
-        It counts as an order that was refused.
-        """
-        error = self._batcher.refusal(model.engine, images, timeout_s)
-        if error is None:
-            return None
-        model.tally.failed += 1
-        return self._overloaded(error)
-
     async def fulfil(
         self, order: GenerationRequest, client: Client, timeout_s: float | None = None
     ) -> GeneratedImages:

@@ -150,16 +150,13 @@ class _EngineQueue:
     least_s: float = 0.0  # seconds of a forward of small requests; 0 until measured
     forwards: int = 0  # that succeeded
 
-    def finish_s(self, rows: int, ahead: int = 0) -> float:
-        """How long it will take until another request is done; 0 where nothing is known.
-
-        Rows that are not queued yet, and will be `ahead` of it, take their time as well.
-        """
+    def finish_s(self, rows: int) -> float:
+        """How long it will take until another request is done; 0 where nothing is known."""
         if rows <= SMALL:
-            rows += ahead + self.small_rows
+            rows += self.small_rows
             rows += min(rows, self.queued_rows - self.small_rows)  # of large ones, in turn
         else:
-            rows += ahead + self.queued_rows - self.small_rows
+            rows += self.queued_rows - self.small_rows
             rows *= 2  # small ones may come
         return rows * (self.row_s or 0.0)
 
@@ -230,7 +227,6 @@ class Batcher:
         # On the event loop alone; the first is read by others, too:
         self.small_at = -math.inf  # when the last small request came, by perf_counter
         self.crowded = False  # whether one found no room, or no time, since nothing waited
-        self._let_in = 0  # rows that `refusal` had room for in this round of the loop
         self._rounds_left = 0  # of the event loop, before the next turn
         self._turning = False
 
@@ -371,52 +367,29 @@ class Batcher:
                 self._await_quiet(lane.queued_rows < engine.max_batch)
         return ticket
 
-    def refusal(self, engine: Engine, rows: int, timeout_s: float | None) -> Overloaded | None:
-        """What `admit` would raise for so many rows, for want of room or time.
-
-        Room is told of once: a round of the loop reads many requests before it admits the first.
-        """
-        now = self._hear(engine)
-        with self._lock:
-            lane = self._lanes.get(engine)
-            if lane is None or not self._accepting:
-                return None
-            error = self._find_excess(lane, rows, self._bounded(timeout_s), now, self._let_in)
-        if error is not None:
-            return error
-        if not self._let_in:
-            self._loop.call_soon(self._end_round)
-        self._let_in += rows
-        return None
-
-    def _end_round(self) -> None:
-        self._let_in = 0  # those are admitted next
-
     def _bounded(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
 
     def _find_excess(
-        self, lane: _EngineQueue, rows: int, timeout_s: float, now: float, ahead: int = 0
+        self, lane: _EngineQueue, rows: int, timeout_s: float, now: float
     ) -> Overloaded | None:
         """What is wrong unless `rows` more fit the queue and can be done in time.
 
         With an empty queue the time does not count: only trying corrects an estimate that is
-        too slow. A request of more than `max_queue` rows never fits. As many rows as are `ahead`
-        count as if they were queued.
+        too slow. A request of more than `max_queue` rows never fits.
         """
-        queued = ahead + sum(other.queued_rows for other in self._turns)
+        queued = sum(other.queued_rows for other in self._turns)
         if not queued and rows <= self._max_queue:
             return None
         room = self._max_queue + (self._max_queue // 8 if rows <= SMALL else 0) - queued
         busy = len(self._turns) + (lane not in self._turns)  # lanes that take turns
         running_s = max(0.0, self._running_until - now)
-        late_s = running_s + busy * lane.finish_s(rows, ahead) - HASTE * timeout_s
+        late_s = running_s + busy * lane.finish_s(rows) - HASTE * timeout_s
         if rows <= room and late_s <= 0.0:
             return None
 
         room_s = self._timeout_s  # by then all that waits now is answered or gone
         backlog_s = sum(other.queued_rows * (other.row_s or 0.0) for other in self._turns)
-        backlog_s += ahead * (lane.row_s or 0.0)
         if backlog_s > 0.0:
             excess = rows - room
             fits_s = running_s + backlog_s * min(1.0, excess / queued) if excess > 0 else 0.0

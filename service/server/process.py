@@ -81,7 +81,6 @@ class Server(uvicorn.Server):
             app.state.refusal,
             settings.client_timeout_s,
             raise_nofile_limit(settings.max_connections),
-            shed=app.state.shed,
         )
         http: Any = partial(HTTPProtocol, self._terms)
         super().__init__(

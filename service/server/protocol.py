@@ -16,7 +16,6 @@ import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
     HttpToolsProtocol,
     RequestResponseCycle,
 )
@@ -50,8 +49,6 @@ class ConnectionLimits:
         client_timeout_s: how long a client may keep the server waiting.
         max_connections: most that are open at a time; more are answered 503 and closed.
         draining: whether every answer is the last one of its connection.
-        shed: status, lines of headers, and body for a request that is refused at once, by its head,
-            without the empty line at the end, and client; None for others.
         on_lost: called when a connection has ended.
     """
 
@@ -59,7 +56,6 @@ class ConnectionLimits:
     client_timeout_s: float
     max_connections: int
     draining: bool = False
-    shed: Callable[[bytes, Any], tuple[int, bytes, bytes] | None] | None = None
     on_lost: Callable[[], object] = lambda: None
 
 
@@ -178,10 +174,6 @@ class HTTPProtocol(HttpToolsProtocol):
         """Take what the client sends."""
         if self._deaf or self.transport.closed:
             return
-        if self._terms.shed is not None:
-            data = self._shed(data)
-            if not data:
-                return
         begun = self._requests
         try:
             self.parser.feed_data(data)
@@ -220,26 +212,6 @@ class HTTPProtocol(HttpToolsProtocol):
         """End a request."""
         self._whole = True
         super().on_message_complete()
-
-    def _shed(self, data: bytes) -> bytes:
-        """Answer the requests that are refused before they are any; gives what is left."""
-        if not self._whole or self._answering or self.pipeline or self._terms.draining:
-            return data
-        assert self._terms.shed is not None
-        start = 0
-        while (end := data.find(b"\r\n\r\n", start)) >= 0:
-            refused = self._terms.shed(data[start:end], self.client)
-            if refused is None:
-                break
-            status, lines, body = refused
-            answer = [STATUS_LINE[status]]
-            for name, value in self.server_state.default_headers:
-                answer += (name, b": ", value, b"\r\n")
-            self.transport.write(b"".join((*answer, lines, b"\r\n", body)))
-            self.server_state.total_requests += 1
-            self._requests += 1
-            start = end + 4
-        return data[start:]
 
     def _find_problem(self) -> Problem | None:
         """Which bound a complete head breaks."""

@@ -490,45 +490,6 @@ def test_rows_beyond_the_bound_are_refused_and_nothing_is_queued() -> None:
     assert engine.sizes == [10, 10]
 
 
-def test_room_is_told_of_once_in_a_round_of_the_loop() -> None:
-    gate = Gate()
-    engine = FakeEngine(gate=gate)
-
-    async def scenario(batcher: Batcher) -> None:
-        tasks = [await admitted(submit(batcher, engine, 0, n=10))]
-        await gate.entered()
-        tasks.append(await admitted(submit(batcher, engine, 1, n=20)))
-        assert batcher.refusal(engine, 20, None) is None
-        assert isinstance(batcher.refusal(engine, 20, None), Overloaded)
-        assert batcher.refusal(engine, 2, None) is None  # what is left, and a little beyond
-        tasks.append(await admitted(submit(batcher, engine, 2, n=20)))
-        # A round later only what is queued counts, even if it was let in and did not come.
-        assert batcher.queued_rows == 40
-        tasks.append(await admitted(submit(batcher, engine, 3, n=3)))
-        gate.open(3)
-        await asyncio.gather(*tasks)
-
-    run(scenario, max_queue=40)
-
-
-def test_the_time_of_what_was_let_in_counts_as_well(clock: FakeClock) -> None:
-    engine = TimedEngine(clock, max_batch=10, row_s=1.0)
-
-    async def scenario(batcher: Batcher) -> list[float | None]:
-        await submit(batcher, engine, 0, n=10)  # measures 1 s per row
-        engine.gate = gate = Gate()
-        running = await admitted(submit(batcher, engine, 1, n=10))
-        await gate.entered()
-        found = [batcher.refusal(engine, 20, 80.0) for _ in range(2)]
-        gate.open()
-        await running
-        return [None if each is None else each.retry_after_s for each in found]
-
-    # 10 s of the running batch, and of each the 20 s twice, as small ones may take half the engine.
-    late_s = 10 + 2 * (20 + 20) - HASTE * 80
-    assert run(scenario, timeout_s=100.0) == [None, pytest.approx(late_s)]
-
-
 def test_it_is_crowded_from_a_refusal_until_a_request_finds_nothing_waiting() -> None:
     gate = Gate()
     engine = FakeEngine(gate=gate)
