@@ -106,9 +106,7 @@ def create_app(
     metrics = metrics or Metrics()
     readiness = Readiness(metrics)
     cores = max(1, available_cores() // settings.workers)
-    # A GPU computes without this process's core, which waits for it on a thread.
-    threaded = cores > 1 or any(model.engine.device.type != "cpu" for model in registry)
-    batcher = Batcher(settings.max_queue, settings.timeout_ms / 1e3, metrics, threaded=threaded)
+    batcher = Batcher(settings.max_queue, settings.timeout_ms / 1e3, metrics)
     encoders = ThreadPoolExecutor(cores, thread_name_prefix="encoder")
     reloader = Reloader(registry, metrics)
     tracing = _create_tracing(settings.otlp_endpoint)

@@ -17,19 +17,17 @@ from numpy.typing import NDArray
 from prometheus_client import Counter as CounterMetric
 
 from service.errors import Problem, wrong_value
-from service.inference.batcher import (
-    Batcher,
-    BatchRecord,
+from service.inference.batcher import Batcher
+from service.inference.errors import (
     DeadlineExceeded,
+    DeviceLost,
     Draining,
     ForwardFailed,
-    GenerationResult,
     Overloaded,
-    PendingRequest,
 )
-from service.inference.errors import DeviceLost
 from service.inference.latents import SamplingOptions
 from service.inference.repository import Model, ModelRepository
+from service.inference.scheduling import BatchRecord, GenerationResult, PendingRequest
 from service.settings import MAX_IMAGES
 from service.telemetry.metrics import Metrics
 
@@ -37,9 +35,6 @@ Steps = Generator[None, None, bytes]  # work that can be interrupted wherever it
 
 # What holds up the event loop for about 0.1 ms: a sheet of 64 images of 28x28 pixels.
 _PIXELS_AT_ONCE = 1 << 16
-# As much of a sheet where there is a single core: a thread would only take it from the loop, and
-# whoever comes has to wait for forwards there, too.
-_PIXELS_ON_ONE_CORE = 1 << 20
 # How long steps are taken before others have their turn: beside small requests, and without any for
 # a second, when the caches are worth more than the turns.
 _STRIDE_S, _LONG_STRIDE_S = 0.0001, 0.003
@@ -181,7 +176,6 @@ class Generation:
         self._batcher = batcher
         self._metrics = metrics
         self._encoders = encoders
-        self._pixels_at_once = _PIXELS_AT_ONCE if batcher.threaded else _PIXELS_ON_ONE_CORE
         self._one_in_steps = asyncio.Lock()
         self._sent: dict[tuple[str, int | str], CounterMetric] = {}  # of `metrics.images`
         self._rejection = cache(metrics.rejections.labels)
@@ -376,7 +370,7 @@ class Generation:
         """
         began = time.perf_counter()
         if not isinstance(work, Generator):
-            if pixels <= self._pixels_at_once:
+            if pixels <= _PIXELS_AT_ONCE:
                 encoded = work()
             else:
                 loop = asyncio.get_running_loop()
@@ -403,7 +397,7 @@ class Generation:
             if now >= until:
                 await asyncio.sleep(0)
                 now = time.perf_counter()
-                small = now - self._batcher.small_at < 1.0
+                small = now - self._batcher.last_small_arrival < 1.0
                 until = now + (_STRIDE_S if small else _LONG_STRIDE_S)
 
     def forwards(self, model: Model) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from service.inference.backends import REFERENCE_ROWS, ROW_MULTIPLE, Layer, chain
-from service.inference.errors import CorruptRows, DeviceLost, OutOfMemory
+from service.inference.errors import CorruptRows, DeviceLost, EngineError, OutOfMemory
 from service.inference.latents import RowOptions, draw_latents
 from training.artifact import Artifact
 from training.devices import has_native_bfloat16
@@ -37,10 +37,6 @@ _KNOWN_SEED, _KNOWN = 0, 8  # seed and number of the images that prove a device
 T = TypeVar("T", bound=np.generic)
 
 ForwardFn = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-class EngineError(Exception):
-    """The engine cannot serve: warm-up found a wrong image."""
 
 
 class ReferenceImages(NamedTuple):
@@ -201,7 +197,7 @@ class Engine:
         seeds: NDArray[np.uint64],
         indices: NDArray[np.int64],
         labels: NDArray[np.int64],
-        varied: Sequence[RowOptions] = (),
+        row_options: Sequence[RowOptions] = (),
     ) -> NDArray[np.uint8]:
         """Make one image a row.
 
@@ -209,7 +205,7 @@ class Engine:
             seeds: (B,) uint64, with 1 <= B <= max_batch.
             indices: (B,) int64, not negative.
             labels: (B,) int64 in [0, num_classes).
-            varied: the rows that are not plain draws of their class.
+            row_options: the rows that are not plain draws of their class.
 
         Returns:
             (B, H, W, C) uint8, owned by the caller.
@@ -221,7 +217,7 @@ class Engine:
         """
         forward = self._captured or self._eager
         with _faults():
-            pixels, finite = forward(self._inputs(seeds, indices, labels, varied))
+            pixels, finite = forward(self._inputs(seeds, indices, labels, row_options))
         if not finite.all():
             raise CorruptRows(pixels, ~finite)
         return pixels
@@ -231,12 +227,12 @@ class Engine:
         seeds: NDArray[np.uint64],
         indices: NDArray[np.int64],
         labels: NDArray[np.int64],
-        varied: Sequence[RowOptions] = (),
+        row_options: Sequence[RowOptions] = (),
     ) -> NDArray[np.float32]:
         """Latents, and the embeddings of labels, (B, latent_dim + embedding_dim)."""
         latents = draw_latents(seeds, indices, self._latent_dim)
         embedded = self._embedding.take(labels, 0)
-        for rows, own, variation in varied:
+        for rows, own, variation in row_options:
             latents[rows] = variation.latents(latents[rows], indices[rows], own)
             if variation.mix is not None:
                 # In double precision: what is mixed of one class alone is that class.

@@ -1,26 +1,50 @@
-"""What can go wrong with a device, in words that need no PyTorch."""
-# ruff: noqa: N818  (the exceptions are named for what happened)
+"""Errors of admission, batches and devices; importing them needs no PyTorch."""
+# ruff: noqa: N818  (the exceptions are named for what happened: Overloaded, Draining)
 
 import numpy as np
 from numpy.typing import NDArray
 
 
+class EngineError(Exception):
+    """A model that cannot be served: the self-test at start-up found a wrong image."""
+
+
+class Draining(Exception):
+    """A batcher that admits no work: it is shutting down, or was never started."""
+
+
+class Overloaded(Exception):
+    """A request for which the queue has no room or not enough time; retry in `retry_after_s`."""
+
+    def __init__(self, queued_rows: int, retry_after_s: float) -> None:
+        super().__init__(queued_rows, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(Exception):
+    """A request that was not complete at its deadline."""
+
+
+class ForwardFailed(Exception):
+    """A request with rows in a batch that failed; `__cause__` is the engine's exception."""
+
+
 class OutOfMemory(Exception):
-    """So many rows do not fit the device's memory; fewer may."""
+    """A batch that does not fit the device's memory; a smaller one may fit."""
 
 
 class CorruptRows(Exception):
-    """Some rows of a batch are not numbers.
+    """A batch of which some rows are not finite.
 
     Args:
-        pixels: (B, H, W, C) uint8, all rows.
-        rows: (B,) bool, which of them are wrong.
+        pixels: (B, H, W, C) uint8, of all rows.
+        rows: (B,) bool, True for the rows that are not finite.
     """
 
     def __init__(self, pixels: NDArray[np.uint8], rows: NDArray[np.bool_]) -> None:
-        super().__init__(f"{rows.sum()} of {len(rows)} rows are not numbers")
+        super().__init__(f"{rows.sum()} of {len(rows)} rows are not finite")
         self.pixels, self.rows = pixels, rows
 
 
 class DeviceLost(Exception):
-    """The device does not compute any more, or not rightly; only another process may help."""
+    """A device that fails or computes wrong images; only a new process can use it again."""

@@ -7,8 +7,14 @@ from collections.abc import Callable
 import numpy as np
 
 from service.errors import Problem
-from service.inference.batcher import Batcher, DeadlineExceeded, Draining, ForwardFailed, Overloaded
-from service.inference.errors import DeviceLost
+from service.inference.batcher import Batcher
+from service.inference.errors import (
+    DeadlineExceeded,
+    DeviceLost,
+    Draining,
+    ForwardFailed,
+    Overloaded,
+)
 from service.inference.repository import Model, ModelRepository
 from service.telemetry.metrics import Metrics
 
@@ -116,5 +122,5 @@ class SelfTest:
             self._checks.labels("passed").inc()
             return None
         self._checks.labels("wrong").inc()
-        self._batcher.lose(DeviceLost(f"known images of {model.name} are not what they were"))
+        self._batcher.fail_all(DeviceLost(f"known images of {model.name} are not what they were"))
         return None

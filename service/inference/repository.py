@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 
 from service.encoding.png import encode_contact_sheet
-from service.inference.engine import Engine, EngineError, resolve_dtype
+from service.inference.engine import Engine, resolve_dtype
+from service.inference.errors import EngineError
 from service.settings import Settings
 from training.artifact import ArtifactError, ArtifactInfo, load_artifact
 from training.devices import resolve_device

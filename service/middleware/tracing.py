@@ -19,7 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.generation import Stage, stages
-from service.inference.batcher import BatchRecord
+from service.inference.scheduling import BatchRecord
 from service.middleware.access_log import PROBE_PATHS
 
 _propagator = TraceContextTextMapPropagator()

@@ -6,7 +6,7 @@ where it says so. HTTP itself is in `tests.benchmarks.serving`, as the floors.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -21,10 +21,11 @@ from service.encoding.png import encode_contact_sheet
 from service.generation import Client, GeneratedImages, Generation, GenerationRequest, finish
 from service.inference.batcher import Batcher
 from service.inference.engine import Engine, resolve_dtype
-from service.inference.latents import RowOptions, draw_latents
+from service.inference.latents import draw_latents
 from service.inference.repository import Model, ModelRepository
 from service.telemetry.metrics import Metrics
 from tests.benchmarks.serving import WEIGHTS
+from tests.support.engines import EngineStub
 from training.artifact import load_artifact
 
 ROUNDS = 7
@@ -41,19 +42,9 @@ def microseconds(function: Callable[[], object], calls: int = 100) -> float:
     return best
 
 
-class NoEngine:
-    """Answers at once, so that what is left is the batcher."""
-
-    max_batch = 256
-
-    def __call__(
-        self,
-        seeds: NDArray[np.uint64],
-        indices: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        varied: Sequence[RowOptions] = (),
-    ) -> NDArray[np.uint8]:
-        return np.zeros((len(seeds), 28, 28, 1), np.uint8)
+def paint_nothing(seeds: NDArray[np.uint64], *_: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return blank images at once, so that the batcher is all that is measured."""
+    return np.zeros((len(seeds), 28, 28, 1), np.uint8)
 
 
 def batching(rows: int, together: int = 64, rounds: int = 200) -> float:
@@ -62,7 +53,7 @@ def batching(rows: int, together: int = 64, rounds: int = 200) -> float:
     async def main() -> float:
         batcher = Batcher(1 << 20, 60.0, Metrics())
         batcher.start()
-        engine = NoEngine()
+        engine = EngineStub(256, paint_nothing)
         seeds, numbers = np.zeros(rows, np.uint64), np.arange(rows)
         began = time.process_time()
         for _ in range(rounds):

@@ -14,60 +14,49 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from service.app import create_app
-from service.inference.engine import Engine, ReferenceImages
 from service.inference.errors import DeviceLost
 from service.inference.latents import RowOptions
 from service.inference.repository import Model, ModelRepository
 from service.settings import Settings
+from tests.support.engines import EngineStub
 from tests.support.serving import serving
 from training.artifact import Artifact
 
 
-class GatedEngine(Engine):
+def paint_indices(
+    _seeds: NDArray[np.uint64], indices: NDArray[np.int64], _labels: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    pixels = np.zeros((len(indices), 12, 12, 1), dtype=np.uint8)
+    pixels += indices.astype(np.uint8)[:, None, None, None]
+    return pixels
+
+
+class GatedEngine(EngineStub):
     """Paints each image with its index; waits for `gate` before each batch."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self.artifact = artifact
-        self.device = torch.device("cpu")
-        self.dtype = torch.float32
-        self.max_batch = 8
-        self.image_shape = (12, 12, 1)
+        super().__init__(8, paint_indices, artifact)
         self.gate = threading.Event()
         self.started = threading.Semaphore(0)
         self.failure: Exception | None = None
-        self.computed = 0
-        indices = np.arange(2)
-        self.known = ReferenceImages(np.zeros(2, np.uint64), indices, indices, self.paint(indices))
 
     def __call__(
         self,
         seeds: NDArray[np.uint64],
         indices: NDArray[np.int64],
         labels: NDArray[np.int64],
-        varied: Sequence[RowOptions] = (),
+        row_options: Sequence[RowOptions] = (),
     ) -> NDArray[np.uint8]:
         self.started.release()
         assert self.gate.wait(60)
         if self.failure is not None:
             raise self.failure
-        self.computed += len(seeds)
-        return self.paint(indices)
-
-    def paint(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        pixels = np.zeros((len(indices), *self.image_shape), dtype=np.uint8)
-        pixels += indices.astype(np.uint8)[:, None, None, None]
-        return pixels
+        return super().__call__(seeds, indices, labels, row_options)
 
 
 @pytest.fixture
 def engine(small_artifact: Artifact) -> GatedEngine:
     return GatedEngine(small_artifact)
-
-
-@pytest.fixture(autouse=True)
-def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one core a gated engine would hold the event loop that is to open the gate."""
-    monkeypatch.setattr("service.app.available_cores", lambda: 2)
 
 
 def build(
@@ -143,7 +132,7 @@ def test_what_takes_too_long_is_504_and_what_waited_is_never_computed(
         assert metric(client, "cgan_queue_rows") == 0
         engine.gate.set()
         assert post(client, "label=cat").status_code == 200
-    assert engine.computed == 9
+    assert sum(engine.sizes) == 9
 
 
 def test_a_failed_forward_is_503_without_its_cause_and_the_next_works(
@@ -175,7 +164,7 @@ def test_a_client_that_goes_away_frees_its_rows(
         engine.gate.set()
         assert running.result().status_code == 200
         wait_until(client, 'cgan_requests_total{method="POST",route="/generate",status="499"}', 1)
-    assert engine.computed == 8
+    assert sum(engine.sizes) == 8
 
 
 def test_a_draining_service_answers_what_it_admitted_and_refuses_the_rest(
@@ -292,4 +281,4 @@ def test_a_request_may_have_a_deadline_of_its_own(
         assert "within 0.05 s" in str(problem(late)["detail"])
         engine.gate.set()
         assert running.result().status_code == 200
-    assert engine.computed == 8
+    assert sum(engine.sizes) == 8

@@ -24,13 +24,6 @@ def generation(small_artifact: Artifact) -> Generation:
     return Generation(registry, Batcher(4096, 10.0, metrics), metrics, ThreadPoolExecutor(1))
 
 
-@pytest.fixture
-def on_one_core(generation: Generation) -> Generation:
-    metrics = Metrics()
-    batcher = Batcher(4096, 10.0, metrics, threaded=False)
-    return Generation(generation.registry, batcher, metrics, ThreadPoolExecutor(1))
-
-
 def test_images_of_a_class_are_numbered_over_the_whole_order(generation: Generation) -> None:
     order = generation.order(labels=["dog", "cat", "1", "dog"], n=2, seed=3, model=None)
     assert order.labels.tolist() == [1, 1, 0, 0, 1, 1, 1, 1]
@@ -74,30 +67,26 @@ def test_an_order_that_cannot_be_made_names_the_field(
 
 
 def test_small_images_are_encoded_at_once_and_large_ones_by_another_thread(
-    generation: Generation, on_one_core: Generation
+    generation: Generation,
 ) -> None:
     def current_thread() -> bytes:
         return threading.current_thread().name.encode()
 
-    async def thread(pixels: int, here: Generation = generation) -> bytes:
-        encoded, seconds = await here.encode(current_thread, pixels=pixels)
+    async def thread(pixels: int) -> bytes:
+        encoded, seconds = await generation.encode(current_thread, pixels=pixels)
         assert seconds >= 0
         return encoded
 
     async def scene() -> None:
         assert await thread(64 * 28 * 28) == current_thread()
         assert await thread(1024 * 28 * 28) != current_thread()
-        assert await thread(1024 * 28 * 28, on_one_core) == current_thread()
-        assert await thread(2048 * 28 * 28, on_one_core) != current_thread()
 
     asyncio.run(scene())
 
 
-@pytest.mark.parametrize("cores", ["generation", "on_one_core"])
 def test_steps_of_large_work_let_others_have_their_turn_and_are_taken_one_by_one(
-    cores: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    generation: Generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generation: Generation = request.getfixturevalue(cores)
     seen: list[str] = []
 
     def steps(name: str) -> Steps:

@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 from service.inference.engine import (
     Engine,
-    EngineError,
     FusedConv,
     FusedMLP,
     fuse,
     resolve_dtype,
 )
+from service.inference.errors import EngineError
 from service.inference.latents import RowOptions, SamplingOptions, draw_latents
 from tests.conftest import make_artifact
 from tests.support.processes import REPOSITORY
