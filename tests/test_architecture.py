@@ -152,7 +152,7 @@ def test_what_trains_does_not_know_what_watches_it() -> None:
     stepping |= {"training.files", "training.loop"}
     assert known("training.cuda_graph") <= stepping
     assert "training.run" not in known("training.gamma_search") | known("training.checkpoint")
-    assert not {"training.run", "training.loop"} & known("training.quality.quick_metrics")
+    assert not {"training.run", "training.loop"} & known("training.quality.evaluator")
 
 
 def test_the_service_needs_nothing_that_only_training_is_installed_with() -> None:

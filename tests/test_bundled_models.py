@@ -12,10 +12,10 @@ from training.artifact import Artifact, load_artifact
 from training.data.named import DATASETS, load_dataset
 from training.images import class_grid
 from training.networks import MLPGeneratorConfig, count_parameters
-from training.quality.certificate import IMAGES, Certificate, Quality, certificate_of, certify
-from training.quality.classifier import DIGESTS, load_judge
+from training.quality.certificate import IMAGES, Certificate, Quality, certify, read_certificate
+from training.quality.classifier import DIGESTS, load_bundled_classifier
 from training.quality.metrics import NEIGHBOURS
-from training.quality.report import picture_path, render
+from training.quality.report import picture_path, render_page
 
 WEIGHTS = REPOSITORY / "weights"
 PATHS = sorted(WEIGHTS.glob("*.safetensors"), key=lambda path: path.stem)
@@ -25,7 +25,7 @@ each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
 
 
 def certified(artifact: Artifact) -> Certificate:
-    certificate = certificate_of(artifact.info)
+    certificate = read_certificate(artifact.info)
     assert certificate is not None, f"{artifact.path} is not certified"
     return certificate
 
@@ -67,14 +67,14 @@ def test_there_is_a_model_of_each_kind() -> None:
 
 
 @each
-def test_a_model_is_certified_by_the_committed_judge(path: Path) -> None:
+def test_a_model_is_certified_by_the_committed_classifier(path: Path) -> None:
     artifact = load_artifact(path)
     certificate = certified(artifact)
     assert certificate.dataset == artifact.info.training["dataset"]
-    assert certificate.judge_sha256 == DIGESTS[certificate.dataset]
+    assert certificate.classifier_sha256 == DIGESTS[certificate.dataset]
     assert (certificate.images, certificate.neighbours) == (IMAGES, NEIGHBOURS)
     assert artifact.info.class_names == DATASETS[certificate.dataset].class_names
-    for quality in (certificate.generated, certificate.real):
+    for quality in (certificate.generated, certificate.reference):
         assert len(quality.gan_test_per_class) == len(artifact.info.class_names)
 
 
@@ -98,7 +98,7 @@ def test_a_model_has_the_picture_that_its_generator_makes(path: Path) -> None:
 
 def test_the_page_beside_the_models_is_what_they_say() -> None:
     page = (WEIGHTS / "README.md").read_text(encoding="utf-8")
-    assert page == render([load_artifact(path) for path in PATHS])
+    assert page == render_page([load_artifact(path) for path in PATHS])
 
 
 def test_the_documents_generator_is_among_them(mlp: Artifact) -> None:
@@ -133,16 +133,15 @@ def test_a_certificate_is_measured_again(
 
     found = certify(
         mnist.generator,
-        load_judge(test),
+        load_bundled_classifier(test),
         train=train,
         test=test,
         images=stored.images,
         seed=stored.seed,
-        report=lambda _text: None,
     )
 
-    assert found.judge_accuracy == pytest.approx(stored.judge_accuracy, abs=2e-4)
-    for again, before in ((found.generated, stored.generated), (found.real, stored.real)):
+    assert found.classifier_accuracy == pytest.approx(stored.classifier_accuracy, abs=2e-4)
+    for again, before in ((found.generated, stored.generated), (found.reference, stored.reference)):
         assert figures(again) == pytest.approx(figures(before), abs=5e-3, rel=5e-3)
         assert again.gan_test_per_class == pytest.approx(before.gan_test_per_class, abs=3e-3)
     assert asdict(found.memorisation) == pytest.approx(asdict(stored.memorisation), abs=2e-3)

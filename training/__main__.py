@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shlex
 import shutil
 import sys
@@ -30,23 +31,22 @@ from training.distributed import DistributedContext, join, local_device
 from training.files import prepare_folder, write_atomically
 from training.gamma_search import DEFAULT_PENALTY
 from training.images import class_grid, grid, save_png
-from training.importing import ForeignCheckpointError, load_foreign
-from training.importing import describe as describe_published
-from training.inspection import description, facts, terminal_picture
+from training.importing import ForeignCheckpointError, describe_foreign, load_foreign
+from training.inspection import render_picture, render_summary, summary
 from training.loop import DivergedError, create_state, generator_config, train
 from training.networks import Generator, GeneratorConfig, build_generator, count_parameters
-from training.quality.certificate import Certificate, generate, with_certificate
+from training.quality.certificate import Certificate, with_certificate
 from training.quality.classifier import (
     EPOCHS,
+    ClassifierError,
     FeatureClassifier,
-    JudgeError,
-    save_judge,
+    save_classifier,
     train_classifier,
 )
-from training.quality.evaluator import MIN_TRAINING_SHARE, Evaluator
-from training.quality.quick_metrics import QuickMetrics
-from training.quality.report import table, write_report
+from training.quality.evaluator import MIN_TRAINING_SHARE, Evaluator, QuickMetrics
+from training.quality.report import render_table, write_report
 from training.run import Run, RunFolder, StopFlag, resume_run, start_run, stop_on_signals
+from training.sampling import generate
 
 # Fewer images than this are learnt by heart unless they are distorted.
 SMALL_DATASET = 20_000
@@ -60,7 +60,7 @@ EXPECTED = (
     DeviceError,
     DivergedError,
     ForeignCheckpointError,
-    JudgeError,
+    ClassifierError,
     OSError,
 )
 
@@ -78,6 +78,17 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"show_default": True, "max_content_width": 100})
 def main() -> None:
     """Train class-conditional generators, measure them, and sample from them."""
+    logger = logging.getLogger("training")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [_EchoHandler()]
+
+
+class _EchoHandler(logging.Handler):
+    """A handler that prints messages as the commands print their results."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage())
+
     limit_threads()
 
 
@@ -264,11 +275,11 @@ def train_command(
             prepare_folder(publish.parent)
         examiner = None
         if world.writes:
-            examiner = Evaluator.prepare(train_set, test_set, report, minutes=identity.minutes)
+            examiner = Evaluator.create(train_set, test_set, minutes=identity.minutes)
         spent = 0.0 if checkpoint else time.perf_counter() - began
         seconds = _seconds(identity, train_set, examiner, world, certified=certified, spent=spent)
         with stop_on_signals() as stop:
-            look = examiner.look if examiner else _never_asked
+            look = examiner.evaluate_quick if examiner else _never_asked
             if checkpoint is None:
                 run = start_run(
                     folder,
@@ -456,9 +467,9 @@ def _conclude(
     if certified:
         loaded = load_artifact(artifact)
         generator = loaded.generator.to(run.dataset.labels.device)
-        certificate = examiner.certify(generator, click.echo)
+        certificate = examiner.certify(generator)
         save_artifact(artifact, generator, with_certificate(loaded.info, certificate))
-        click.echo(table(certificate, loaded.info.class_names))
+        click.echo(render_table(certificate, loaded.info.class_names))
     if publish is not None:
         write_atomically(publish, artifact.read_bytes())
         click.echo(f"{publish}: the same")
@@ -541,7 +552,7 @@ def evaluate_command(
         artifact, loaded.generator, loaded.info, name, device=torch_device, data_dir=data_dir
     )
     save_artifact(artifact, loaded.generator, with_certificate(loaded.info, certificate))
-    click.echo(table(certificate, loaded.info.class_names))
+    click.echo(render_table(certificate, loaded.info.class_names))
     if report:
         write_report(artifact.parent)
 
@@ -563,7 +574,7 @@ def certify_artifact(
     Raises:
         ArtifactError: its images are of another shape, or it was trained on other images.
         DataError: the data set cannot be had.
-        JudgeError: the judge is not the committed one.
+        ClassifierError: the bundled classifier is not the committed one.
     """
     shape = info.network
     train_set, test_set = _splits(
@@ -574,8 +585,7 @@ def certify_artifact(
         raise ArtifactError(path, f"makes images of {made}, but those of {dataset} are of {real}")
     if info.training.get("dataset_sha256", train_set.digest) != train_set.digest:
         raise ArtifactError(path, f"was trained on other images than those of {dataset} now")
-    examiner = Evaluator.prepare(train_set, test_set, click.echo)
-    return examiner.certify(generator.to(device), click.echo)
+    return Evaluator.create(train_set, test_set).certify(generator.to(device))
 
 
 def _shape(images: GeneratorConfig | Dataset) -> str:
@@ -638,14 +648,9 @@ def judge_command(
     """Train the classifier that measures generators of DATASET, on real images only."""
     prepare_folder(out.parent)
     train_set, test_set = _splits(dataset, data_dir, _device(device), click.echo)
-    classifier = train_classifier(
-        train_set,
-        epochs=epochs,
-        seed=seed,
-        report=lambda epoch, loss: click.echo(f"epoch {epoch + 1} of {epochs}: loss {loss:.4f}"),
-    )
+    classifier = train_classifier(train_set, epochs=epochs, seed=seed)
     accuracy = FeatureClassifier(classifier, digest="").accuracy(test_set)
-    digest = save_judge(out, classifier, dataset=dataset, epochs=epochs, seed=seed)
+    digest = save_classifier(out, classifier, dataset=dataset, epochs=epochs, seed=seed)
     click.echo(f"{out}: {accuracy:.2%} of the real test images, SHA-256 {digest}")
 
 
@@ -687,7 +692,7 @@ def import_command(
         raise click.BadParameter(f"{out} is there already", param_hint="--out")
     prepare_folder(out.parent)
     published = load_foreign(checkpoint)
-    generator, info = published.generator, describe_published(published, dataset)
+    generator, info = published.generator, describe_foreign(published, dataset)
     if certified:
         if "dataset" not in info.training:
             made = f"makes images of {_shape(info.network)}, which are not those of {dataset}"
@@ -696,10 +701,10 @@ def import_command(
             certificate = certify_artifact(
                 checkpoint, generator, info, dataset, device=_device(device), data_dir=data_dir
             )
-        except (ArtifactError, DataError, JudgeError) as error:
+        except (ArtifactError, DataError, ClassifierError) as error:
             raise click.ClickException(f"{error}\n{_UNMEASURED}") from error
         info = with_certificate(info, certificate)
-        click.echo(table(certificate, info.class_names))
+        click.echo(render_table(certificate, info.class_names))
     save_artifact(out, generator, info)
     click.echo(f"{out}: imported from {checkpoint}, SHA-256 {load_artifact(out).sha256}")
 
@@ -717,11 +722,11 @@ def inspect_command(*, artifact: Path, picture: Path | None, as_json: bool) -> N
     if picture is not None and picture.suffix.lower() != ".png":
         raise click.BadParameter(f"{picture} must end in .png", param_hint="--picture")
     loaded = load_artifact(artifact)
-    click.echo(json.dumps(facts(loaded), indent=2) if as_json else description(loaded))
+    click.echo(json.dumps(summary(loaded), indent=2) if as_json else render_summary(loaded))
     if picture is not None:
         save_png(picture, class_grid(loaded.generator, columns=16), scale=2)
     elif sys.stdout.isatty() and not as_json:
-        click.echo(terminal_picture(loaded, shutil.get_terminal_size().columns))
+        click.echo(render_picture(loaded, shutil.get_terminal_size().columns))
 
 
 if __name__ == "__main__":

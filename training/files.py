@@ -5,6 +5,15 @@ import tempfile
 from pathlib import Path
 
 
+class FileError(Exception):
+    """A file that cannot be used; names its path and the cause."""
+
+    def __init__(self, path: Path, cause: str) -> None:
+        super().__init__(f"{path}: {cause}")
+        self.path = path
+        self.cause = cause
+
+
 def prepare_folder(folder: Path) -> None:
     """Make sure that a folder is there and takes files, before time is spent on what goes into it.
 

@@ -18,7 +18,7 @@ from training.data.named import Dataset
 from training.distributed import DistributedContext
 from training.loop import DivergedError, TrainState, recompute_batch_norm, train
 from training.networks import Generator
-from training.quality.quick_metrics import QuickMetrics
+from training.quality.evaluator import QuickMetrics
 
 # Measures a generator, lightly; only the process that writes is ever asked to.
 Look = Callable[[Generator], QuickMetrics]

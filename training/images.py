@@ -9,7 +9,7 @@ from torch import Tensor
 
 from training.files import write_atomically
 from training.networks import Generator
-from training.quality.certificate import to_pixels
+from training.sampling import to_pixels
 
 MAX_ROWS = 20
 

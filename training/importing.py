@@ -131,7 +131,7 @@ def load_foreign(path: Path) -> ForeignGenerator:
     return ForeignGenerator(path, hashlib.sha256(data).hexdigest(), layout.source, generator)
 
 
-def describe(published: ForeignGenerator, dataset: str) -> ArtifactInfo:
+def describe_foreign(published: ForeignGenerator, dataset: str) -> ArtifactInfo:
     """What the artifact says: the classes are the data set's if its images have the same shape.
 
     Otherwise the classes are named "0", "1", …, and no data set is recorded.

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from training.artifact import Artifact, ArtifactInfo
 from training.images import class_grid, grid
 from training.networks import count_parameters
-from training.quality.certificate import certificate_of
-from training.quality.report import TABLE_CLASSES, table
+from training.quality.certificate import read_certificate
+from training.quality.report import TABLE_CLASSES, render_table
 
 _PER_LINE = 5  # classes of a line of the terminal's picture
 
 
-def facts(artifact: Artifact) -> dict[str, Any]:
+def summary(artifact: Artifact) -> dict[str, Any]:
     """Everything an artifact says of itself, its identity and its sizes; fit for JSON.
 
     Raises:
@@ -33,13 +33,13 @@ def facts(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def description(artifact: Artifact) -> str:
+def render_summary(artifact: Artifact) -> str:
     """The facts in lines, then the certificate's table.
 
     Raises:
         OSError: the file is no longer there.
     """
-    info, known = artifact.info, facts(artifact)
+    info, known = artifact.info, summary(artifact)
     unknown = info.training.get("images_seen", info.images_seen) is None  # as of an imported one
     lines = {
         "SHA-256": artifact.sha256,
@@ -68,11 +68,11 @@ def _listed(values: dict[str, Any]) -> dict[str, str]:
 
 def _certificate(info: ArtifactInfo) -> str:
     try:
-        certificate = certificate_of(info)
+        certificate = read_certificate(info)
     except ValidationError:
         figures = json.dumps(info.certificate, ensure_ascii=False, indent=2)
         return f"Certified by another version of this code:\n{figures}"
-    return "Not certified." if certificate is None else table(certificate, info.class_names)
+    return "Not certified." if certificate is None else render_table(certificate, info.class_names)
 
 
 def _printable(text: str) -> str:
@@ -80,7 +80,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def terminal_picture(artifact: Artifact, columns: int) -> str:
+def render_picture(artifact: Artifact, columns: int) -> str:
     """An image of each class, for a terminal that is `columns` wide; see `blocks`.
 
     Of more than 20 classes the first 20 are shown. The images are shrunk by whole numbers until
@@ -93,10 +93,10 @@ def terminal_picture(artifact: Artifact, columns: int) -> str:
     per_line = min(len(pixels), _PER_LINE)
     shrink = min(-(-per_line * size // columns), size)
     small = F.avg_pool2d(pixels.float(), shrink).round_().to(torch.uint8)
-    return blocks(grid(small, per_line))
+    return render_ansi(grid(small, per_line))
 
 
-def blocks(pixels: Tensor) -> str:
+def render_ansi(pixels: Tensor) -> str:
     """(H, W, C) uint8 in characters: the upper half of each is one pixel, the lower half another.
 
     The colours are 24-bit escape sequences of ECMA-48 (the upper pixel's is the character's, the

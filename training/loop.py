@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import TrainingConfig
-from training.data.augmentation import augment, flip
+from training.data.augmentation import diff_augment, flip
 from training.data.named import Dataset
 from training.distributed import SINGLE_PROCESS, DistributedContext
 from training.losses import discriminator_loss, generator_loss, gradient_penalty, mismatch_loss
@@ -339,7 +339,7 @@ def _update_discriminator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Real images in the first half of the batch, fake ones in the second."""
     if config.augment:
-        images = augment(images, state.rng)
+        images = diff_augment(images, state.rng)
     images.requires_grad_(penalise)
     if config.mismatch:
         others = torch.stack([labels, _other_labels(state, config, labels)], dim=1)
@@ -376,7 +376,7 @@ def _update_generator(
 ) -> Tensor:
     real_labels, fake_labels = labels.chunk(2)
     if config.augment:
-        real, fake = augment(real, state.rng), augment(fake, state.rng)
+        real, fake = diff_augment(real, state.rng), diff_augment(fake, state.rng)
     state.discriminator.requires_grad_(False)  # its gradients would be computed and thrown away
     fake_logits = state.discriminator(fake, fake_labels)
     real_logits = fake_logits

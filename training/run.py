@@ -38,7 +38,7 @@ from training.loop import (
     train,
     used_fraction,
 )
-from training.quality.quick_metrics import QuickMetrics
+from training.quality.evaluator import QuickMetrics
 
 LOG_EVERY_IMAGES = 12_800
 SAMPLE_GRIDS = 40  # over the whole run

@@ -19,7 +19,7 @@ from service.settings import Settings
 from training.artifact import load_artifact
 from training.data.named import Dataset, default_data_dir, load_dataset
 from training.quality.certificate import IMAGES, Quality, measure
-from training.quality.classifier import judge_for
+from training.quality.classifier import get_classifier
 from training.quality.evaluator import default_cache
 
 CASES = ((torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 1), (torch.bfloat16, 1))
@@ -47,11 +47,11 @@ def main() -> None:
         artifact = load_artifact(path)
         name = str(artifact.info.training["dataset"])
         train, test = (load_dataset(name, split, options.data_dir) for split in ("train", "test"))
-        judge = judge_for(train, test, cache=default_cache(), report=print)
-        _, features = judge.look(test.images)
+        classifier = get_classifier(train, test, cache=default_cache())
+        _, features = classifier.classify(test.images)
         for dtype, seed in CASES:
             engine = Engine(artifact, device=torch.device("cpu"), dtype=dtype, max_batch=64)
-            quality = measure(judge, served(engine, test, seed), features)
+            quality = measure(classifier, served(engine, test, seed), features)
             _print(path.stem, dtype, seed, quality)
 
 

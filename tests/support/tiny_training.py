@@ -116,8 +116,8 @@ def state(training: TrainingConfig = CONFIG, seed: int = 0) -> TrainState:
     return create_state(training, network_of(training), CPU, seed)
 
 
-def judge(train: Dataset, *_given: object, **_options: object) -> FeatureClassifier:
-    """Stand in for `judge_for`: train hastily, without bundled or cached classifiers."""
+def feature_classifier(train: Dataset, *_given: object, **_options: object) -> FeatureClassifier:
+    """Stand in for `get_classifier`: train hastily, without bundled or cached classifiers."""
     return FeatureClassifier(train_classifier(train, epochs=4, seed=0), digest="0" * 64)
 
 
@@ -179,8 +179,8 @@ def install(patch: pytest.MonkeyPatch, folder: Path, *, images: int = CONFIG.ima
     patch.setitem(config.PRESETS, "paper", replace(PAPER, images=images))
     patch.setattr("training.run.LOG_EVERY_IMAGES", 160)
     patch.setattr("training.run.SAMPLE_GRIDS", 2)
-    patch.setattr("training.quality.quick_metrics.IMAGES", 100)
-    patch.setattr("training.quality.evaluator.judge_for", judge)
+    patch.setattr("training.quality.evaluator.QUICK_IMAGES", 100)
+    patch.setattr("training.quality.evaluator.get_classifier", feature_classifier)
     patch.setattr("training.quality.evaluator.certify", partial(certify, images=200))
     patch.setattr("training.quality.certificate.GAN_TRAIN_IMAGES", 64)
     patch.setattr("training.quality.gan_train.IMAGES", 64)

@@ -24,7 +24,7 @@ from training.gamma_search import (
 )
 from training.loop import TrainState
 from training.networks import Generator
-from training.quality.quick_metrics import QuickMetrics
+from training.quality.evaluator import QuickMetrics
 from training.run import Run, RunFolder, start_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

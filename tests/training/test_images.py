@@ -12,8 +12,8 @@ from tests.support import tiny_training as tiny
 from training.artifact import load_artifact
 from training.images import class_grid, grid, save_png
 from training.networks import build_generator
-from training.quality.certificate import to_pixels
-from training.quality.report import render, write_report
+from training.quality.report import render_page, write_report
+from training.sampling import to_pixels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,7 +75,7 @@ def test_a_page_has_a_section_and_a_picture_per_artifact(tmp_path: Path) -> None
 
     page = (tmp_path / "README.md").read_text()
     artifacts = [load_artifact(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
-    assert page == render(artifacts)
+    assert page == render_page(artifacts)
     assert page.index("## a\n") < page.index("## b\n")
     for said in (
         "1,234,567 real images seen of",
@@ -92,5 +92,5 @@ def test_a_page_has_a_section_and_a_picture_per_artifact(tmp_path: Path) -> None
 
 
 def test_an_artifact_that_records_no_training_is_not_said_to_have_had_any(tmp_path: Path) -> None:
-    page = render([load_artifact(tiny.artifact_file(tmp_path / "a.safetensors"))])
+    page = render_page([load_artifact(tiny.artifact_file(tmp_path / "a.safetensors"))])
     assert "None" not in page

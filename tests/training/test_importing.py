@@ -29,8 +29,8 @@ from training import importing
 from training.artifact import MAX_BYTES, ArtifactInfo, load_artifact, save_artifact
 from training.data import named as data
 from training.data.named import DATASETS, DatasetSpec
-from training.importing import ForeignCheckpointError, describe, load_foreign
-from training.quality.certificate import certificate_of
+from training.importing import ForeignCheckpointError, describe_foreign, load_foreign
+from training.quality.certificate import read_certificate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -380,7 +380,7 @@ def test_a_file_that_grows_when_it_is_unpacked_is_refused(
 
 
 def test_the_artifact_says_where_it_is_from_and_what_is_not_known(checkpoint: Path) -> None:
-    info = describe(load_foreign(checkpoint), "mnist")
+    info = describe_foreign(load_foreign(checkpoint), "mnist")
     assert info.class_names == MNIST
     assert info.training == {
         "dataset": "mnist",
@@ -393,7 +393,7 @@ def test_the_artifact_says_where_it_is_from_and_what_is_not_known(checkpoint: Pa
 
 
 def test_the_data_set_names_the_classes(checkpoint: Path) -> None:
-    info = describe(load_foreign(checkpoint), "fashion-mnist")
+    info = describe_foreign(load_foreign(checkpoint), "fashion-mnist")
     assert info.class_names == DATASETS["fashion-mnist"].class_names
     assert info.training["dataset"] == "fashion-mnist"
 
@@ -403,7 +403,7 @@ def test_classes_of_no_known_data_set_are_numbered(
     path: Path, size: int, channels: int, classes: int
 ) -> None:
     torch.save(CganPytorch(size, channels, classes).state_dict(), path)
-    info = describe(load_foreign(path), "mnist")
+    info = describe_foreign(load_foreign(path), "mnist")
     assert info.class_names == tuple(map(str, range(classes)))
     assert "dataset" not in info.training
 
@@ -412,7 +412,7 @@ def test_a_file_whose_name_is_no_text_is_imported(tmp_path: Path, checkpoint: Pa
     odd = checkpoint.rename(tmp_path / os.fsdecode(b"\xe9.pth"))
     published = load_foreign(odd)
     out = tmp_path / "a.safetensors"
-    save_artifact(out, published.generator, describe(published, "mnist"))
+    save_artifact(out, published.generator, describe_foreign(published, "mnist"))
     assert load_artifact(out).info.training["imported_from"] == "?.pth"
 
 
@@ -456,7 +456,7 @@ def test_importing_twice_gives_the_same_file(checkpoint: Path, tmp_path: Path) -
 def test_the_certificate_is_written_with_the_artifact(
     checkpoint: Path, out: Path, bundled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    certificate = certificate_of(load_artifact(bundled).info)
+    certificate = read_certificate(load_artifact(bundled).info)
     asked: list[dict[str, Any]] = []
 
     def certify(
@@ -469,7 +469,7 @@ def test_the_certificate_is_written_with_the_artifact(
     result = invoke(checkpoint, "--out", out, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert asked == [{"path": checkpoint, "dataset": "mnist", "device": CPU, "data_dir": None}]
-    assert certificate_of(load_artifact(out).info) == certificate
+    assert read_certificate(load_artifact(out).info) == certificate
 
 
 def test_without_the_data_set_nothing_is_written_and_the_way_out_is_named(

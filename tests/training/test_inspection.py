@@ -21,10 +21,10 @@ from tests.support import tiny_training as tiny
 from tests.support.processes import REPOSITORY
 from training.__main__ import main
 from training.artifact import Artifact, load_artifact, save_artifact
-from training.inspection import blocks, description, facts, terminal_picture
+from training.inspection import render_ansi, render_picture, render_summary, summary
 from training.networks import count_parameters
-from training.quality.certificate import certificate_of
-from training.quality.report import TABLE_CLASSES, table
+from training.quality.certificate import read_certificate
+from training.quality.report import TABLE_CLASSES, render_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +40,7 @@ def described(path: Path, **changes: Any) -> str:
     """The description of the artifact at `path` once this was changed in it."""
     artifact = load_artifact(path)
     save_artifact(path, artifact.generator, replace(artifact.info, **changes))
-    return description(load_artifact(path))
+    return render_summary(load_artifact(path))
 
 
 # The facts
@@ -48,7 +48,7 @@ def described(path: Path, **changes: Any) -> str:
 
 def test_the_facts_are_everything_the_file_says_and_is(path: Path) -> None:
     artifact = load_artifact(path)
-    found = json.loads(json.dumps(facts(artifact)))
+    found = json.loads(json.dumps(summary(artifact)))
     assert found["path"] == str(path)
     assert found["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found["size_bytes"] == path.stat().st_size
@@ -83,10 +83,12 @@ def test_of_very_many_classes_the_first_are_shown_with_their_number(tmp_path: Pa
     names = tuple(f"class {i}" for i in range(1000))
     network = replace(tiny.NETWORK, num_classes=1000)
     path = tiny.artifact_file(tmp_path / "a.safetensors", network=network, class_names=names)
-    (line,) = (each for each in description(load_artifact(path)).splitlines() if "class 0" in each)
+    (line,) = (
+        each for each in render_summary(load_artifact(path)).splitlines() if "class 0" in each
+    )
     assert line.split(maxsplit=1)[1].startswith("class 0, class 1, ")
     assert line.endswith(f"{names[TABLE_CLASSES - 1]}, … (1,000 in all)")
-    assert facts(load_artifact(path))["class_names"] == names
+    assert summary(load_artifact(path))["class_names"] == names
 
 
 def test_what_is_not_known_is_called_unknown(path: Path) -> None:
@@ -102,9 +104,9 @@ def test_without_training_circumstances_that_is_said(path: Path) -> None:
 
 def test_the_certificate_is_shown_as_its_table(bundled: Path) -> None:
     artifact = load_artifact(bundled)
-    certificate = certificate_of(artifact.info)
+    certificate = read_certificate(artifact.info)
     assert certificate is not None
-    assert description(artifact).endswith(table(certificate, artifact.info.class_names))
+    assert render_summary(artifact).endswith(render_table(certificate, artifact.info.class_names))
 
 
 def test_a_certificate_of_another_version_is_shown_as_it_is(path: Path) -> None:
@@ -135,20 +137,20 @@ def pixels_of(picture: str) -> list[list[tuple[int, ...]]]:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_character_is_two_pixels(channels: int) -> None:
     pixels = torch.randint(0, 256, (6, 5, channels), dtype=torch.uint8)
-    assert pixels_of(blocks(pixels)) == [
+    assert pixels_of(render_ansi(pixels)) == [
         [tuple(pixel) for pixel in row] for row in pixels.expand(-1, -1, 3).tolist()
     ]
 
 
 def test_an_odd_row_at_the_end_stands_on_black() -> None:
-    assert pixels_of(blocks(torch.full((1, 1, 1), 9, dtype=torch.uint8))) == [
+    assert pixels_of(render_ansi(torch.full((1, 1, 1), 9, dtype=torch.uint8))) == [
         [(9, 9, 9)],
         [(0, 0, 0)],
     ]
 
 
 def test_every_line_gives_the_terminal_its_colours_back() -> None:
-    lines = blocks(torch.zeros(4, 2, 3, dtype=torch.uint8)).splitlines()
+    lines = render_ansi(torch.zeros(4, 2, 3, dtype=torch.uint8)).splitlines()
     assert len(lines) == 2
     assert all(line.endswith("▀\x1b[0m") for line in lines)
 
@@ -161,12 +163,12 @@ def test_a_picture_is_as_wide_as_the_terminal_allows(
     small_artifact: Artifact, columns: int, width: int, height: int
 ) -> None:
     """Three classes of 12x12 pixels, shrunk by whole numbers."""
-    lines = ESCAPE.sub("", terminal_picture(small_artifact, columns)).splitlines()
+    lines = ESCAPE.sub("", render_picture(small_artifact, columns)).splitlines()
     assert [len(line) for line in lines] == [width] * height
 
 
 def test_more_than_five_classes_take_more_lines(bundled: Path) -> None:
-    lines = ESCAPE.sub("", terminal_picture(load_artifact(bundled), 80)).splitlines()
+    lines = ESCAPE.sub("", render_picture(load_artifact(bundled), 80)).splitlines()
     assert [len(line) for line in lines] == [5 * 14] * 14
 
 
@@ -183,12 +185,12 @@ def invoke(*arguments: str | Path) -> Result:
 def test_inspect_prints_the_description_and_no_picture_into_a_pipe(path: Path) -> None:
     result = invoke(path)
     assert result.exit_code == 0, result.output
-    assert result.stdout == description(load_artifact(path)) + "\n"
+    assert result.stdout == render_summary(load_artifact(path)) + "\n"
 
 
 def test_inspect_prints_one_json_object_for_machines(path: Path) -> None:
     result = invoke(path, "--json")
-    assert json.loads(result.stdout) == json.loads(json.dumps(facts(load_artifact(path))))
+    assert json.loads(result.stdout) == json.loads(json.dumps(summary(load_artifact(path))))
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
@@ -229,7 +231,7 @@ def test_a_terminal_gets_a_picture_of_its_width(path: Path) -> None:
     assert process.returncode == 0
     lines = shown.decode().replace("\r\n", "\n")
     assert lines == (
-        f"{description(load_artifact(path))}\n{terminal_picture(load_artifact(path), 20)}\n"
+        f"{render_summary(load_artifact(path))}\n{render_picture(load_artifact(path), 20)}\n"
     )
 
 

@@ -27,9 +27,9 @@ from training.devices import has_native_bfloat16
 from training.loop import generator_config
 from training.networks import GeneratorConfig
 from training.quality import classifier as judge
-from training.quality.certificate import certificate_of
-from training.quality.classifier import load_judge
-from training.quality.report import table
+from training.quality.certificate import read_certificate
+from training.quality.classifier import load_bundled_classifier
+from training.quality.report import render_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,9 +199,9 @@ def test_a_run_measures_its_generator_on_request(out: Path) -> None:
     result = train(out, "--images", "64", "--certify")
     assert result.exit_code == 0, result.output
     info = load_artifact(out / "generator.safetensors").info
-    certificate = certificate_of(info)
+    certificate = read_certificate(info)
     assert certificate is not None
-    assert table(certificate, info.class_names) in result.stdout
+    assert render_table(certificate, info.class_names) in result.stdout
     assert certificate.dataset_sha256 == info.training["dataset_sha256"]
 
 
@@ -281,7 +281,7 @@ def test_an_output_folder_that_takes_no_files_is_named_before_time_is_spent(
         raise OSError(errno.EROFS, "Read-only file system", dir)
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    monkeypatch.setattr("training.quality.evaluator.judge_for", spend)
+    monkeypatch.setattr("training.quality.evaluator.get_classifier", spend)
     monkeypatch.setattr(command_line, "train_classifier", spend)
     judge_file = tmp_path / "judge.safetensors"
     for command in (
@@ -550,7 +550,7 @@ def test_judge_trains_a_classifier_and_says_how_good_it_is(tmp_path: Path) -> No
     test = data.load_dataset("mnist", "test", tmp_path / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judge, "DIGESTS", {"mnist": digest})
-        accuracy = load_judge(test, path.parent).accuracy(test)
+        accuracy = load_bundled_classifier(test, path.parent).accuracy(test)
     assert f"{accuracy:.2%} of the real test images" in result.stdout
     assert accuracy > 0.9
 
@@ -564,14 +564,14 @@ def test_evaluate_writes_the_certificate_into_the_artifact_and_the_page_beside_i
 
     assert result.exit_code == 0, result.output
     after = load_artifact(artifact)
-    certificate = certificate_of(after.info)
+    certificate = read_certificate(after.info)
     assert certificate is not None
     assert (certificate.dataset, certificate.images) == ("mnist", 200)
     assert replace(after.info, certificate=None) == before.info
     for name, tensor in before.generator.state_dict().items():
         assert torch.equal(after.generator.state_dict()[name], tensor), name
     page = (tmp_path / "README.md").read_text()
-    for line in table(certificate, after.info.class_names).splitlines():
+    for line in render_table(certificate, after.info.class_names).splitlines():
         assert line in result.stdout
         assert line in page
     with Image.open(artifact.with_suffix(".png")) as picture:
@@ -640,10 +640,15 @@ def test_evaluate_refuses_a_judge_that_is_not_the_committed_one(
     before = artifact.read_bytes()
     monkeypatch.setattr(judge, "DIGESTS", {"mnist": "0" * 64})
     monkeypatch.setattr(
-        "training.quality.evaluator.judge_for", lambda _train, test, **_how: load_judge(test)
+        "training.quality.evaluator.get_classifier",
+        lambda _train, test, **_how: load_bundled_classifier(test),
     )
     result = invoke("evaluate", artifact, "--device", "cpu")
-    refused(result, "mnist.safetensors: SHA-256 is", f"the committed judge has {'0' * 64}")
+    refused(
+        result,
+        "mnist.safetensors: SHA-256 is",
+        f"but that of the committed classifier is {'0' * 64}",
+    )
     assert artifact.read_bytes() == before
 
 

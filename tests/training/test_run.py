@@ -32,7 +32,7 @@ from training.distributed import SINGLE_PROCESS
 from training.gamma_search import Look
 from training.loop import DivergedError, Stepper, TrainState, eager_stepper
 from training.networks import Generator
-from training.quality.quick_metrics import QuickMetrics, glance, make_reference
+from training.quality.evaluator import Evaluator, QuickMetrics
 from training.run import (
     LOOK_SHARE,
     LOOKS,
@@ -60,7 +60,7 @@ def _small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "LOG_EVERY_IMAGES", 160)
     monkeypatch.setattr(run_module, "SAMPLE_GRIDS", 2)
     monkeypatch.setattr(run_module, "generator_config", tiny.network_of)
-    monkeypatch.setattr("training.quality.quick_metrics.IMAGES", 100)
+    monkeypatch.setattr("training.quality.evaluator.QUICK_IMAGES", 100)
 
 
 @pytest.fixture
@@ -71,8 +71,9 @@ def folder(tmp_path: Path) -> RunFolder:
 @pytest.fixture(scope="module")
 def real_look() -> Look:
     """What a run is looked at with, on the tiny data set."""
-    judge = tiny.judge(DATA)
-    return lambda generator: glance(generator, judge, make_reference(judge, DATA))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.quality.evaluator.get_classifier", tiny.feature_classifier)
+        return Evaluator.create(DATA, DATA).evaluate_quick
 
 
 class StopAfter(StopFlag):

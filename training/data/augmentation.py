@@ -10,7 +10,7 @@ def flip(images: Tensor, rng: torch.Generator) -> Tensor:
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
-def augment(images: Tensor, rng: torch.Generator) -> Tensor:
+def diff_augment(images: Tensor, rng: torch.Generator) -> Tensor:
     """Colour, then translation, then cutout: the distortions of DiffAugment (arXiv 2006.10738).
 
     Shown to a discriminator in place of real and fake images alike, they keep it from learning a

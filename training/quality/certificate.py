@@ -1,52 +1,61 @@
-"""The quality certificate: what a judge that knows only real images sees in generated ones.
+"""Certificate: an evaluation report of a generator, stored inside its artifact.
 
-GAN-test is the judge's accuracy on generated images, GAN-train that of classifiers which learnt
-from generated images alone (both Shmelkov et al., arXiv 1807.09499). The figures of
-`training.quality.metrics` are taken in the judge's features instead of Inception's, so they compare
-only with figures of the same judge.
+GAN-test is the accuracy on generated images of a classifier that was trained on real images only,
+GAN-train the accuracy of classifiers trained on generated images only (both Shmelkov et al., arXiv
+1807.09499). The metrics of `training.quality.metrics` use the features of the former instead of
+Inception's, so they are comparable only between certificates of the same classifier.
 """
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from training.artifact import ArtifactInfo
 from training.data.named import Dataset
 from training.networks import Generator
-from training.quality.classifier import FeatureClassifier, share_right
+from training.quality.classifier import FeatureClassifier, accuracy
 from training.quality.gan_train import IMAGES as GAN_TRAIN_IMAGES
 from training.quality.gan_train import GANTrain, estimate_gan_train_s, gan_train
-from training.quality.memorisation import AT_A_TIME as NEAREST_AT_A_TIME
+from training.quality.memorisation import (
+    CHUNK_IMAGES,
+    Memorisation,
+    memorisation,
+    nearest_distances,
+)
 from training.quality.memorisation import IMAGES as MEMORISATION_IMAGES
-from training.quality.memorisation import Memorisation, memorisation, nearest
-from training.quality.metrics import NEIGHBOURS, frechet_distance, kernel_distance, prdc
+from training.quality.metrics import NEIGHBOURS, frechet_distance, kid, prdc
 from training.quality.parzen import VALIDATION_IMAGES, Parzen, parzen
+from training.sampling import generate
 
 IMAGES = 10_000
-# The one data set for which log-likelihoods were published.
+# The only data set with published log-likelihoods.
 PARZEN_DATASET = "mnist"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Figures of one set of images against the real test images.
+    """Metrics of one set of images against the real test images.
 
     Attributes:
-        gan_test: share of images that the judge gives their own label, in [0, 1].
-        gan_test_per_class: the same for each class; None where the set has no image of it.
+        gan_test: share of images that are classified as their own label, in [0, 1].
+        gan_test_per_class: the same for each class; None for a class without images.
         precision: share of images that lie among the real ones.
         recall: share of real images that lie among these.
-        density: how densely the real images surround these; 1 is like real, it can exceed 1.
+        density: how densely real images surround these; about 1 for real images, can exceed 1.
         coverage: share of real images that have one of these as a near neighbour.
-        frechet_distance: between two normal distributions fitted to the features; 0 is equal.
-        kid: the kernel distance of the features, unbiased; about 0 is equal.
-        kid_spread: its standard deviation over subsets.
+        frechet_distance: of normal distributions fitted to the features; 0 for equal ones.
+        kid: kernel distance of the features, unbiased; about 0 for equal distributions.
+        kid_std: standard deviation of `kid` over subsets.
     """
 
     gan_test: float
@@ -57,42 +66,44 @@ class Quality:
     coverage: float
     frechet_distance: float
     kid: float
-    kid_spread: float
+    kid_std: Annotated[float, Field(alias="kid_spread")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
     """The measured quality of a generator.
 
+    An alias is the field's name inside artifacts.
+
     Attributes:
-        dataset: whose test images were compared with.
-        dataset_sha256: of its training images.
-        judge_sha256: of the judge's file.
-        judge_accuracy: of the judge on the real test images.
-        images: how many images were generated, the same number of each class.
+        dataset: name of the data set.
+        dataset_sha256: digest of its training images.
+        classifier_sha256: digest of the feature classifier's file.
+        classifier_accuracy: of the feature classifier on the real test images.
+        images: number of generated images, equally many of each class.
         neighbours: k of precision, recall, density and coverage.
         seed: of the latents.
-        generated: figures of the generated images.
-        real: the same figures for as many real training images, as the yardstick.
-        gan_train: what classifiers learn from generated images.
-        memorisation: how near generated images are to training images.
-        parzen: the legacy log-likelihood, for MNIST.
-        parzen_real: the same with real training images in place of generated ones.
+        generated: metrics of the generated images.
+        reference: the same metrics of as many real training images.
+        gan_train: accuracy of classifiers trained on generated images.
+        memorisation: distances of generated images to training images.
+        parzen: the legacy log-likelihood, for MNIST only.
+        parzen_reference: the same with real training images in place of generated ones.
     """
 
     dataset: str
     dataset_sha256: str
-    judge_sha256: str
-    judge_accuracy: float
+    classifier_sha256: Annotated[str, Field(alias="judge_sha256")]
+    classifier_accuracy: Annotated[float, Field(alias="judge_accuracy")]
     images: int
     neighbours: int
     seed: int
     generated: Quality
-    real: Quality
+    reference: Annotated[Quality, Field(alias="real")]
     gan_train: GANTrain
     memorisation: Memorisation
     parzen: Parzen | None
-    parzen_real: Parzen | None
+    parzen_reference: Annotated[Parzen | None, Field(alias="parzen_real")]
 
 
 _CERTIFICATE = TypeAdapter(Certificate)
@@ -100,85 +111,88 @@ _CERTIFICATE = TypeAdapter(Certificate)
 
 def certify(
     generator: Generator,
-    judge: FeatureClassifier,
+    classifier: FeatureClassifier,
     *,
     train: Dataset,
     test: Dataset,
     images: int = IMAGES,
     seed: int = 0,
-    report: Callable[[str], None],
 ) -> Certificate:
-    """Measure a generator in full.
+    """Measure a generator in full, and log the progress.
 
     Args:
         generator: in evaluation mode, on the data sets' device.
-        judge: trained on real images of the same data set.
-        train: the real training images, the yardstick.
-        test: the real images to compare with, none of which was trained on.
-        images: how many to generate, and how many real training images to take.
-        seed: decides the latents and which training images are taken.
-        report: told, in a line, what takes time.
+        classifier: trained on the training images.
+        train: the real training images.
+        test: the real images to compare with, unseen by generator and classifier.
+        images: number of images to generate, and of real training images to measure as a reference.
+        seed: decides the latents and the choice of training images.
     """
-    report(f"Generating {images:,} images and {GAN_TRAIN_IMAGES:,} to learn from …")
-    fake = made_by(generator, test, images=images, seed=seed)
-    lesson = made_by(generator, test, images=GAN_TRAIN_IMAGES, seed=seed + 1)
+    logger.info(
+        "Generating %s images and %s for GAN-train …", f"{images:,}", f"{GAN_TRAIN_IMAGES:,}"
+    )
+    fake = generate_dataset(generator, test, images=images, seed=seed)
+    gan_train_set = generate_dataset(generator, test, images=GAN_TRAIN_IMAGES, seed=seed + 1)
     rng = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(train.labels), generator=rng)[:images].to(train.labels.device)
     real = dataclasses.replace(train, images=train.images[chosen], labels=train.labels[chosen])
-    predictions, features = judge.look(test.images)
-    report("Comparing them with the test images …")
-    generated, yardstick = (measure(judge, each, features) for each in (fake, real))
-    report("Looking for copies of training images …")
-    copies = memorisation(fake.images, train.images, test.images)
-    windows = [_parzen(each, train, test) for each in (fake, real)]
+    predictions, features = classifier.classify(test.images)
+    logger.info("Comparing them with the test images …")
+    generated, reference = (measure(classifier, each, features) for each in (fake, real))
+    logger.info("Comparing them with the training images …")
+    distances = memorisation(fake.images, train.images, test.images)
+    likelihoods = [_parzen(each, train, test) for each in (fake, real)]
     return Certificate(
         dataset=test.name,
         dataset_sha256=train.digest,
-        judge_sha256=judge.digest,
-        judge_accuracy=share_right(predictions, test),
+        classifier_sha256=classifier.digest,
+        classifier_accuracy=accuracy(predictions, test),
         images=images,
         neighbours=_neighbours(len(features)),
         seed=seed,
         generated=generated,
-        real=yardstick,
-        gan_train=gan_train(lesson, train, test, report),
-        memorisation=copies,
-        parzen=windows[0],
-        parzen_real=windows[1],
+        reference=reference,
+        gan_train=gan_train(gan_train_set, train, test),
+        memorisation=distances,
+        parzen=likelihoods[0],
+        parzen_reference=likelihoods[1],
     )
 
 
 def estimate_certification_s(
-    generator: Generator, judge: FeatureClassifier, *, train: Dataset, test: Dataset
+    generator: Generator, classifier: FeatureClassifier, *, train: Dataset, test: Dataset
 ) -> float:
-    """About how long `certify` takes here, in seconds: a small share of each part is timed."""
+    """Estimate the duration of `certify` in seconds by timing a small share of each part."""
     few = 200
-    sample = made_by(generator, test, images=few, seed=0)
-    _, features = judge.look(test.images[:few])
+    sample = generate_dataset(generator, test, images=few, seed=0)
+    _, features = classifier.classify(test.images[:few])
     wide = features[:1].expand(len(test.labels), -1).contiguous()
-    shares: list[tuple[Callable[[], object], float]] = [
-        (lambda: made_by(generator, test, images=few, seed=0), (IMAGES + GAN_TRAIN_IMAGES) / few),
-        (lambda: judge.look(sample.images), (2 * IMAGES + 2 * len(test.labels)) / few),
+    parts: list[tuple[Callable[[], object], float]] = [
+        (
+            lambda: generate_dataset(generator, test, images=few, seed=0),
+            (IMAGES + GAN_TRAIN_IMAGES) / few,
+        ),
+        (lambda: classifier.classify(sample.images), (2 * IMAGES + 2 * len(test.labels)) / few),
         # Every set of images is compared with itself and with the test images.
         (lambda: torch.cdist(features, wide).topk(NEIGHBOURS + 1, largest=False), 6 * IMAGES / few),
         (
-            lambda: nearest(sample.images, train.images[:NEAREST_AT_A_TIME]),
-            2 * MEMORISATION_IMAGES / few * math.ceil(len(train.labels) / NEAREST_AT_A_TIME),
+            lambda: nearest_distances(sample.images, train.images[:CHUNK_IMAGES]),
+            2 * MEMORISATION_IMAGES / few * math.ceil(len(train.labels) / CHUNK_IMAGES),
         ),
     ]
     total = estimate_gan_train_s(train)
-    for work, times in shares:
-        work()  # the first time takes longer
-        began = time.perf_counter()
+    for work, times in parts:
+        work()  # the first call is slower
+        started = time.perf_counter()
         work()
         if features.is_cuda:
             torch.cuda.synchronize(features.device)
-        total += times * (time.perf_counter() - began)
+        total += times * (time.perf_counter() - started)
     return total
 
 
-def made_by(generator: Generator, like: Dataset, *, images: int, seed: int) -> Dataset:
-    """A data set of generated images, the classes in turn, with the classes of a real one.
+def generate_dataset(generator: Generator, like: Dataset, *, images: int, seed: int) -> Dataset:
+    """Generate a data set with the classes of a real one, the labels 0, 1, 2, … in turn.
 
     Args:
         generator: in evaluation mode, on the device of `like`.
@@ -192,58 +206,33 @@ def made_by(generator: Generator, like: Dataset, *, images: int, seed: int) -> D
     )
 
 
-@torch.inference_mode()
-def generate(generator: Generator, labels: Tensor, *, seed: int, batch_size: int = 500) -> Tensor:
-    """Generate one image a label.
-
-    Args:
-        generator: in evaluation mode.
-        labels: (N,) int64, on the generator's device.
-        seed: of the latents, which are drawn on the CPU so that every device gets the same.
-        batch_size: images at a time.
-
-    Returns:
-        (N, C, H, W) uint8.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    # All at once: what several calls of randn give depends on how many there are.
-    latents = torch.randn((len(labels), generator.config.latent_dim), generator=rng)
-    batches = zip(latents.split(batch_size), labels.split(batch_size), strict=True)
-    return torch.cat([to_pixels(generator(z.to(labels.device), y)) for z, y in batches])
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8 pixels, rounded to the nearest level."""
-    return images.float().mul(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def measure(judge: FeatureClassifier, dataset: Dataset, real_features: Tensor) -> Quality:
-    """All figures of one set of images against the features (M, D) of the real test images."""
-    predictions, features = judge.look(dataset.images)
-    right = (predictions == dataset.labels).double()
+def measure(classifier: FeatureClassifier, dataset: Dataset, real_features: Tensor) -> Quality:
+    """Measure one set of images against the features (M, D) of the real test images."""
+    predictions, features = classifier.classify(dataset.images)
+    correct = (predictions == dataset.labels).double()
     counts, hits = (
         torch.bincount(dataset.labels, weights=weights, minlength=dataset.num_classes).tolist()
-        for weights in (None, right)
+        for weights in (None, correct)
     )
     precision, recall, density, coverage = prdc(
         real_features, features, _neighbours(len(real_features))
     )
-    kid, kid_spread = kernel_distance(real_features, features)
+    kid_mean, kid_std = kid(real_features, features)
     return Quality(
-        gan_test=right.mean().item(),
+        gan_test=correct.mean().item(),
         gan_test_per_class=tuple(h / n if n else None for h, n in zip(hits, counts, strict=True)),
         precision=precision,
         recall=recall,
         density=density,
         coverage=coverage,
         frechet_distance=frechet_distance(real_features, features),
-        kid=kid,
-        kid_spread=kid_spread,
+        kid=kid_mean,
+        kid_std=kid_std,
     )
 
 
 def _neighbours(images: int) -> int:
-    """K for so many test images: fewer than usual where there are hardly any."""
+    """Return k for a number of test images: smaller than `NEIGHBOURS` for very few of them."""
     return min(NEIGHBOURS, images - 1)
 
 
@@ -257,15 +246,16 @@ def _parzen(samples: Dataset, train: Dataset, test: Dataset) -> Parzen | None:
     return parzen(*vectors)
 
 
-def certificate_of(info: ArtifactInfo) -> Certificate | None:
-    """The certificate inside an artifact, or None where it was never measured.
+def read_certificate(info: ArtifactInfo) -> Certificate | None:
+    """Return the certificate inside an artifact, or None if it has none.
 
     Raises:
-        pydantic.ValidationError: it is of another version of this code.
+        pydantic.ValidationError: it was written by another version of this code.
     """
     return None if info.certificate is None else _CERTIFICATE.validate_python(info.certificate)
 
 
 def with_certificate(info: ArtifactInfo, certificate: Certificate) -> ArtifactInfo:
-    """The same description with this certificate in it."""
-    return dataclasses.replace(info, certificate=dataclasses.asdict(certificate))
+    """Return the same description with this certificate in it."""
+    stored = _CERTIFICATE.dump_python(certificate, by_alias=True)
+    return dataclasses.replace(info, certificate=stored)

@@ -1,104 +1,138 @@
-"""What a run asks of the judge: a look every so often, and the certificate at the end."""
+"""Evaluation during and after a training run: quick metrics in between, the certificate at the end.
+
+Quick metrics compare with training images only. They decide which generator is kept, so the test
+images must stay unseen until the certificate.
+"""
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pooch  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
 
 from training.data.named import Dataset
 from training.networks import Generator
-from training.quality.certificate import (
-    Certificate,
-    certify,
-    estimate_certification_s,
-)
-from training.quality.classifier import FeatureClassifier, judge_for
-from training.quality.quick_metrics import QuickMetrics, Reference, glance, make_reference
+from training.quality.certificate import Certificate, certify, estimate_certification_s
+from training.quality.classifier import FeatureClassifier, get_classifier
+from training.quality.metrics import frechet_distance, prdc
+from training.sampling import generate
 
-# Time for the export and a picture, and for what an estimate may be wrong by.
+QUICK_IMAGES = 3000  # generated for quick metrics
+REFERENCE_IMAGES = 5000  # real training images that they compare with
+_SEED = 1  # the certificate has other latents
+
+# Share of a budget of minutes for the export and a grid of samples.
 RESERVED_SHARE = 0.02
+# Factor for errors of the estimated duration of certification.
 CERTIFICATION_MARGIN = 1.25
-# Of a run's minutes, for a judge where there is none yet.
-JUDGE_SHARE = 0.2
-# What is left for training must be worth the name.
+# Maximum share of a budget of minutes for training a classifier.
+CLASSIFIER_SHARE = 0.2
+# Minimum share of a budget of minutes for training the generator.
 MIN_TRAINING_SHARE = 0.1
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuickMetrics:
+    """Metrics of fewer images than a certificate's, so less exact.
+
+    Attributes:
+        gan_test: share of generated images that are classified as their own label.
+        coverage: share of real training images that have a generated one as a near neighbour.
+        frechet_distance: of the features of both.
+        score: gan_test * coverage, which rises with label fidelity and with diversity.
+    """
+
+    gan_test: float
+    coverage: float
+    frechet_distance: float
+    score: float
+
+
 def default_cache() -> Path:
-    """Where the judges of people's own data sets are kept."""
+    """Return the folder of the classifiers of the user's own data sets."""
     return Path(pooch.os_cache("cgan-service"))
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A judge, with the images that it compares with; they lie on one device.
+    """A feature classifier and the images to compare with, all on one device.
 
     Attributes:
-        judge: trained on the real training images.
+        classifier: trained on the training images.
         train: the training images.
-        test: the images that a run never sees.
-        reference: the training images that looks compare with.
+        test: real images that a run never sees.
+        reference_features: (M, D) of the training images that quick metrics compare with.
     """
 
-    judge: FeatureClassifier
+    classifier: FeatureClassifier
     train: Dataset
     test: Dataset
-    reference: Reference
+    reference_features: Tensor
 
     @classmethod
-    def prepare(
-        cls,
-        train: Dataset,
-        test: Dataset,
-        report: Callable[[str], None],
-        *,
-        minutes: float | None = None,
-    ) -> "Evaluator":
-        """Find the judge of a data set, or train one.
+    def create(cls, train: Dataset, test: Dataset, *, minutes: float | None = None) -> "Evaluator":
+        """Load or train the classifier of a data set, and compute the reference features.
 
         Args:
             train: the training images.
-            test: the images that a run never sees.
-            report: told what takes time.
-            minutes: the budget of a run, of which training a judge takes a small share.
+            test: real images that a run never sees.
+            minutes: the budget of a run, which limits the training of a classifier.
         """
-        seconds = None if minutes is None else 60.0 * minutes * JUDGE_SHARE
-        judge = judge_for(train, test, cache=default_cache(), report=report, seconds=seconds)
-        return cls(judge, train, test, make_reference(judge, train))
+        seconds = None if minutes is None else 60.0 * minutes * CLASSIFIER_SHARE
+        classifier = get_classifier(train, test, cache=default_cache(), seconds=seconds)
+        rng = torch.Generator().manual_seed(_SEED)
+        chosen = torch.randperm(len(train.labels), generator=rng)[:REFERENCE_IMAGES]
+        _, features = classifier.classify(train.images[chosen.to(train.labels.device)])
+        return cls(classifier, train, test, features)
 
-    def look(self, generator: Generator) -> QuickMetrics:
-        """Measure a generator lightly."""
-        return glance(generator, self.judge, self.reference)
+    def evaluate_quick(self, generator: Generator) -> QuickMetrics:
+        """Measure `QUICK_IMAGES` images of a generator; takes 1 to 2 s on a CPU.
 
-    def certify(self, generator: Generator, report: Callable[[str], None]) -> Certificate:
-        """Measure a generator in full; `report` is told how far it is."""
-        return certify(generator, self.judge, train=self.train, test=self.test, report=report)
+        Args:
+            generator: in evaluation mode, on the images' device. No random state is changed.
+        """
+        labels = torch.arange(QUICK_IMAGES, device=self.train.labels.device)
+        labels %= generator.config.num_classes
+        pixels = generate(generator, labels, seed=_SEED)
+        predictions, features = self.classifier.classify(pixels)
+        gan_test = (predictions == labels).float().mean().item()
+        *_, coverage = prdc(self.reference_features, features)
+        return QuickMetrics(
+            gan_test=gan_test,
+            coverage=coverage,
+            frechet_distance=frechet_distance(self.reference_features, features),
+            score=gan_test * coverage,
+        )
+
+    def certify(self, generator: Generator) -> Certificate:
+        """Measure a generator in full."""
+        return certify(generator, self.classifier, train=self.train, test=self.test)
 
     def seconds_for_training(
         self, minutes: float, generator: Generator, *, certified: bool
     ) -> float:
-        """What a budget of minutes leaves for training.
+        """Return the part of a budget of minutes that is left for training.
 
         Raises:
-            ValueError: certification alone takes nearly as long, or longer.
+            ValueError: certification takes nearly all of the budget, or more.
         """
-        began = time.perf_counter()
-        self.look(generator)  # as a run does once more when its time is over
-        look_s = time.perf_counter() - began
-        seconds = 60.0 * minutes * (1.0 - RESERVED_SHARE) - look_s
+        started = time.perf_counter()
+        self.evaluate_quick(generator)  # a run does it once more after its last step
+        quick_s = time.perf_counter() - started
+        seconds = 60.0 * minutes * (1.0 - RESERVED_SHARE) - quick_s
         if not certified:
             return seconds
         reserved = CERTIFICATION_MARGIN * estimate_certification_s(
-            generator, self.judge, train=self.train, test=self.test
+            generator, self.classifier, train=self.train, test=self.test
         )
         if seconds - reserved < MIN_TRAINING_SHARE * seconds:
-            enough = (reserved / (1.0 - MIN_TRAINING_SHARE) + look_s) / (1.0 - RESERVED_SHARE) / 60
+            enough = (reserved / (1.0 - MIN_TRAINING_SHARE) + quick_s) / (1.0 - RESERVED_SHARE) / 60
             raise ValueError(
-                f"minutes: {minutes:g} are too few, because measuring the generator takes about "
-                f"{reserved / 60:.1f} of them here; allowed with --certify is "
+                f"minutes: {minutes:g} is too short, since the evaluation takes about "
+                f"{reserved / 60:.1f} minutes here; with --certify, give "
                 f"{math.ceil(10 * enough) / 10:.1f} or more"
             )
         return seconds - reserved

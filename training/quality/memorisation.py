@@ -1,8 +1,7 @@
-"""Whether a generator repeats its training images: how far its images are from the nearest one.
+"""Memorisation: pixel distances of generated images to their nearest training image.
 
-Real test images give the scale, since none of them can have been learnt by heart. A generator that
-copies comes far nearer than they do. The distance is of pixels, so a copy that was moved or
-mirrored is not seen.
+Real test images give the scale, since the generator never saw them. A generator that copies is far
+closer than they are. Shifted or mirrored copies are not detected.
 """
 
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 IMAGES = 2000
-AT_A_TIME = 10_000  # training images: all would take four times their memory
-_BATCH = 500  # each one has to look through the training images anew
+CHUNK_IMAGES = 10_000  # training images at a time: all as float32 take four times their memory
+_BATCH = 500  # bounds the matrix of distances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class Memorisation:
         test_median: of the real test images.
         test_first_percentile: of the real test images.
         close: share of generated images that are nearer than the test images' first percentile;
-            0.01 is what test images have.
+            test images have 0.01.
     """
 
     median: float
@@ -43,23 +42,23 @@ def memorisation(generated: Tensor, train: Tensor, test: Tensor) -> Memorisation
         train: (T, C, H, W) uint8.
         test: (M, C, H, W) uint8, none of which is in train.
     """
-    made, real = (nearest(images[:IMAGES], train) for images in (generated, test))
+    fake, real = (nearest_distances(images[:IMAGES], train) for images in (generated, test))
     threshold = real.quantile(0.01)
     return Memorisation(
-        median=made.median().item(),
-        first_percentile=made.quantile(0.01).item(),
+        median=fake.median().item(),
+        first_percentile=fake.quantile(0.01).item(),
         test_median=real.median().item(),
         test_first_percentile=threshold.item(),
-        close=(made < threshold).float().mean().item(),
+        close=(fake < threshold).float().mean().item(),
     )
 
 
-def nearest(images: Tensor, train: Tensor) -> Tensor:
-    """Each image's (N, C, H, W) uint8 distance to the nearest of train (T, C, H, W) uint8: (N,)."""
+def nearest_distances(images: Tensor, train: Tensor) -> Tensor:
+    """Return each image's distance (N,) to the nearest of train, both (…, C, H, W) uint8."""
     rows = images.flatten(1).float().div_(255.0)
     best = torch.full((len(rows),), torch.inf, device=rows.device)
-    for part in train.split(AT_A_TIME):
-        columns = part.flatten(1).float().div_(255.0)
+    for chunk in train.split(CHUNK_IMAGES):
+        columns = chunk.flatten(1).float().div_(255.0)
         found = [torch.cdist(batch, columns).min(1).values for batch in rows.split(_BATCH)]
         best = torch.minimum(best, torch.cat(found))
     best /= rows.shape[1] ** 0.5

@@ -1,8 +1,8 @@
-"""How like two sets of images are, told from their features alone.
+"""Similarity metrics of two sets of images, computed from their features.
 
-Precision and recall are those of Kynkäänniemi et al. (arXiv 1904.06991), density and coverage those
-of Naeem et al. (arXiv 2002.09797), the Fréchet distance that of Heusel et al. (arXiv 1706.08500),
-the kernel distance that of Bińkowski et al. (arXiv 1801.01401).
+Precision and recall follow Kynkäänniemi et al. (arXiv 1904.06991), density and coverage Naeem et
+al. (arXiv 2002.09797), the Fréchet distance Heusel et al. (arXiv 1706.08500), and the kernel
+distance KID Bińkowski et al. (arXiv 1801.01401).
 """
 
 import statistics
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = 5
-KERNEL_SUBSETS = 50
-KERNEL_SUBSET_SIZE = 1000
+KID_SUBSETS = 50
+KID_SUBSET_SIZE = 1000
 
 
 def prdc(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[float, float, float, float]:
-    """Precision, recall, density and coverage of fake (N, D) against real (M, D) features.
+    """Return precision, recall, density and coverage of fake (N, D) against real (M, D) features.
 
     A point's ball reaches to its k-th nearest neighbour within its own set.
 
     Raises:
-        ValueError: a set has no k neighbours.
+        ValueError: a set has k points or fewer.
     """
     real_radii, fake_radii = _radii(real, k), _radii(fake, k)
     inside_any_real = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
@@ -43,12 +43,12 @@ def prdc(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[float, float,
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """Distance to the k-th nearest other point of the same set: (N,)."""
+    """Return the distance (N,) to the k-th nearest other point of the same set."""
     if len(features) <= k:
         raise ValueError(f"{len(features)} images are too few for {k} neighbours")
     return torch.cat(
         [
-            # Many times faster than `kthvalue`, which orders more than it has to tell.
+            # topk is many times faster than `kthvalue`.
             torch.cdist(rows, features).topk(k + 1, dim=1, largest=False).values[:, k]
             for rows in features.split(1000)
         ]
@@ -56,10 +56,10 @@ def _radii(features: Tensor, k: int) -> Tensor:
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """The squared Fréchet distance of two normal distributions fitted to features (N, D), (M, D).
+    """Return the squared Fréchet distance of normal distributions fitted to (N, D) and (M, D).
 
-    The trace of the root of a product of covariances is that of the symmetric form, whose
-    eigenvalues are real, so no imaginary part has to be thrown away.
+    The root of the product of covariances is taken in its symmetric form: it has the same trace and
+    real eigenvalues, so there is no imaginary part to discard.
     """
     a, b = first.double(), second.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
@@ -71,33 +71,31 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     return max(0.0, distance)
 
 
-def kernel_distance(first: Tensor, second: Tensor, *, seed: int = 0) -> tuple[float, float]:
-    """KID: the squared maximum mean discrepancy of features (N, D), (M, D) by a cubic kernel.
+def kid(first: Tensor, second: Tensor, *, seed: int = 0) -> tuple[float, float]:
+    """Return mean and standard deviation of KID over `KID_SUBSETS` random subsets.
 
-    The estimate is unbiased, so that of equal distributions lies about 0 and can be negative.
+    KID is the squared maximum mean discrepancy by a cubic kernel. The estimate is unbiased: for
+    equal distributions its mean is 0, and it can be negative.
 
     Args:
-        first: at least 2 points.
-        second: at least 2 points.
+        first: (N, D), N at least 2.
+        second: (M, D), M at least 2.
         seed: decides the subsets.
-
-    Returns:
-        mean and standard deviation over `KERNEL_SUBSETS` random subsets.
     """
     rng = torch.Generator().manual_seed(seed)
-    size = min(KERNEL_SUBSET_SIZE, len(first), len(second))
+    size = min(KID_SUBSET_SIZE, len(first), len(second))
     estimates = []
-    for _ in range(KERNEL_SUBSETS):
+    for _ in range(KID_SUBSETS):
         x, y = (
             points[torch.randperm(len(points), generator=rng)[:size].to(points.device)].double()
             for points in (first, second)
         )
-        estimates.append(_discrepancy(x, y))
+        estimates.append(_squared_mmd(x, y))
     return statistics.fmean(estimates), statistics.stdev(estimates)
 
 
-def _discrepancy(x: Tensor, y: Tensor) -> float:
-    """Equation 4 of arXiv 1801.01401 for as many points x as y (N, D)."""
+def _squared_mmd(x: Tensor, y: Tensor) -> float:
+    """Return equation 4 of arXiv 1801.01401 for equally many points x and y (N, D)."""
     n, dimensions = x.shape
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:

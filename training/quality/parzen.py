@@ -1,10 +1,10 @@
-"""The Parzen-window log-likelihood of the papers of 2014, as a legacy figure.
+"""Parzen-window log-likelihood: the legacy metric of the papers of 2014, for comparison with them.
 
-A normal distribution is put around each of 10,000 generated images, its width is chosen on
-validation images, and the mean log-likelihood of the test images under the mixture is reported, in
-nats (Breuleux et al. 2011; Goodfellow et al., arXiv 1406.2661; Mirza & Osindero, arXiv 1411.1784).
-It says little about quality: real images do not score best by it (Theis et al., arXiv 1511.01844).
-It stands here because the older figures do.
+A normal distribution is centred on each of 10,000 generated images, its width is chosen on
+validation images, and the metric is the mean log-likelihood of the test images under the mixture,
+in nats (Breuleux et al. 2011; Goodfellow et al., arXiv 1406.2661; Mirza & Osindero, arXiv
+1411.1784). It says little about quality: real images do not score best (Theis et al., arXiv
+1511.01844).
 """
 
 import math
@@ -27,12 +27,12 @@ PUBLISHED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parzen:
-    """A log-likelihood in nats.
+    """A mean log-likelihood in nats.
 
     Attributes:
         mean: over the test images.
         standard_error: of the mean.
-        sigma: the width of the window, for pixels in [0, 1].
+        sigma: width of the window, for pixels in [0, 1].
     """
 
     mean: float
@@ -41,11 +41,11 @@ class Parzen:
 
 
 def parzen(samples: Tensor, validation: Tensor, test: Tensor) -> Parzen:
-    """The log-likelihood of test images under windows around samples.
+    """Return the log-likelihood of test images under windows around samples.
 
     Args:
         samples: (N, D) float32 in [0, 1].
-        validation: (V, D), which chooses the width from `SIGMAS`.
+        validation: (V, D), on which the width is chosen from `SIGMAS`.
         test: (M, D).
     """
     means = [each.mean() for each in _log_likelihoods(samples, validation, SIGMAS)]
@@ -65,7 +65,7 @@ def parzen(samples: Tensor, validation: Tensor, test: Tensor) -> Parzen:
 
 
 def _log_likelihoods(samples: Tensor, images: Tensor, sigmas: Sequence[float]) -> Iterator[Tensor]:
-    """For each width: (M,) float64, the log of the mean of N normal densities at the images.
+    """Yield for each width the log of the mean of N normal densities at the images: (M,) float64.
 
     Args:
         samples: (N, D), the means of the densities.
@@ -74,10 +74,10 @@ def _log_likelihoods(samples: Tensor, images: Tensor, sigmas: Sequence[float]) -
     """
     squared = torch.cdist(images, samples).square_()  # (M, N)
     nearest = squared.amin(1)
-    squared -= nearest[:, None]  # so that no sum is of zeros alone, whatever the width
+    squared -= nearest[:, None]  # else a narrow width would sum zeros only
     for sigma in sigmas:
         scale = -1.0 / (2.0 * sigma**2)
-        # Less than that adds nothing to a sum that holds a 1, and takes many times as long.
+        # Smaller terms do not change a sum that holds a 1, and denormals are many times slower.
         sums = squared.mul(scale).clamp_(min=-80.0).exp_().sum(1)
         normaliser = math.log(len(samples)) + samples.shape[1] * math.log(
             sigma * math.sqrt(2.0 * math.pi)

@@ -1,4 +1,4 @@
-"""Certificates for people: a table for a terminal, a page for a folder of artifacts."""
+"""Reports of certificates: a table for a terminal, and a page for a folder of artifacts."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,44 +10,45 @@ from training.artifact import Artifact, load_artifact
 from training.files import write_atomically
 from training.images import class_grid, save_png
 from training.networks import count_parameters
-from training.quality.certificate import Certificate, Quality, certificate_of
+from training.quality.certificate import Certificate, Quality, read_certificate
 from training.quality.parzen import PUBLISHED, Parzen
 
-# Of more classes than this, a table shows the worst.
+# A table shows at most this many classes, the worst ones.
 TABLE_CLASSES = 20
 
 _INTRODUCTION = """\
 # Models
 
 Each `*.safetensors` file here is a generator that the service serves under the file's name. The
-figures come from the certificate inside the file. This page is written by
-`python -m training evaluate FILE --report`.
+metrics come from the certificate inside the file. `python -m training evaluate FILE --report`
+writes this page.
 """
 
 _EXPLANATION = """\
-## What the figures say
+## Metrics
 
-The judge is a classifier that learnt from real training images only. All figures compare with the
-real test images, which neither the judge nor the generator ever saw; the column of real images
-shows what as many real training images reach, and is the most that can be asked for.
+A classifier that was trained on real training images only provides labels and features. All metrics
+compare with the real test images, which neither the classifier nor the generator ever saw. The
+column of real images shows the metrics of equally many real training images: the best values to
+expect.
 
-- **GAN-test**: share of generated images that the judge gives the label they were generated for.
-- **GAN-train**: accuracy on the real test images of a classifier that learnt from generated images
-  only; mean and standard deviation of several. It is high only where images are right *and* varied.
+- **GAN-test**: share of generated images that are classified as the label they were generated for.
+- **GAN-train**: accuracy on the real test images of a classifier trained on generated images only;
+  mean and standard deviation of several. It is high only where images are correct *and* varied.
 - **Precision, recall**: share of generated images that lie among the real ones, and the reverse.
 - **Density, coverage**: how densely real images surround the generated ones, and the share of real
-  images that have a generated one as a near neighbour. A collapsed generator covers little.
-- **Fréchet distance, KID**: how far apart the two sets are in the judge's features; 0 is equal.
+  images that have a generated one as a near neighbour. A collapsed generator has a low coverage.
+- **Fréchet distance, KID**: distances of the two sets in the classifier's features; 0 is equal.
 - **Nearest training image**: the distance of an image's pixels, in [0, 1], to the nearest training
   image, for generated images and for real test images. A generator that repeats its training images
-  comes closer than test images do; *close* counts those that are closer than 99 % of test images.
+  comes closer than test images do; *close* is the share that is closer than 99 % of test images.
 - **Parzen window**: the log-likelihood, in nats, that the papers of 2014 report, with their values.
   It prefers averages to images (arXiv 1511.01844): real training images do not score best by it.
 """
 
 
-def table(certificate: Certificate, class_names: tuple[str, ...]) -> str:
-    """A certificate in columns; valid Markdown."""
+def render_table(certificate: Certificate, class_names: tuple[str, ...]) -> str:
+    """Return a certificate as an aligned Markdown table."""
     header = ("", "generated", "real images")
     rows = [header, *_rows(certificate, class_names)]
     rows = [(name.replace("|", "\\|").replace("\n", " "), a, b) for name, a, b in rows]
@@ -57,129 +58,111 @@ def table(certificate: Certificate, class_names: tuple[str, ...]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _rows(certificate: Certificate, class_names: tuple[str, ...]) -> list[tuple[str, str, str]]:
-    made, real = certificate.generated, certificate.real
-    taught, copies = certificate.gan_train, certificate.memorisation
-    rows = [
-        ("GAN-train", f"{taught.mean:.2%} ± {taught.spread:.2%}", f"{taught.real:.2%}"),
-        ("GAN-test", f"{made.gan_test:.2%}", f"{real.gan_test:.2%}"),
-        *_class_rows(certificate, class_names),
-    ]
+def _rows(certificate: Certificate, class_names: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+    fake, real = certificate.generated, certificate.reference
+    gan_train, distances = certificate.gan_train, certificate.memorisation
+    yield "GAN-train", f"{gan_train.mean:.2%} ± {gan_train.std:.2%}", f"{gan_train.real:.2%}"
+    yield "GAN-test", f"{fake.gan_test:.2%}", f"{real.gan_test:.2%}"
+    yield from _class_rows(certificate, class_names)
     for name in ("precision", "recall", "density", "coverage"):
-        rows.append((name, f"{getattr(made, name):.3f}", f"{getattr(real, name):.3f}"))
-    rows += [
-        ("Fréchet distance", f"{made.frechet_distance:.3f}", f"{real.frechet_distance:.3f}"),
-        ("KID", _kid(made), _kid(real)),
-        ("nearest training image, median", f"{copies.median:.4f}", f"{copies.test_median:.4f}"),
-        (
-            "nearest training image, 1st percentile",
-            f"{copies.first_percentile:.4f}",
-            f"{copies.test_first_percentile:.4f}",
-        ),
-        ("nearest training image, close", f"{copies.close:.2%}", "1.00%"),
-    ]
-    if certificate.parzen is not None and certificate.parzen_real is not None:
-        both = (certificate.parzen, certificate.parzen_real)
-        rows.append(("Parzen window, nats", _nats(both[0]), _nats(both[1])))
-        rows += [(f"Parzen window of {paper}", value, "") for paper, value in PUBLISHED.items()]
-    return rows
+        yield name, f"{getattr(fake, name):.3f}", f"{getattr(real, name):.3f}"
+    yield "Fréchet distance", f"{fake.frechet_distance:.3f}", f"{real.frechet_distance:.3f}"
+    yield "KID", _kid(fake), _kid(real)
+    nearest = "nearest training image, {}"
+    yield nearest.format("median"), f"{distances.median:.4f}", f"{distances.test_median:.4f}"
+    yield (
+        nearest.format("1st percentile"),
+        f"{distances.first_percentile:.4f}",
+        f"{distances.test_first_percentile:.4f}",
+    )
+    yield nearest.format("close"), f"{distances.close:.2%}", "1.00%"
+    if certificate.parzen is not None and certificate.parzen_reference is not None:
+        yield "Parzen window, nats", _nats(certificate.parzen), _nats(certificate.parzen_reference)
+        for paper, value in PUBLISHED.items():
+            yield f"Parzen window of {paper}", value, ""
 
 
-def _kid(figures: Quality) -> str:
-    return f"{figures.kid:.5f} ± {figures.kid_spread:.5f}"
+def _kid(quality: Quality) -> str:
+    return f"{quality.kid:.5f} ± {quality.kid_std:.5f}"
 
 
-def _nats(figure: Parzen) -> str:
-    return f"{figure.mean:.1f} ± {figure.standard_error:.1f}"
+def _nats(likelihood: Parzen) -> str:
+    return f"{likelihood.mean:.1f} ± {likelihood.standard_error:.1f}"
 
 
 def _class_rows(
     certificate: Certificate, class_names: tuple[str, ...]
-) -> list[tuple[str, str, str]]:
-    """A row for each class, or for the worst of very many."""
-    classes = [
-        (name, made, real)
-        for name, made, real in zip(
-            class_names,
-            certificate.generated.gan_test_per_class,
-            certificate.real.gan_test_per_class,
-            strict=True,
-        )
-    ]
-    what = "GAN-test, {}"
+) -> Iterator[tuple[str, str, str]]:
+    """Yield a row per class, or the rows of the worst `TABLE_CLASSES` classes."""
+    fake, real = certificate.generated, certificate.reference
+    shares = zip(class_names, fake.gan_test_per_class, real.gan_test_per_class, strict=True)
+    classes, note = list(shares), ""
     if len(classes) > TABLE_CLASSES:
-        classes = sorted(classes, key=lambda row: 1.0 if row[1] is None else row[1])
-        classes = classes[:TABLE_CLASSES]
-        what = f"GAN-test, {{}} (of the worst {TABLE_CLASSES} of {len(class_names)})"
-    return [(what.format(name), _share(made), _share(real)) for name, made, real in classes]
-
-
-def _share(value: float | None) -> str:
-    return "no image" if value is None else f"{value:.2%}"
+        classes.sort(key=lambda row: 1.0 if row[1] is None else row[1])
+        note = f" (of the worst {TABLE_CLASSES} of {len(class_names)})"
+    for name, *values in classes[:TABLE_CLASSES]:
+        generated, expected = ("no image" if value is None else f"{value:.2%}" for value in values)
+        yield f"GAN-test, {name}{note}", generated, expected
 
 
 def write_report(folder: Path) -> None:
-    """Write `README.md` and a picture of each artifact into the folder that holds them.
+    """Write `README.md` and a picture of each artifact into the folder of the artifacts.
 
     Raises:
-        ArtifactError: a file in the folder is no valid artifact.
+        ArtifactError: a file in the folder is not a valid artifact.
         OSError: a file cannot be written.
     """
-    artifacts = [load_artifact(path) for path in _by_name(folder)]
+    paths = sorted(folder.glob("*.safetensors"), key=lambda path: path.stem)
+    artifacts = [load_artifact(path) for path in paths]
     for artifact in artifacts:
         save_png(picture_path(artifact), class_grid(artifact.generator, columns=16), scale=2)
-    write_atomically(folder / "README.md", render(artifacts).encode())
-
-
-def _by_name(folder: Path) -> list[Path]:
-    """The artifacts of a folder, in the order of the models' names."""
-    return sorted(folder.glob("*.safetensors"), key=lambda path: path.stem)
+    write_atomically(folder / "README.md", render_page(artifacts).encode())
 
 
 def picture_path(artifact: Artifact) -> Path:
-    """Where an artifact's picture lies."""
+    """Return the path of an artifact's picture."""
     return artifact.path.with_suffix(".png")
 
 
-def render(artifacts: list[Artifact]) -> str:
-    """The page's Markdown: all models in one table, then each with its picture and figures."""
+def render_page(artifacts: list[Artifact]) -> str:
+    """Return the page in Markdown: a table of all models, then a section per model."""
     return "\n".join(
-        [_INTRODUCTION, _summary(artifacts), "", *map(_section, artifacts), _EXPLANATION]
+        [_INTRODUCTION, _overview(artifacts), "", *map(_section, artifacts), _EXPLANATION]
     )
 
 
-def _summary(artifacts: list[Artifact]) -> str:
+def _overview(artifacts: list[Artifact]) -> str:
     lines = [
         "| model | network | parameters | GAN-train | GAN-test | coverage | Fréchet distance |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for artifact in artifacts:
-        known = _certificate(artifact)
-        figures = ["", "", "", ""]
-        if isinstance(known, Certificate):
-            made = known.generated
-            figures = [f"{known.gan_train.mean:.2%}", f"{made.gan_test:.2%}"]
-            figures += [f"{made.coverage:.3f}", f"{made.frechet_distance:.3f}"]
+        certificate = _certificate(artifact)
+        metrics = ["", "", "", ""]
+        if isinstance(certificate, Certificate):
+            fake = certificate.generated
+            metrics = [f"{certificate.gan_train.mean:.2%}", f"{fake.gan_test:.2%}"]
+            metrics += [f"{fake.coverage:.3f}", f"{fake.frechet_distance:.3f}"]
         name, kind = artifact.path.stem, artifact.info.network.kind
         cells = [f"[{name}](#{name})", f"`{kind}`", f"{count_parameters(artifact.generator):,}"]
-        lines.append(f"| {' | '.join([*cells, *figures])} |")
+        lines.append(f"| {' | '.join([*cells, *metrics])} |")
     return "\n".join(lines)
 
 
 def _certificate(artifact: Artifact) -> Certificate | str:
-    """The certificate, or why there is none to show."""
+    """Return the certificate, or the reason why there is none to show."""
     try:
-        return certificate_of(artifact.info) or "Not certified."
+        return read_certificate(artifact.info) or "Not certified."
     except ValidationError:
         return "Certified by another version of this code; evaluate it again."
 
 
-def _runs_before(training: Mapping[str, Any]) -> Iterator[int]:
-    """Images seen by the runs that a run began with the networks of, the latest first."""
-    origin = training.get("began_with")
-    while origin is not None:
+def _earlier_runs(training: Mapping[str, Any]) -> Iterator[int]:
+    """Yield the images seen by the runs whose networks a run was initialised from, latest first."""
+    # Artifacts of releases before 0.2 name it began_with.
+    while origin := training.get("initialised_from") or training.get("began_with"):
         yield origin["images_seen"]
-        origin = origin.get("began_with")
+        training = origin
 
 
 def _section(artifact: Artifact) -> str:
@@ -196,21 +179,21 @@ def _section(artifact: Artifact) -> str:
             f" of the data set `{training['dataset']}`, with the preset `{training['preset']}`, in "
             f"{training['elapsed_s'] / 60:.0f} minutes on the device `{training['device']}`"
         )
-    before = list(_runs_before(training))
-    if before:
-        line += f", after {' and '.join(f'{images:,}' for images in before)} in runs before it"
-    known = _certificate(artifact)
-    if isinstance(known, str):
-        figures = [known]
+    earlier = " and ".join(f"{images:,}" for images in _earlier_runs(training))
+    if earlier:
+        line += f", after {earlier} in earlier runs"
+    certificate = _certificate(artifact)
+    if isinstance(certificate, str):
+        metrics = [certificate]
     else:
-        figures = [
-            table(known, info.class_names),
+        metrics = [
+            render_table(certificate, info.class_names),
             "",
-            f"{known.images:,} generated images, {known.gan_train.images:,} for GAN-train, k = "
-            f"{known.neighbours}; the judge is right on {known.judge_accuracy:.2%} of the real "
-            "test images.",
+            f"{certificate.images:,} generated images, {certificate.gan_train.images:,} for "
+            f"GAN-train, k = {certificate.neighbours}; the classifier's accuracy on the real test "
+            f"images is {certificate.classifier_accuracy:.2%}.",
         ]
     picture = (
         f"![A row per class, the same latents down each column]({picture_path(artifact).name})"
     )
-    return "\n".join([f"## {name}", "", f"{line}.", "", picture, "", *figures, ""])
+    return "\n".join([f"## {name}", "", f"{line}.", "", picture, "", *metrics, ""])

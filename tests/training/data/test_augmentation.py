@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.data.augmentation import _cut_out, _recolour, _translate, augment, flip
+from training.data.augmentation import _cut_out, _recolour, _translate, diff_augment, flip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,35 +31,35 @@ def test_about_half_of_the_images_are_mirrored_and_the_others_untouched() -> Non
 def test_the_random_state_decides_the_distortions() -> None:
     before = images()
     torch.manual_seed(1)
-    first = augment(before, rng(3))
+    first = diff_augment(before, rng(3))
     torch.manual_seed(2)
-    assert torch.equal(augment(before, rng(3)), first)
-    assert not torch.equal(augment(before, rng(4)), first)
+    assert torch.equal(diff_augment(before, rng(3)), first)
+    assert not torch.equal(diff_augment(before, rng(4)), first)
 
 
 def test_each_image_draws_its_own_distortion() -> None:
     same = images(1).expand(8, -1, -1, -1)
-    distorted = augment(same, rng())
+    distorted = diff_augment(same, rng())
     assert len({image.numpy().tobytes() for image in distorted}) == 8
 
 
 def test_the_distortions_are_colour_then_translation_then_cutout() -> None:
     before, source = images(), rng()
     expected = _cut_out(_translate(_recolour(before, source), source), source)
-    assert torch.equal(augment(before, rng()), expected)
+    assert torch.equal(diff_augment(before, rng()), expected)
 
 
 def test_the_shape_stays_and_the_input_is_not_changed() -> None:
     before = images(5, 1, 28)
     copy = before.clone()
-    after = augment(before, rng())
+    after = diff_augment(before, rng())
     assert (after.shape, after.dtype) == (before.shape, before.dtype)
     assert torch.equal(before, copy)
 
 
 def test_gradients_reach_every_image() -> None:
     before = images(32).requires_grad_()
-    augment(before, rng()).square().sum().backward()
+    diff_augment(before, rng()).square().sum().backward()
     assert before.grad is not None
     assert bool(before.grad.isfinite().all())
     assert bool((before.grad.abs().sum(dim=(1, 2, 3)) > 0).all())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.quality.memorisation import memorisation, nearest
+from training.quality.memorisation import memorisation, nearest_distances
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,7 +21,7 @@ def test_the_distance_is_the_root_mean_square_to_the_nearest_image() -> None:
     images = noise(7, 2)
     differences = (images[:, None].double() - TRAIN[None].double()) / 255
     expected = differences.square().mean(dim=(2, 3, 4)).sqrt().min(1).values
-    assert torch.allclose(nearest(images, TRAIN).double(), expected, atol=1e-5)
+    assert torch.allclose(nearest_distances(images, TRAIN).double(), expected, atol=1e-5)
 
 
 def test_the_nearest_image_is_found_in_whatever_block_it_lies() -> None:
@@ -30,24 +30,24 @@ def test_the_nearest_image_is_found_in_whatever_block_it_lies() -> None:
     for place in (0, 9_999, 10_000, 24_999):
         train = many.clone()
         train[place] = wanted
-        assert nearest(wanted, train).item() == pytest.approx(0.0, abs=1e-6)
+        assert nearest_distances(wanted, train).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_black_and_white_are_as_far_apart_as_images_can_be() -> None:
     black = torch.zeros((1, 1, 4, 4), dtype=torch.uint8)
-    assert nearest(black, black + 255).item() == pytest.approx(1.0)
+    assert nearest_distances(black, black + 255).item() == pytest.approx(1.0)
 
 
 def test_copies_are_seen() -> None:
     copied = torch.cat([TRAIN[:50], noise(150, 2)])
-    figures = memorisation(copied, TRAIN, TEST)
-    assert figures.close == pytest.approx(0.25, abs=0.03)
-    assert figures.first_percentile == pytest.approx(0.0, abs=1e-3)
-    assert figures.test_first_percentile > 0.1
+    metrics = memorisation(copied, TRAIN, TEST)
+    assert metrics.close == pytest.approx(0.25, abs=0.03)
+    assert metrics.first_percentile == pytest.approx(0.0, abs=1e-3)
+    assert metrics.test_first_percentile > 0.1
 
 
 def test_new_images_are_as_close_as_test_images() -> None:
-    figures = memorisation(noise(200, 2), TRAIN, TEST)
-    assert figures.close < 0.05
-    assert figures.median == pytest.approx(figures.test_median, rel=0.05)
-    assert figures.first_percentile == pytest.approx(figures.test_first_percentile, rel=0.05)
+    metrics = memorisation(noise(200, 2), TRAIN, TEST)
+    assert metrics.close < 0.05
+    assert metrics.median == pytest.approx(metrics.test_median, rel=0.05)
+    assert metrics.first_percentile == pytest.approx(metrics.test_first_percentile, rel=0.05)

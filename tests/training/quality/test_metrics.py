@@ -1,4 +1,4 @@
-"""Figures of two sets of points against plain formulas, and of sets whose figures are known."""
+"""Metrics of two sets of points against plain formulas, and of sets whose metrics are known."""
 
 import math
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from training.quality.metrics import (
-    KERNEL_SUBSETS,
+    KID_SUBSETS,
     NEIGHBOURS,
     frechet_distance,
-    kernel_distance,
+    kid,
     prdc,
 )
 
@@ -53,11 +53,11 @@ def brute_force(
     "fake",
     [cloud(70, 1), cloud(50, 1, centre=1.5), cloud(60, 1, spread=0.4), cloud(40, 1, spread=2.0)],
 )
-def test_the_manifold_figures_are_their_definitions(fake: Tensor, k: int) -> None:
+def test_prdc_are_their_definitions(fake: Tensor, k: int) -> None:
     real = cloud(60, 2)
     expected = brute_force(real.double().numpy(), fake.double().numpy(), k)
     assert prdc(real, fake, k) == pytest.approx(expected, abs=1e-6)
-    assert len({0.0, 1.0, *expected}) > 3  # the sets are such that the figures say something
+    assert len({0.0, 1.0, *expected}) > 3  # the sets are such that the metrics say something
 
 
 def test_the_figures_do_not_depend_on_the_blocks_they_are_computed_in() -> None:
@@ -76,9 +76,9 @@ def test_identical_sets_lie_among_each_other_entirely() -> None:
 
 
 def test_a_set_like_the_real_one_has_a_density_near_one() -> None:
-    figures = prdc(cloud(800, 1), cloud(800, 2))
-    assert figures[2] == pytest.approx(1.0, abs=0.15)
-    assert min(figures) > 0.8
+    metrics = prdc(cloud(800, 1), cloud(800, 2))
+    assert metrics[2] == pytest.approx(1.0, abs=0.15)
+    assert min(metrics) > 0.8
 
 
 def test_a_collapsed_set_is_precise_and_covers_nothing() -> None:
@@ -135,10 +135,10 @@ def test_the_frechet_distance_holds_for_features_that_do_not_vary() -> None:
     assert frechet_distance(flat, flat + 1) == pytest.approx(6.0, rel=1e-5)
 
 
-# Kernel distance
+# KID
 
 
-def plain_discrepancy(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
+def plain_squared_mmd(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
     """The unbiased estimate, pair by pair."""
 
     def kernel(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
@@ -151,34 +151,34 @@ def plain_discrepancy(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) ->
     return within - 2 * between
 
 
-def test_the_kernel_distance_is_its_definition() -> None:
+def test_kid_is_its_definition() -> None:
     first, second = cloud(30, 1), cloud(30, 2, centre=0.5)  # as small as one subset
-    mean, spread = kernel_distance(first, second)
-    expected = plain_discrepancy(first.double().numpy(), second.double().numpy())
+    mean, std = kid(first, second)
+    expected = plain_squared_mmd(first.double().numpy(), second.double().numpy())
     assert mean == pytest.approx(expected, rel=1e-9)
-    assert spread == pytest.approx(0.0, abs=1e-9)  # every subset is the whole set
+    assert std == pytest.approx(0.0, abs=1e-9)  # every subset is the whole set
 
 
-def test_the_kernel_distance_of_equal_distributions_is_about_zero_without_bias() -> None:
-    figures = [kernel_distance(cloud(60, 2 * i), cloud(60, 2 * i + 1))[0] for i in range(30)]
-    standard_error = np.std(figures) / len(figures) ** 0.5
-    assert abs(np.mean(figures)) < 3 * standard_error
-    assert min(figures) < 0 < max(figures)  # a biased estimate is never negative
+def test_kid_of_equal_distributions_is_about_zero_without_bias() -> None:
+    values = [kid(cloud(60, 2 * i), cloud(60, 2 * i + 1))[0] for i in range(30)]
+    standard_error = np.std(values) / len(values) ** 0.5
+    assert abs(np.mean(values)) < 3 * standard_error
+    assert min(values) < 0 < max(values)  # a biased estimate is never negative
 
 
-def test_the_kernel_distance_grows_with_the_way_between_the_sets() -> None:
+def test_kid_grows_with_the_way_between_the_sets() -> None:
     near, far, farther = (
-        kernel_distance(cloud(300, 1), cloud(300, 2, centre=centre))[0]
-        for centre in (0.1, 0.5, 1.0)
+        kid(cloud(300, 1), cloud(300, 2, centre=centre))[0] for centre in (0.1, 0.5, 1.0)
     )
     assert near < far < farther
 
 
-def test_the_kernel_distance_of_large_sets_is_a_mean_over_random_subsets() -> None:
-    first, second = cloud(1500, 1), cloud(1200, 2, centre=0.3)
-    mean, spread = kernel_distance(first, second, seed=1)
-    other, _ = kernel_distance(first, second, seed=2)
-    assert spread > 0
+def test_kid_of_large_sets_is_a_mean_over_random_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.quality.metrics.KID_SUBSET_SIZE", 100)
+    first, second = cloud(150, 1), cloud(120, 2, centre=0.3)
+    mean, std = kid(first, second, seed=1)
+    other, _ = kid(first, second, seed=2)
+    assert std > 0
     assert mean != other
-    assert abs(mean - other) < 5 * spread / KERNEL_SUBSETS**0.5
-    assert kernel_distance(first, second, seed=1) == (mean, spread)
+    assert abs(mean - other) < 5 * std / KID_SUBSETS**0.5
+    assert kid(first, second, seed=1) == (mean, std)

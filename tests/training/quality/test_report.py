@@ -1,19 +1,19 @@
-"""Certificates as people read them: the table in a terminal, and the page beside the models."""
+"""Reports of certificates: the table in a terminal, and the page beside the models."""
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.support import tiny_training as tiny
-from training.artifact import load_artifact
-from training.quality.certificate import Certificate, Quality
+from training.artifact import load_artifact, save_artifact
+from training.quality.certificate import Certificate, Quality, with_certificate
 from training.quality.gan_train import GANTrain
 from training.quality.memorisation import Memorisation
 from training.quality.parzen import Parzen
-from training.quality.report import TABLE_CLASSES, render, table, write_report
+from training.quality.report import TABLE_CLASSES, render_page, render_table, write_report
 
 QUALITY = Quality(
     gan_test=0.98765,
@@ -24,18 +24,20 @@ QUALITY = Quality(
     coverage=0.4567,
     frechet_distance=12.3456,
     kid=0.123456,
-    kid_spread=0.00111,
+    kid_std=0.00111,
 )
 CERTIFICATE = Certificate(
     dataset="tiny",
     dataset_sha256="beef",
-    judge_sha256="f00d",
-    judge_accuracy=0.9912,
+    classifier_sha256="f00d",
+    classifier_accuracy=0.9912,
     images=1100,
     neighbours=5,
     seed=0,
     generated=QUALITY,
-    real=replace(QUALITY, gan_test=0.5, gan_test_per_class=(0.25, 0.75), frechet_distance=0.001),
+    reference=replace(
+        QUALITY, gan_test=0.5, gan_test_per_class=(0.25, 0.75), frechet_distance=0.001
+    ),
     gan_train=GANTrain(images=60_000, accuracies=(0.97, 0.98, 0.99), real=0.9951),
     memorisation=Memorisation(
         median=0.21,
@@ -45,12 +47,12 @@ CERTIFICATE = Certificate(
         close=0.0123,
     ),
     parzen=None,
-    parzen_real=None,
+    parzen_reference=None,
 )
 WITH_PARZEN = replace(
     CERTIFICATE,
     parzen=Parzen(mean=231.42, standard_error=1.84, sigma=0.2),
-    parzen_real=Parzen(mean=242.71, standard_error=1.79, sigma=0.2),
+    parzen_reference=Parzen(mean=242.71, standard_error=1.79, sigma=0.2),
 )
 ROWS = [
     ["", "generated", "real images"],
@@ -85,7 +87,7 @@ def cells(text: str) -> list[list[str]]:
 def many_classes(count: int) -> tuple[Certificate, tuple[str, ...]]:
     shares = tuple((i * 7 % count) / count for i in range(count))
     quality = replace(QUALITY, gan_test_per_class=shares)
-    return replace(CERTIFICATE, generated=quality, real=quality), tuple(
+    return replace(CERTIFICATE, generated=quality, reference=quality), tuple(
         f"class {i}" for i in range(count)
     )
 
@@ -93,12 +95,12 @@ def many_classes(count: int) -> tuple[Certificate, tuple[str, ...]]:
 # The table
 
 
-def test_a_table_is_markdown_and_shows_every_figure() -> None:
-    assert cells(table(CERTIFICATE, ("left", "right"))) == ROWS
+def test_a_table_is_markdown_and_shows_every_metric() -> None:
+    assert cells(render_table(CERTIFICATE, ("left", "right"))) == ROWS
 
 
-def test_the_legacy_figure_stands_beside_the_published_ones() -> None:
-    assert cells(table(WITH_PARZEN, ("left", "right"))) == [
+def test_the_legacy_metric_stands_beside_the_published_ones() -> None:
+    assert cells(render_table(WITH_PARZEN, ("left", "right"))) == [
         *ROWS,
         ["Parzen window, nats", "231.4 ± 1.8", "242.7 ± 1.8"],
         ["Parzen window of CGAN (arXiv 1411.1784)", "132 ± 2", ""],
@@ -107,21 +109,23 @@ def test_the_legacy_figure_stands_beside_the_published_ones() -> None:
     ]
 
 
-def test_the_lines_of_a_table_are_aligned_for_whoever_reads_it_in_a_terminal() -> None:
-    lines = table(WITH_PARZEN, ("left", "right")).splitlines()
+def test_the_lines_of_a_table_are_aligned_for_a_terminal() -> None:
+    lines = render_table(WITH_PARZEN, ("left", "right")).splitlines()
     assert {len(line) for line in lines} == {len(lines[0])}
     assert all(line.startswith("|") and line.endswith("|") for line in lines)
 
 
 def test_a_class_name_cannot_break_the_table() -> None:
-    rows = cells(table(CERTIFICATE, ("a|b", "new\nline")))
+    rows = cells(render_table(CERTIFICATE, ("a|b", "new\nline")))
     assert [len(row) for row in rows] == [3] * len(ROWS)
     assert [row[0] for row in rows[3:5]] == ["GAN-test, a|b", "GAN-test, new line"]
 
 
 def test_of_very_many_classes_the_worst_are_shown() -> None:
     certificate, names = many_classes(120)
-    rows = [row for row in cells(table(certificate, names)) if row[0].startswith("GAN-test, ")]
+    rows = [
+        row for row in cells(render_table(certificate, names)) if row[0].startswith("GAN-test, ")
+    ]
     assert len(rows) == TABLE_CLASSES
     assert rows[0] == [
         f"GAN-test, class 0 (of the worst {TABLE_CLASSES} of 120)",
@@ -135,7 +139,7 @@ def test_of_very_many_classes_the_worst_are_shown() -> None:
 
 def test_a_class_without_images_says_so() -> None:
     quality = replace(QUALITY, gan_test_per_class=(None, 0.5))
-    rows = cells(table(replace(CERTIFICATE, real=quality), ("left", "right")))
+    rows = cells(render_table(replace(CERTIFICATE, reference=quality), ("left", "right")))
     assert rows[3] == ["GAN-test, left", "100.00%", "no image"]
 
 
@@ -143,10 +147,12 @@ def test_a_class_without_images_says_so() -> None:
 
 
 def test_a_page_shows_all_models_first_and_then_each(tmp_path: Path) -> None:
-    good = tiny.artifact_file(tmp_path / "good.safetensors", certificate=asdict(WITH_PARZEN))
+    good = tiny.artifact_file(tmp_path / "good.safetensors")
+    loaded = load_artifact(good)
+    save_artifact(good, loaded.generator, with_certificate(loaded.info, WITH_PARZEN))
     plain = tiny.artifact_file(tmp_path / "plain.safetensors")
 
-    page = render([load_artifact(path) for path in (good, plain)])
+    page = render_page([load_artifact(path) for path in (good, plain)])
 
     summary, *sections = re.split(r"^## ", page, flags=re.MULTILINE)
     rows = cells("\n".join(line for line in summary.split("\n") if line.startswith("|")))
@@ -157,37 +163,38 @@ def test_a_page_shows_all_models_first_and_then_each(tmp_path: Path) -> None:
     assert [section.split("\n")[0] for section in sections] == [
         "good",
         "plain",
-        "What the figures say",
+        "Metrics",
     ]
-    assert table(WITH_PARZEN, tiny.CLASS_NAMES) in sections[0]
+    assert render_table(WITH_PARZEN, tiny.CLASS_NAMES) in sections[0]
     assert "1,100 generated images, 60,000 for GAN-train, k = 5" in sections[0]
-    assert "right on 99.12% of the real" in sections[0]
+    assert "the real test images is 99.12%" in sections[0]
     assert "Not certified." in sections[1]
 
 
 def test_every_row_of_the_table_is_explained_on_the_page() -> None:
-    explanation = render([]).lower()
-    for row in cells(table(WITH_PARZEN, ("left", "right")))[1:]:
+    explanation = render_page([]).lower()
+    for row in cells(render_table(WITH_PARZEN, ("left", "right")))[1:]:
         name = re.split(", | of ", row[0])[0]
         assert name.lower() in explanation
 
 
 def test_a_certificate_of_other_code_does_not_stop_the_page(tmp_path: Path) -> None:
     path = tiny.artifact_file(tmp_path / "a.safetensors", certificate={"gan_test": 1.0})
-    page = render([load_artifact(path)])
+    page = render_page([load_artifact(path)])
     assert "Certified by another version of this code; evaluate it again." in page
 
 
 def test_images_that_nobody_counted_are_unknown(tmp_path: Path) -> None:
     path = tiny.artifact_file(tmp_path / "a.safetensors", training={"images_seen": None})
-    assert "; unknown real images seen." in render([load_artifact(path)])
+    assert "; unknown real images seen." in render_page([load_artifact(path)])
 
 
-def test_the_images_of_the_runs_that_a_run_began_with_are_told(tmp_path: Path) -> None:
-    first = {"images_seen": 1500, "began_with": None}
-    second = {"images_seen": 20, "began_with": first}
-    path = tiny.artifact_file(tmp_path / "a.safetensors", training={"began_with": second})
-    assert "images seen, after 20 and 1,500 in runs before it." in render([load_artifact(path)])
+@pytest.mark.parametrize("name", ["initialised_from", "began_with"])
+def test_the_images_of_earlier_runs_are_shown(tmp_path: Path, name: str) -> None:
+    first = {"images_seen": 1500, name: None}
+    second = {"images_seen": 20, name: first}
+    path = tiny.artifact_file(tmp_path / "a.safetensors", training={name: second})
+    assert "images seen, after 20 and 1,500 in earlier runs." in render_page([load_artifact(path)])
 
 
 def test_a_report_is_the_page_and_a_picture_of_each_model(tmp_path: Path) -> None:
@@ -197,7 +204,7 @@ def test_a_report_is_the_page_and_a_picture_of_each_model(tmp_path: Path) -> Non
     write_report(tmp_path)
 
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert page == render([load_artifact(tmp_path / f"{name}.safetensors") for name in "ab"])
+    assert page == render_page([load_artifact(tmp_path / f"{name}.safetensors") for name in "ab"])
     for name in "ab":
         assert f"]({name}.png)" in page
         with Image.open(tmp_path / f"{name}.png") as picture:
