@@ -115,8 +115,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         batcher.start(readiness.lose)
-        metrics.watch(metrics.queue_rows, lambda: batcher.queued_rows)
-        metrics.queue_limit.set(settings.max_queue)
+        metrics.queue_images.set_function(lambda: batcher.queued_rows)
+        metrics.queue_limit_images.set(settings.max_queue)
         for device in {model.engine.device for model in registry}:
             _watch_memory(metrics, device)
         readiness.refresh()
@@ -158,7 +158,7 @@ def create_app(
     app.include_router(health.create_router(readiness))
     app.include_router(pages.create_router())
     if settings.metrics_port is None:
-        app.include_router(health.create_metrics_router(metrics.registry, metrics.refresh))
+        app.include_router(health.create_metrics_router(metrics.registry))
     grants = create_grants(settings, metrics, folder)
     app.needs_key = bool(grants)
     _surround(app, front_door, grants, metrics, tracing)
@@ -215,6 +215,6 @@ def _watch_memory(metrics: Metrics, device: torch.device) -> None:
             return math.nan
         return total - free
 
-    metrics.watch(metrics.device_memory.labels(str(device), "used"), used)
+    metrics.device_memory.labels(str(device), "used").set_function(used)
     total = torch.cuda.mem_get_info(device)[1]
     metrics.device_memory.labels(str(device), "total").set(total)

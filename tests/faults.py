@@ -281,7 +281,7 @@ async def deadline() -> Findings:
     with served(module="tests.support.faulty_engines", cores=2) as service:
         port = port_of(service)
         slow = asyncio.ensure_future(_ask(port, f"/generate?label={SLOW}"))
-        await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 2)
+        await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 1)
         began = time.perf_counter()
         late = await _ask(port, "/generate?label=2&n=16&timeout_ms=100")
         after_ms = 1e3 * (time.perf_counter() - began)
@@ -386,8 +386,8 @@ async def disconnects() -> Findings:
             (f"{left:,.0f} left before their answer", left >= LEAVERS),
             (f"up to {most_rows:,.0f} rows waited", most_rows > 0),
             (
-                f"{metric(text, 'cgan_queue_rows'):.0f} rows wait",
-                metric(text, "cgan_queue_rows") == 0,
+                f"{metric(text, 'cgan_queue_images'):.0f} rows wait",
+                metric(text, "cgan_queue_images") == 0,
             ),
             (
                 f"memory after each fifth {', '.join(f'{more:+.0f}' for more in grown)} MB",
@@ -409,14 +409,14 @@ async def _wave(port: int) -> float:
     rows = await _until(port, lambda text: _arrived(text) >= before + WAVE)
     for client in clients:
         client.abort()
-    await _until(port, lambda text: metric(text, "cgan_queue_rows") == 0)
+    await _until(port, lambda text: metric(text, "cgan_queue_images") == 0)
     return rows
 
 
 def _arrived(text: str) -> float:
-    """Return the number of requests received, scrapes excepted."""
+    """Return the number of requests received."""
     answered = metric(text, "cgan_requests_total", 'route="/generate"')
-    return answered + metric(text, "cgan_requests_in_progress") - 1
+    return answered + metric(text, "cgan_requests_in_progress")
 
 
 def _left(text: str) -> float:
@@ -429,7 +429,7 @@ async def _until(port: int, reached: Callable[[str], bool]) -> float:
     async with asyncio.timeout(TIMEOUT_S):
         while not reached(text := await scrape(port)):
             pass
-    return metric(text, "cgan_queue_rows")
+    return metric(text, "cgan_queue_images")
 
 
 @fault(
@@ -469,7 +469,7 @@ async def neighbours() -> Findings:
 
 async def _batches(port: int) -> tuple[float, float]:
     text = await scrape(port)
-    return metric(text, "cgan_batch_rows_sum"), metric(text, "cgan_batch_rows_count")
+    return metric(text, "cgan_batch_images_sum"), metric(text, "cgan_batch_images_count")
 
 
 @fault(
@@ -491,7 +491,7 @@ async def slow_clients() -> Findings:
             for client in slow[::3]:
                 client.deafen()
                 client.drip(post("/generate?label=1&n=256&scale=8&format=zip"))
-            await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 1)
+            await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 0)
             crawling = asyncio.ensure_future(_crawl(slow[1::3], b"POST /"))
             await _ask_alone(port, beside)
             await crawling
@@ -727,7 +727,7 @@ async def sigterm() -> Findings:
         port = port_of(service)
         target = f"/generate?label=1&n={MAX_IMAGES}&format=zip"
         admitted = asyncio.gather(*(_ask(port, target) for _ in range(16)))
-        await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 17)
+        await _until(port, lambda text: metric(text, "cgan_requests_in_progress") == 16)
         service.signal()
         exiting = asyncio.ensure_future(_exit(service))
         late = Counter([(await _ask(port, "/generate?label=1")).status for _ in range(8)])

@@ -292,7 +292,7 @@ class Soak:
                 memory_mb=seen.memory_mb,
                 files=seen.files,
                 threads=seen.threads,
-                queue_rows=metric(text, "cgan_queue_rows"),
+                queue_rows=metric(text, "cgan_queue_images"),
                 requests_per_s=answered / (now - last),
                 steady_p50_ms=1e3 * percentile(latencies, 50),
                 steady_p99_ms=1e3 * percentile(latencies, 99),

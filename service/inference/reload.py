@@ -93,7 +93,7 @@ class Reloader:
         self._registry.replace(found)
         for model in before:
             if model not in found.models:
-                self._metrics.model_gone(_labels(model))
+                self._metrics.model_removed(_labels(model))
             if self._registry.find(model.name) is None:
                 self._tell("removed", logging.INFO, model=model.name, sha256=model.sha256)
         for model in found.models:

@@ -83,7 +83,9 @@ class AccessLogMiddleware:
                 message["headers"] = [*message.get("headers", ()), id_header]
             await send(message)
 
-        self._metrics.requests_in_progress.inc()
+        in_progress = self._metrics.requests_in_progress
+        counted = int(scope["path"] not in PROBE_PATHS)
+        in_progress.inc(counted)
         try:
             await self._app(scope, receive, observed_send)
         except Exception:
@@ -93,7 +95,7 @@ class AccessLogMiddleware:
             answer = errors.respond(Request(scope), errors.INTERNAL_ERROR)
             await answer(scope, receive, observed_send)
         finally:
-            self._metrics.requests_in_progress.dec()
+            in_progress.dec(counted)
             self.report(scope, request_id, status, sent_bytes, time.perf_counter() - began)
 
     def report(

@@ -30,7 +30,7 @@ from service.server.protocol import (
 )
 from service.settings import Settings
 from service.startup import Address, ServiceError, address_of, serving
-from service.telemetry.metrics import Metrics, share
+from service.telemetry.metrics import Metrics
 from training.artifact import ArtifactError
 from training.devices import DeviceError, describe, limit_threads
 
@@ -273,18 +273,23 @@ def serve_as_worker(
     Raises:
         ServiceError: it cannot start.
     """
-    share(folder, str(index))
     registry = load(on_own_device(settings, index))
-    metrics = Metrics(folder)
+    metrics = Metrics(folder, str(index))
     device = describe(registry.default.engine.device)
+
+    def on_started() -> None:
+        metrics.write_snapshot()
+        report({"names": registry.names, "device": device})
+
     server = Server(
         create_app(settings, registry, metrics, folder),
         settings,
-        lambda: report({"names": registry.names, "device": device}),
+        on_started,
         occupancy=Occupancy(folder, settings.workers, index),
-        every_second=metrics.refresh,
+        every_second=metrics.write_snapshot,
     )
     server.run([listening(each) for each in sockets])
+    metrics.write_snapshot()
     return server.status
 
 

@@ -24,7 +24,8 @@ from service.middleware.access_log import configure_logging
 from service.server.accepting import Occupancy
 from service.settings import Settings
 from service.startup import ServiceError, address_of, serving
-from service.telemetry.metrics import SupervisorMetrics, forget, share, shared_registry
+from service.telemetry.metrics import SupervisorMetrics
+from service.telemetry.multiprocess import mark_worker_dead
 
 STABLE_S = 30.0  # a worker that served for so long did not die of how it was started
 MAX_EARLY_ENDS = 5  # so many workers may end before that, in a row, and are replaced
@@ -40,7 +41,6 @@ def supervise(settings: Settings, arguments: Sequence[str], say: Callable[[str],
     """
     configure_logging(settings.log_level)
     with tempfile.TemporaryDirectory(prefix="cgan-metrics-") as folder:
-        share(Path(folder), "supervisor")
         asyncio.run(_supervise(settings, arguments, Path(folder), say))
 
 
@@ -56,12 +56,13 @@ async def _supervise(
         )
     except OSError as error:
         raise ServiceError(str(error)) from error
+    metrics = SupervisorMetrics(settings.workers, folder)
     metrics_port = None
     if settings.metrics_port is not None:
         from service.server.metrics_port import open_metrics_port  # noqa: PLC0415  (most need no FastAPI here)
 
-        metrics_port = await open_metrics_port(settings, shared_registry(folder))
-    supervisor = Supervisor(settings.workers, arguments, folder, port, say, metrics_port)
+        metrics_port = await open_metrics_port(settings, metrics.registry)
+    supervisor = Supervisor(settings.workers, arguments, folder, port, say, metrics, metrics_port)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.on_signal)
     loop.add_signal_handler(signal.SIGHUP, supervisor.on_hangup)
@@ -93,6 +94,7 @@ class Supervisor:
         folder: where the workers share their metrics, and how many connections each has.
         port: the bound sockets they share.
         say: told where the service is, once every worker serves.
+        metrics: count the restarts.
         metrics_port: where this process serves the metrics of all of them, if anywhere.
     """
 
@@ -103,6 +105,7 @@ class Supervisor:
         folder: Path,
         port: asyncio.Server,
         say: Callable[[str], None],
+        metrics: SupervisorMetrics,
         metrics_port: asyncio.Server | None = None,
     ) -> None:
         self._count = count
@@ -111,7 +114,7 @@ class Supervisor:
         self._port = port
         self._say = say
         self._metrics_address = None if metrics_port is None else address_of(metrics_port)
-        self._metrics = SupervisorMetrics(count)
+        self._metrics = metrics
         self._workers: dict[int, _Worker] = {}
         self._early_ends: Counter[int] = Counter()  # by worker, since one was stable
         self._started = self._stopping = self._killed = False
@@ -155,7 +158,7 @@ class Supervisor:
                 self._early_ends[index] = 0
             status = await worker.process.wait()
             del self._workers[index]
-            forget(self._folder, str(index))
+            mark_worker_dead(self._folder, str(index))
             Occupancy(self._folder, self._count, index).leave()
             if not stable:
                 self._early_ends[index] += 1
@@ -205,7 +208,7 @@ class Supervisor:
                 f"workers keep ending within {STABLE_S:g} s of serving; the last one {cause}"
             )
         else:
-            self._metrics.restarts.inc()
+            self._metrics.count_restart()
 
     def _fail(self, error: str) -> None:
         """End the service for a reason, the first one of which is told."""

@@ -107,7 +107,7 @@ def test_what_does_not_fit_the_queue_is_429_with_a_time_to_come_back(
         running = pool.submit(post, client, "label=cat&n=8")
         engine.started.acquire()
         waiting = pool.submit(post, client, "label=cat&n=1024")
-        wait_until(client, "cgan_queue_rows", 1024)
+        wait_until(client, "cgan_queue_images", 1024)
         refused = post(client, "label=cat&n=17")  # fewer would still find room
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
@@ -129,7 +129,7 @@ def test_what_takes_too_long_is_504_and_what_waited_is_never_computed(
         assert late.status_code == 504
         assert problem(late)["type"] == "urn:cgan:problem:deadline-exceeded"
         assert running.result().status_code == 504
-        assert metric(client, "cgan_queue_rows") == 0
+        assert metric(client, "cgan_queue_images") == 0
         engine.gate.set()
         assert post(client, "label=cat").status_code == 200
     assert sum(engine.sizes) == 9
@@ -159,8 +159,8 @@ def test_a_client_that_goes_away_frees_its_rows(
         address = (client.base_url.host, client.base_url.port or 0)
         with socket.create_connection(address) as gone:
             gone.sendall(b"POST /generate?label=cat&n=1000 HTTP/1.1\r\nHost: test\r\n\r\n")
-            wait_until(client, "cgan_queue_rows", 1000)
-        wait_until(client, "cgan_queue_rows", 0)
+            wait_until(client, "cgan_queue_images", 1000)
+        wait_until(client, "cgan_queue_images", 0)
         engine.gate.set()
         assert running.result().status_code == 200
         wait_until(client, 'cgan_requests_total{method="POST",route="/generate",status="499"}', 1)
@@ -260,7 +260,7 @@ def test_all_who_wait_for_a_lost_device_are_told_at_once(
         running = pool.submit(post, client, "label=cat&n=8")
         engine.started.acquire()
         waiting = [pool.submit(post, client, f"label=cat&n={n}") for n in (1, 20, 100)]
-        wait_until(client, "cgan_queue_rows", 121)
+        wait_until(client, "cgan_queue_images", 121)
         engine.failure = DeviceLost("secret address")
         engine.gate.set()
         for answer in (running, *waiting):

@@ -208,8 +208,8 @@ async def at_rest(service: ServiceProcess) -> Held:
         last: tuple[int, int] | None = None
         while True:
             text = await scrape(port)
-            quiet = metric(text, "cgan_queue_rows") == 0
-            quiet &= metric(text, "cgan_requests_in_progress") == 1  # the scrape itself
+            quiet = metric(text, "cgan_queue_images") == 0
+            quiet &= metric(text, "cgan_requests_in_progress") == 0
             # A connection that its client closed is closed here a moment later.
             await asyncio.sleep(0.5)
             now = held(service)

@@ -306,13 +306,12 @@ def test_whoever_leaves_ends_it(client: httpx.Client) -> None:
         return sum(
             float(line.split()[-1])
             for line in text.splitlines()
-            if line.startswith(("cgan_queue_rows ", "cgan_requests_in_progress "))
+            if line.startswith(("cgan_queue_images ", "cgan_requests_in_progress "))
         )
 
     with client.stream("GET", "/dataset?per_class=1000000&seed=1&format=webdataset") as stream:
         next(stream.iter_raw())
-    # That of the metrics alone is left.
-    wait_until(lambda: waiting() == 1.0, "the end of the set")
+    wait_until(lambda: waiting() == 0.0, "the end of the set")
 
 
 def test_a_key_over_its_limit_waits_in_the_middle_of_a_set() -> None:

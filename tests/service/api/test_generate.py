@@ -489,7 +489,9 @@ def test_what_a_client_has_is_not_made_again(client: httpx.Client) -> None:
 
 def made(client: httpx.Client) -> float:
     """Images that left the engine."""
-    (line,) = re.findall(r"^cgan_batch_rows_sum (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    (line,) = re.findall(
+        r"^cgan_batch_images_sum (\S+)$", client.get("/metrics").text, re.MULTILINE
+    )
     return float(line)
 
 

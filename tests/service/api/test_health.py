@@ -41,8 +41,8 @@ def test_metrics_count_what_was_done(client: httpx.Client) -> None:
 
     assert grown("cgan_images_total", model="mnist", label="7") == 10
     assert grown("cgan_images_total", model="mnist", label="2") == 5
-    assert grown("cgan_batch_rows_sum") == 15
-    assert grown("cgan_batch_rows_count") == 1
+    assert grown("cgan_batch_images_sum") == 15
+    assert grown("cgan_batch_images_count") == 1
     generate = {"route": "/generate", "method": "POST"}
     assert grown("cgan_requests_total", **generate, status="200") == 1
     assert grown("cgan_requests_total", **generate, status="422") == 1
@@ -50,7 +50,7 @@ def test_metrics_count_what_was_done(client: httpx.Client) -> None:
     assert grown("cgan_request_duration_seconds_count", route="/generate") == 2
     for stage in ("queue", "forward", "encode"):
         assert grown("cgan_stage_duration_seconds_count", stage=stage) == 1
-    assert after[("cgan_queue_rows", ())] == 0
+    assert after[("cgan_queue_images", ())] == 0
     assert after[("cgan_ready", ())] == 1
     assert total(after, "cgan_model_info") == len(client.get("/models").json()["models"])
     assert total(after, "process_resident_memory_bytes") > 0

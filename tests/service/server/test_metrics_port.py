@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import make_artifact
 from tests.service.api.test_health import samples, total
+from tests.service.server.test_workers import wait_until
 from tests.support.serving import ServiceProcess, refused
 
 SECRET = "s" * 20
@@ -29,8 +30,9 @@ def test_metrics_are_on_their_port_and_nothing_else_is(artifact: Path, workers: 
     with ServiceProcess(*arguments) as service, metrics_client(service) as client:
         assert service.client.get("/metrics").status_code == 404
         assert service.client.post("/generate?label=cat&n=7").status_code == 200
+        # The supervisor reads what each worker wrote within the last second.
+        wait_until(lambda: total(samples(client), "cgan_images_total") == 7, "7 images")
         found = samples(client)
-        assert total(found, "cgan_images_total") == 7
         assert total(found, "cgan_ready") == int(workers)
         assert total(found, "process_resident_memory_bytes") > 0
         for path in ("/", "/models", "/generate", "/docs", "/openapi.json"):

@@ -139,7 +139,7 @@ def test_a_second_signal_ends_at_once_what_would_take_long(
         busy = [Client(service) for _ in range(200)]
         for client in busy:
             client.send(b"POST /generate?label=cat&n=1024 HTTP/1.1\r\n\r\n")
-        wait_until(lambda: b"cgan_queue_rows 0.0" not in get(service, "/metrics").content, "work")
+        wait_until(lambda: b"cgan_queue_images 0.0" not in get(service, "/metrics").content, "work")
         service.signal(number)
         wait_until(lambda: drains(service), "it drains")
         service.signal(number)

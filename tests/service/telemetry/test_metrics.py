@@ -1,69 +1,81 @@
-"""The numbers that several processes count in files, each in a process of its own."""
-
-import json
 from pathlib import Path
 
-from tests.support.processes import run
+import pytest
+from prometheus_client import generate_latest
 
-COUNT = """
-import json, sys, threading
-from pathlib import Path
-from prometheus_client import Counter, Gauge
-from service.telemetry.metrics import share, shared_registry
+from service.telemetry.metrics import Metrics, ModelLabels, SupervisorMetrics
 
-folder = Path(sys.argv[1])
-share(folder, sys.argv[2])
-first = Counter("first_total", "", registry=None)
-moment = Gauge("moment", "", registry=None, multiprocess_mode="livesum")
-many = Counter("many_total", "", ["number"], registry=None)
-{work}
-found = {{
-    sample.name: sample.value
-    for family in shared_registry(folder).collect()
-    for sample in family.samples
-    if sample.name in {{"first_total", "moment"}}
-}}
-print(json.dumps(found))
-"""
+CERTIFICATE = {
+    "generated": {"gan_test": 0.98, "coverage": 0.9, "frechet_distance": None},
+    "gan_train": {"accuracies": [0.9, 0.8]},
+}
 
 
-def counted(folder: Path, name: str, work: str) -> dict[str, float]:
-    ended = run("-c", COUNT.format(work=work), str(folder), name)
-    assert ended.returncode == 0, ended.stderr
-    found: dict[str, float] = json.loads(ended.stdout)
-    return found
+def exposed(metrics: Metrics | SupervisorMetrics) -> str:
+    return generate_latest(metrics.registry).decode()
 
 
-def test_threads_that_count_the_same_lose_nothing(tmp_path: Path) -> None:
-    work = """
-def count():
-    for _ in range(50_000):
-        first.inc()
-        moment.inc()
-        moment.dec()
-sys.setswitchinterval(1e-6)
-threads = [threading.Thread(target=count) for _ in range(4)]
-for each in threads: each.start()
-for each in threads: each.join()
-"""
-    assert counted(tmp_path, "0", work) == {"first_total": 200_000, "moment": 0}
+def labels(model: str, sha256: str = "00") -> ModelLabels:
+    return ModelLabels(model, sha256, "cpu", "float32")
 
 
-def test_numbers_are_found_in_a_file_that_has_grown(tmp_path: Path) -> None:
-    work = """
-first.inc(2)
-before = (folder / "counter_0.db").stat().st_size
-for number in range(5_000):
-    many.labels(str(number)).inc()
-assert (folder / "counter_0.db").stat().st_size > before
-first.inc(3)
-moment.set(7)
-moment.inc()
-"""
-    assert counted(tmp_path, "0", work) == {"first_total": 5, "moment": 8}
+def test_the_quality_of_a_model_comes_from_its_certificate() -> None:
+    metrics = Metrics()
+    metrics.model_loaded(labels("a"), CERTIFICATE)
+    text = exposed(metrics)
+    assert 'cgan_model_quality{metric="gan_test",model="a"} 0.98\n' in text
+    assert 'cgan_model_quality{metric="gan_train",model="a"} 0.85' in text
+    assert 'metric="frechet_distance"' not in text
+    metrics.model_removed(labels("a"))
+    metrics.model_loaded(labels("a", "11"), None)  # replaced by a file without a certificate
+    assert "cgan_model_quality{" not in exposed(metrics)
 
 
-def test_a_process_goes_on_from_the_counts_of_the_one_it_replaces(tmp_path: Path) -> None:
-    assert counted(tmp_path, "0", "first.inc(5)")["first_total"] == 5
-    assert counted(tmp_path, "1", "first.inc(2)")["first_total"] == 7
-    assert counted(tmp_path, "0", "first.inc(4)")["first_total"] == 11
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_that_is_not_loaded_is_left_out(tmp_path: Path, shared: bool) -> None:
+    metrics = Metrics(tmp_path if shared else None)
+    for model in ("a", "b"):
+        metrics.model_loaded(labels(model), CERTIFICATE)
+        metrics.images.labels(model, "7").inc()
+    metrics.model_removed(labels("a"))
+    metrics.images.labels("a", "7").inc()  # by its last request
+    assert 'model="a"' not in exposed(metrics)
+    assert 'cgan_images_total{label="7",model="b"} 1.0' in exposed(metrics)
+    metrics.model_loaded(labels("a", "11"), None)
+    assert 'cgan_images_total{label="7",model="a"} 2.0' in exposed(metrics)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_renamed_metrics_are_exposed_under_their_old_name_too(tmp_path: Path, shared: bool) -> None:
+    metrics = Metrics(tmp_path if shared else None)
+    metrics.model_loaded(labels("a"), CERTIFICATE)
+    metrics.batch(16, 0.1)
+    metrics.queue_images.set(3)
+    metrics.queue_limit_images.set(4)
+    text = exposed(metrics)
+    for line in (
+        'cgan_batch_{}_bucket{{le="16.0"}} 1.0',
+        "cgan_batch_{}_sum 16.0",
+        "cgan_queue_{} 3.0",
+        "cgan_queue_limit_{} 4.0",
+    ):
+        assert line.format("images") in text
+        assert line.format("rows") in text
+    assert 'cgan_certificate{measure="gan_test",model="a"} 0.98' in text
+    assert "# HELP cgan_queue_rows Deprecated: use cgan_queue_images.\n" in text
+
+
+def test_the_supervisor_exposes_the_metrics_of_its_workers(tmp_path: Path) -> None:
+    supervisor = SupervisorMetrics(2, tmp_path)
+    workers = [Metrics(tmp_path, name) for name in ("0", "1")]
+    for worker in workers:
+        worker.ready.set(1)
+        worker.model_loaded(labels("a"), CERTIFICATE)
+        worker.write_snapshot()
+    supervisor.count_restart()
+    for text in [exposed(supervisor), *map(exposed, workers)]:
+        assert "cgan_ready 2.0" in text
+        assert "cgan_workers 2.0" in text
+        assert "cgan_worker_restarts_total 1.0" in text
+        assert 'sha256="00"} 1.0' in text
+        assert text.count("process_resident_memory_bytes{") == 2
