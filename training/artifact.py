@@ -1,8 +1,7 @@
-"""The artifact: one safetensors file that holds a generator and everything needed to serve it.
+"""Artifact: one safetensors file with a generator and everything needed to serve it.
 
-This is the only thing that training and the service share. Nothing in it is executed: it is read
-once, checked against the network that its own configuration builds, and refused with the path and
-the cause where it differs.
+Training and the service share nothing else. Loading executes nothing in the file: it reads the file
+once and checks it against the network that the file's own configuration builds.
 """
 
 import dataclasses
@@ -20,39 +19,34 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from training.files import write_atomically
+from training.files import FileError, read_file, write_atomically
 from training.networks import Generator, GeneratorConfig, build_generator
 
-MAX_BYTES = 1 << 30  # far above any generator here; bounds what a wrong path can read
+MAX_BYTES = 1 << 30  # limits the memory that a wrong path can take; real files are far smaller
 _KINDS = ("mlp", "conv")
-_METADATA_KEY = "artifact"  # one key of sorted JSON: the same contents always give the same bytes
-# Beside the fields of `ArtifactInfo`: tells damage that leaves a valid file, not ill will. Files
-# written before there was one have none.
+_METADATA_KEY = "artifact"  # a single key of sorted JSON: equal contents give equal bytes
+# Stored beside the fields of `ArtifactInfo`. It detects damage, not manipulation. Files of early
+# versions have none.
 _DIGEST_KEY = "contents_sha256"
 
 
-class ArtifactError(Exception):
-    """A file that is no valid artifact; names the path and the cause."""
-
-    def __init__(self, path: Path, cause: str) -> None:
-        super().__init__(f"{path}: {cause}")
-        self.path = path
-        self.cause = cause
+class ArtifactError(FileError):
+    """A file that is not a valid artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactInfo:
-    """What an artifact says of itself.
+    """The description inside an artifact.
 
     Attributes:
         network: the generator's full configuration.
-        class_names: one name a class, in the order of the labels.
-        training: the training configuration and circumstances, as recorded.
+        class_names: one name per class, in the order of the labels.
+        training: training configuration and circumstances.
         images_seen: real images shown during training.
-        source_commit: of the code that trained it, where it was known.
-        certificate: the measured quality, where it was measured.
+        source_commit: of the code that trained it; None if unknown.
+        certificate: the measured quality; None if not measured.
         value_range: of the generator's output.
-        latent_prior: what a latent's entries are drawn from.
+        latent_prior: distribution of a latent's entries.
         format: always `cgan-generator`.
         version: of the format.
     """
@@ -80,14 +74,14 @@ class ArtifactInfo:
         json.dumps((self.training, self.certificate), allow_nan=False)  # raises for NaN and inf
 
     def label(self, text: str) -> int:
-        """The label that a class name or, failing that, a class index stands for.
+        """Return the label of a class name or, if no class has that name, of a class index.
 
         Raises:
-            ValueError: it is neither; says what is allowed.
+            ValueError: it is neither.
         """
         if text in self.class_names:
             return self.class_names.index(text)
-        # Only plain decimal digits: int() would also take " 7 ", "1_0" and digits of other scripts.
+        # Only ASCII digits: int() also accepts " 7 ", "1_0" and digits of other scripts.
         if text.isascii() and text.isdecimal() and len(text) <= 6:
             index = int(text)
             if index < len(self.class_names):
@@ -103,9 +97,9 @@ class Artifact:
     """A loaded artifact: the generator in evaluation mode on the CPU, and the file's identity.
 
     Attributes:
-        path: where it was read.
+        path: of the file.
         sha256: hexadecimal digest of the whole file, the identity of the model.
-        info: what the file says of itself.
+        info: the description inside the file.
         generator: with the file's weights.
     """
 
@@ -118,12 +112,11 @@ class Artifact:
 _INFO = TypeAdapter(ArtifactInfo)
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Builds modules without drawing their initial weights.
+class Uninitialised(TorchFunctionMode):
+    """A mode that builds modules without drawing their initial weights.
 
-    On the meta device drawing them does nothing, but PyTorch loads its whole compiler to find that
-    out. That delays every start, and needs a writable temporary folder, which a locked-down
-    container has not.
+    On the meta device drawing has no effect, but makes PyTorch import its compiler. The import
+    delays every start and needs a writable temporary folder, which a read-only container lacks.
     """
 
     def __torch_function__(
@@ -134,7 +127,7 @@ class _Uninitialised(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        # Some initialisers, as kaiming_normal_, are not seen here, but the method they call is.
+        # Some initialisers, such as kaiming_normal_, do not pass here, but their methods do.
         draws = getattr(func, "__module__", None) == "torch.nn.init"
         if draws or func in (Tensor.normal_, Tensor.uniform_):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
@@ -146,11 +139,12 @@ def save_artifact(path: Path, generator: nn.Module, info: ArtifactInfo) -> None:
 
     Raises:
         ArtifactError: the weights are not finite.
-        OSError: the file cannot be written; what was there before is untouched.
+        OSError: the file cannot be written; a previous file is untouched.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in generator.state_dict().items()}
-    _check_finite(path, tensors)
-    description = json.loads(json.dumps(dataclasses.asdict(info)))  # as it will be read
+    for name, tensor in tensors.items():
+        _check_values(path, name, tensor, ArtifactError)
+    description = json.loads(json.dumps(dataclasses.asdict(info)))  # equal to what is read later
     stored = safetensors.torch.save(tensors)
     description[_DIGEST_KEY] = _digest(description, stored)
     metadata = json.dumps(description, sort_keys=True)
@@ -160,14 +154,13 @@ def save_artifact(path: Path, generator: nn.Module, info: ArtifactInfo) -> None:
 def load_artifact(path: Path) -> Artifact:
     """Read and check an artifact.
 
-    The file is read once, so what was checked is what is used.
+    The file is read once, so the checked contents are the ones in use.
 
     Raises:
-        ArtifactError: the file cannot be read, is no artifact, its tensors are not the ones that
-            its configuration builds (by name, dtype, shape, or a value that is not finite), or its
-            contents are not the ones that were written.
+        ArtifactError: the file cannot be read or is not an artifact; its tensors are not those of
+            its configuration by name, dtype or shape, or not finite; or it is damaged.
     """
-    data = _read(path)
+    data = read_file(path, MAX_BYTES, ArtifactError)
     header = _parse_header(path, data)
     description = _parse_description(path, header)
     written_digest = description.pop(_DIGEST_KEY, None)
@@ -176,9 +169,16 @@ def load_artifact(path: Path) -> Artifact:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(path, f"is not a valid safetensors file: {error}") from error
-    with torch.device("meta"), _Uninitialised():  # shapes only: a hostile one takes no memory
+    with torch.device("meta"), Uninitialised():  # shapes only: a malicious file takes no memory
         generator = build_generator(info.network)
-    _check_tensors(path, generator.state_dict(), tensors)
+    expected = generator.state_dict()
+    for name, want in expected.items():
+        if name not in tensors:
+            raise ArtifactError(path, f"the tensor {name!r} is missing")
+        check_tensor(path, name, tensors[name], want, (want.dtype,), ArtifactError)
+    for name in tensors:
+        if name not in expected:
+            raise ArtifactError(path, f"the tensor {name!r} does not belong to this network")
     if written_digest not in (None, _digest(description, data)):
         raise ArtifactError(path, "is damaged: its contents are not the ones that were written")
     generator.load_state_dict(tensors, assign=True)
@@ -195,38 +195,24 @@ def _list(names: tuple[str, ...], most: int = 20) -> str:
     return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"
 
 
-def _read(path: Path) -> bytes:
-    try:
-        if path.is_dir():
-            raise ArtifactError(path, "is a folder, not a file")
-        size = path.stat().st_size
-        if not path.is_file():  # a pipe or a device would be read for ever
-            raise ArtifactError(path, "is no ordinary file")
-        if size > MAX_BYTES:
-            raise ArtifactError(path, f"is {size} bytes long, more than the {MAX_BYTES} allowed")
-        return path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(path, f"cannot be read: {error.strerror}") from error
-
-
 def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
-    """The header of a safetensors file: its length in 8 bytes, then JSON."""
+    """Return the header of a safetensors file: JSON after 8 bytes of its length."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
         if data[:2] == b"PK" or data[:1] == b"\x80":
             raise ArtifactError(path, "is a pickle (a checkpoint?); nothing in it was executed")
-        raise ArtifactError(path, f"is cut short or no safetensors file ({len(data)} bytes)")
+        raise ArtifactError(path, f"is truncated or not a safetensors file ({len(data)} bytes)")
     try:
         header = json.loads(data[8 : 8 + length])
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(path, "is no safetensors file: its header is not JSON") from error
+        raise ArtifactError(path, "is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
-        raise ArtifactError(path, "is no safetensors file: its header is not an object")
+        raise ArtifactError(path, "is not a safetensors file: its header is not an object")
     return header
 
 
 def _digest(description: dict[str, Any], stored: bytes) -> str:
-    """SHA-256 of a description and of the tensors' bytes, which follow a safetensors header."""
+    """Return the SHA-256 of a description and of the tensors' bytes after a safetensors header."""
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     digest.update(memoryview(stored)[8 + int.from_bytes(stored[:8], "little") :])
     return digest.hexdigest()
@@ -236,7 +222,7 @@ def _parse_description(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     metadata = header.get("__metadata__")
     text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
-        raise ArtifactError(path, "is a safetensors file but no artifact: it has no description")
+        raise ArtifactError(path, "is a safetensors file without the description of an artifact")
     try:
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -253,31 +239,41 @@ def _parse_info(path: Path, description: dict[str, Any]) -> ArtifactInfo:
         raise ArtifactError(path, "description: is nested too deeply") from error
     except ValidationError as error:
         first = error.errors()[0]
-        # A union's error also names the kind of network; the field is clearer without.
+        # A union's error names the kind of network, too; the field is clearer without it.
         field_path = [str(part) for part in first["loc"] if part not in _KINDS]
         where = ".".join(field_path) or "description"
         raise ArtifactError(path, f"{where}: {first['msg']}") from error
 
 
-def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    for name, want in expected.items():
-        if name not in found:
-            raise ArtifactError(path, f"the tensor {name!r} is missing")
-        have = found[name]
-        if have.dtype != want.dtype:
-            raise ArtifactError(path, f"{name}: dtype is {have.dtype}, expected {want.dtype}")
-        if have.shape != want.shape:
-            shapes = f"{list(have.shape)}, expected {list(want.shape)}"
-            raise ArtifactError(path, f"{name}: shape is {shapes}")
-    for name in found:
-        if name not in expected:
-            raise ArtifactError(path, f"the tensor {name!r} does not belong to this network")
-    _check_finite(path, found)
+def check_tensor(
+    path: Path,
+    name: str,
+    have: Tensor,
+    want: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    error: type[FileError],
+) -> None:
+    """Raise `error` unless a tensor of a file has the wanted shape, a dtype of these, and values.
+
+    Args:
+        path: of the file.
+        name: of the tensor.
+        have: the tensor.
+        want: a tensor of the expected shape.
+        dtypes: the allowed ones.
+        error: the exception's type.
+    """
+    if have.dtype not in dtypes:
+        allowed = " or ".join(map(str, dtypes))
+        raise error(path, f"{name}: dtype is {have.dtype}, expected {allowed}")
+    if have.shape != want.shape:
+        shapes = f"{list(have.shape)}, expected {list(want.shape)}"
+        raise error(path, f"{name}: shape is {shapes}")
+    _check_values(path, name, have, error)
 
 
-def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ArtifactError(path, f"{name}: holds values that are not finite")
-        if name.endswith("running_var") and (tensor < 0).any():
-            raise ArtifactError(path, f"{name}: holds negative variances")
+def _check_values(path: Path, name: str, tensor: Tensor, error: type[FileError]) -> None:
+    if not tensor.isfinite().all():
+        raise error(path, f"{name}: holds values that are not finite")
+    if name.endswith("running_var") and (tensor < 0).any():
+        raise error(path, f"{name}: holds negative variances")

@@ -14,6 +14,25 @@ class FileError(Exception):
         self.cause = cause
 
 
+def read_file(path: Path, max_bytes: int, error: type[FileError]) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        error: the file is not a regular one, is too long, or cannot be read.
+    """
+    try:
+        if path.is_dir():
+            raise error(path, "is a folder, not a file")
+        size = path.stat().st_size
+        if not path.is_file():  # reading a pipe or a device might never end
+            raise error(path, "is not a regular file")
+        if size > max_bytes:
+            raise error(path, f"is {size} bytes long; at most {max_bytes} are allowed")
+        return path.read_bytes()
+    except OSError as cause:
+        raise error(path, f"cannot be read: {cause.strerror}") from cause
+
+
 def prepare_folder(folder: Path) -> None:
     """Make sure that a folder is there and takes files, before time is spent on what goes into it.
 

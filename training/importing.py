@@ -1,15 +1,16 @@
-"""Generators that other programs published, as generators of this one.
+"""Import of generators that other programs trained.
 
-Two public programs train the network that `MLPGenerator` is, from standard normal latents to images
-in [-1, 1], and differ in three things, which `Layout` names:
+Two public programs train the network of `MLPGenerator`, from standard normal latents to images in
+[-1, 1]. `StateDictFormat` holds their differences:
 
-- Lornatang/CGAN-PyTorch (`cgan_pytorch/models/generator.py`; the releases 0.1.0 and 0.2.0 agree)
-  feeds latents before label embeddings and leaves batch norm's eps at 1e-5, as this code does.
-- eriklindernoren/PyTorch-GAN (`implementations/cgan/cgan.py`) feeds label embeddings before
+- Lornatang/CGAN-PyTorch (`cgan_pytorch/models/generator.py`, releases 0.1.0 and 0.2.0) concatenates
+  latents and label embeddings in this order and uses batch norm's default eps of 1e-5, as this code
+  does.
+- eriklindernoren/PyTorch-GAN (`implementations/cgan/cgan.py`) concatenates label embeddings and
   latents, and its `BatchNorm1d(width, 0.8)` sets eps, not the momentum, to 0.8.
 
-A state dict holds neither eps nor the activation: the names of its tensors are what tells the
-programs apart. One who kept the names and changed the rest gets wrong images; measuring shows it.
+A state dict has neither eps nor the activation: only the names of its tensors tell the programs
+apart. A program with the same names and another network gives wrong images; evaluation reveals it.
 """
 
 import hashlib
@@ -25,11 +26,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from training.artifact import MAX_BYTES, ArtifactInfo
+from training.artifact import MAX_BYTES, ArtifactInfo, Uninitialised, check_tensor
 from training.data.named import DATASETS
+from training.files import FileError, read_file
 from training.networks import MLPGenerator, MLPGeneratorConfig
 
-# Under these a checkpoint of more than weights keeps its generator.
+# Keys of a checkpoint under which its generator may be.
 WRAPPERS = (
     *("ema_state_dict", "ema", "generator", "generator_state_dict", "netG", "G"),
     *("state_dict", "model_state_dict", "model"),
@@ -41,25 +43,20 @@ _CONFIG = TypeAdapter(MLPGeneratorConfig)
 StateDict = dict[str, Tensor]
 
 
-class ForeignCheckpointError(Exception):
-    """A checkpoint that cannot be imported; names the path and the cause."""
-
-    def __init__(self, path: Path, cause: str) -> None:
-        super().__init__(f"{path}: {cause}")
-        self.path = path
-        self.cause = cause
+class ForeignCheckpointError(FileError):
+    """A checkpoint that cannot be imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a program names and computes what `MLPGenerator` does.
+class StateDictFormat:
+    """A program's names for the tensors of `MLPGenerator`, and its network's differences.
 
     Attributes:
         source: the program.
         embedding: its name for `label_embedding`.
         body: its name for `main`.
         eps: of its batch norm.
-        labels_first: whether label embeddings come before the latents.
+        labels_first: True if label embeddings precede the latents.
     """
 
     source: str
@@ -69,29 +66,31 @@ class Layout:
     labels_first: bool
 
     def name(self, ours: str) -> str:
-        """Their name of a tensor of `MLPGenerator`."""
+        """Return the program's name of a tensor of `MLPGenerator`."""
         module, _, rest = ours.partition(".")
         return f"{self.embedding if module == 'label_embedding' else self.body}.{rest}"
 
     def owns(self, theirs: str) -> bool:
-        """Whether a tensor of this name could belong to this layout."""
+        """Return True for the name of a tensor in this format."""
         return theirs.startswith((f"{self.embedding}.", f"{self.body}."))
 
 
 _CGAN_PYTORCH = "Lornatang/CGAN-PyTorch"
 _PYTORCH_GAN = "eriklindernoren/PyTorch-GAN"
-LAYOUTS = (
-    Layout(
-        source=_CGAN_PYTORCH, embedding="label_embedding", body="main", eps=1e-5, labels_first=False
+FORMATS = (
+    *(
+        StateDictFormat(
+            source=_CGAN_PYTORCH,
+            embedding="label_embedding",
+            body=body,
+            eps=1e-5,
+            labels_first=False,
+        )
+        for body in ("main", "layers")
     ),
-    Layout(
-        source=_CGAN_PYTORCH,
-        embedding="label_embedding",
-        body="layers",
-        eps=1e-5,
-        labels_first=False,
+    StateDictFormat(
+        source=_PYTORCH_GAN, embedding="label_emb", body="model", eps=0.8, labels_first=True
     ),
-    Layout(source=_PYTORCH_GAN, embedding="label_emb", body="model", eps=0.8, labels_first=True),
 )
 
 
@@ -100,10 +99,10 @@ class ForeignGenerator:
     """A generator that another program trained.
 
     Attributes:
-        path: where it was read.
+        path: of its file.
         sha256: hexadecimal digest of the whole file.
-        source: the program whose layout it has.
-        generator: of this code, in evaluation mode, making the same images.
+        source: the program whose format it has.
+        generator: the equivalent generator of this code, in evaluation mode.
     """
 
     path: Path
@@ -117,35 +116,36 @@ def load_foreign(path: Path) -> ForeignGenerator:
 
     Raises:
         ForeignCheckpointError: the file cannot be read, holds more than tensors and plain values,
-            or its tensors are not those of a generator: names the first that is not.
+            or its tensors are not those of a generator; names the first wrong tensor.
     """
-    data = _read(path)
+    data = read_file(path, MAX_BYTES, ForeignCheckpointError)
     tensors = _find_state_dict(path, _load(path, data))
-    layout = max(LAYOUTS, key=lambda layout: sum(map(layout.owns, tensors)))
-    config = _config(path, layout, tensors)
-    with torch.device("meta"):  # shapes only: a hostile file's take no memory
+    form = max(FORMATS, key=lambda form: sum(map(form.owns, tensors)))
+    config = _config(path, form, tensors)
+    with torch.device("meta"), Uninitialised():  # shapes only: a malicious file takes no memory
         generator = MLPGenerator(config)
-    generator.load_state_dict(_fitted(path, layout, generator, tensors), assign=True)
+    generator.load_state_dict(_remap(path, form, generator, tensors), assign=True)
     generator.eval().requires_grad_(False)
-    _convert(generator, layout)
-    return ForeignGenerator(path, hashlib.sha256(data).hexdigest(), layout.source, generator)
+    _convert(generator, form)
+    return ForeignGenerator(path, hashlib.sha256(data).hexdigest(), form.source, generator)
 
 
-def describe_foreign(published: ForeignGenerator, dataset: str) -> ArtifactInfo:
-    """What the artifact says: the classes are the data set's if its images have the same shape.
+def describe_foreign(foreign: ForeignGenerator, dataset: str) -> ArtifactInfo:
+    """Return the description of an artifact with this generator.
 
-    Otherwise the classes are named "0", "1", …, and no data set is recorded.
+    It names the data set and its classes if the images have the data set's shape. Otherwise the
+    classes are named "0", "1", …, without a data set.
     """
-    network = published.generator.config
+    network = foreign.generator.config
     names = DATASETS[dataset].class_names
     fits = (network.channels, network.image_size) == _NAMED_SHAPE
     fits = fits and network.num_classes == len(names)
     training: dict[str, Any] = {
-        # A file's name may be no text at all, which JSON cannot hold.
-        "imported_from": published.path.name.encode(errors="replace").decode(),
-        "imported_sha256": published.sha256,
-        "layout": published.source,
-        "images_seen": None,  # unknown; the field of this name counts what is known, which is none
+        # The bytes of a file's name need not be valid text, which JSON requires.
+        "imported_from": foreign.path.name.encode(errors="replace").decode(),
+        "imported_sha256": foreign.sha256,
+        "layout": foreign.source,
+        "images_seen": None,  # unknown, which ArtifactInfo.images_seen cannot express
     }
     return ArtifactInfo(
         network=network,
@@ -155,39 +155,26 @@ def describe_foreign(published: ForeignGenerator, dataset: str) -> ArtifactInfo:
     )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        if path.is_dir():
-            raise ForeignCheckpointError(path, "is a folder, not a file")
-        size = path.stat().st_size
-        if not path.is_file():  # a pipe or a device would be read for ever
-            raise ForeignCheckpointError(path, "is no ordinary file")
-        _check_size(path, "takes", size)
-        return path.read_bytes()
-    except OSError as error:
-        raise ForeignCheckpointError(path, f"cannot be read: {error.strerror}") from error
-
-
-def _check_size(path: Path, takes: str, size: int) -> None:
+def _check_size(path: Path, subject: str, size: int) -> None:
     if size > MAX_BYTES:
         raise ForeignCheckpointError(
-            path, f"{takes} {size} bytes, more than the {MAX_BYTES} allowed"
+            path, f"{subject} {size} bytes long; at most {MAX_BYTES} are allowed"
         )
 
 
 def _load(path: Path, data: bytes) -> object:
-    """What `torch.save` saved, restricted to tensors and plain values."""
+    """Return the object that `torch.save` saved, restricted to tensors and plain values."""
     if not data.startswith((b"PK", b"\x80")):
-        raise ForeignCheckpointError(path, "is no file of torch.save")
+        raise ForeignCheckpointError(path, "is not a file of torch.save")
     try:
-        if zipfile.is_zipfile(io.BytesIO(data)):  # one that is packed grows when it is read
+        if zipfile.is_zipfile(io.BytesIO(data)):  # a compressed archive can be far larger in memory
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
-            _check_size(path, "takes, unpacked,", unpacked)
+            _check_size(path, "its unpacked content is", unpacked)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except ForeignCheckpointError:
         raise
-    except Exception as error:  # of damaged files PyTorch raises about everything there is
+    except Exception as error:  # PyTorch raises exceptions of many types for damaged files
         raise ForeignCheckpointError(
             path,
             "is damaged, or holds more than tensors and plain values; nothing in it was executed",
@@ -204,46 +191,44 @@ def _is_state_dict(contents: object) -> TypeGuard[StateDict]:
 
 
 def _find_state_dict(path: Path, contents: object) -> StateDict:
-    """The state dict that a checkpoint is or wraps, without the prefix of `DataParallel`."""
+    """Return a checkpoint's only state dict, without the prefix of `DataParallel`."""
     found: dict[str, StateDict] = {"": contents} if _is_state_dict(contents) else {}
     if not found and isinstance(contents, dict):
         wrapped = {key: contents.get(key) for key in WRAPPERS}
         found = {key: value for key, value in wrapped.items() if _is_state_dict(value)}
     if not found:
         keys = ", ".join(WRAPPERS)
-        raise ForeignCheckpointError(path, f"is no state dict, and none lies under {keys}")
+        raise ForeignCheckpointError(path, f"is not a state dict and has none under {keys}")
     if len(found) > 1:
-        raise ForeignCheckpointError(
-            path, f"holds several networks, expected one: {', '.join(found)}"
-        )
+        raise ForeignCheckpointError(path, f"holds several networks: {', '.join(found)}")
     (tensors,) = found.values()
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     size = sum(4 * tensor.numel() for tensor in tensors.values())  # in float32
-    _check_size(path, "holds tensors that take", size)
+    _check_size(path, "its tensors are", size)
     return tensors
 
 
-def _config(path: Path, layout: Layout, tensors: StateDict) -> MLPGeneratorConfig:
-    """The configuration that the shapes of the embedding and of the linear layers determine."""
-    key = layout.name("label_embedding.weight")
+def _config(path: Path, form: StateDictFormat, tensors: StateDict) -> MLPGeneratorConfig:
+    """Derive the configuration from the shapes of the embedding and of the linear layers."""
+    key = form.name("label_embedding.weight")
     if key not in tensors:
         raise ForeignCheckpointError(path, f"the tensor {key!r} is missing")
     if tensors[key].dim() != 2:
         shape = list(tensors[key].shape)
         raise ForeignCheckpointError(path, f"{key}: shape is {shape}, expected 2 dimensions")
     num_classes, embedding_dim = tensors[key].shape
-    pattern = re.compile(rf"{layout.body}\.([0-9]{{1,4}})\.weight")
+    pattern = re.compile(rf"{form.body}\.([0-9]{{1,4}})\.weight")
     matches = [(pattern.fullmatch(name), tensor) for name, tensor in tensors.items()]
     linear = sorted(
         (int(match[1]), *tensor.shape) for match, tensor in matches if match and tensor.dim() == 2
     )  # (position, fan_out, fan_in)
     if len(linear) < 2:
         raise ForeignCheckpointError(
-            path, f"has {len(linear)} linear layers under {layout.body!r}, expected 2 or more"
+            path, f"has {len(linear)} linear layers under {form.body!r}, expected 2 or more"
         )
     last, pixels, _ = linear[-1]
-    channels, image_size = _image_shape(path, f"{layout.body}.{last}.weight", pixels)
+    channels, image_size = _image_shape(path, f"{form.body}.{last}.weight", pixels)
     try:
         return _CONFIG.validate_python(
             {
@@ -259,65 +244,53 @@ def _config(path: Path, layout: Layout, tensors: StateDict) -> MLPGeneratorConfi
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ForeignCheckpointError(
-            path, f"its shapes mean {where} = {first['input']}: {first['msg']}"
+            path, f"its shapes imply {where} = {first['input']}: {first['msg']}"
         ) from error
 
 
 def _image_shape(path: Path, key: str, pixels: int) -> tuple[int, int]:
-    """Channels and size; never ambiguous, since no square is three times another one."""
+    """Return channels and size; unambiguous, since no square is three times another one."""
     for channels in (1, 3):
         size = isqrt(pixels // channels)
         if pixels > 1 and channels * size**2 == pixels:
             return channels, size
     hint = " (a discriminator?)" if pixels == 1 else ""
     raise ForeignCheckpointError(
-        path, f"{key}: makes {pixels} values, expected a square image in grey or RGB{hint}"
+        path, f"{key}: has {pixels} outputs, expected a square grey or RGB image{hint}"
     )
 
 
-def _fitted(path: Path, layout: Layout, generator: nn.Module, tensors: StateDict) -> StateDict:
-    """The tensors under this code's names, in its dtypes, sharing no memory."""
-    expected = generator.state_dict()
-    for name, want in expected.items():
-        key = layout.name(name)
+def _remap(
+    path: Path, form: StateDictFormat, generator: nn.Module, tensors: StateDict
+) -> StateDict:
+    """Return copies of the tensors under this code's names and in its dtypes."""
+    remapped, keys = {}, set()
+    for name, want in generator.state_dict().items():
+        key = form.name(name)
+        keys.add(key)
         if key not in tensors:
             raise ForeignCheckpointError(path, f"the tensor {key!r} is missing")
-        _check_tensor(path, key, tensors[key], want)
-    names = {layout.name(name) for name in expected}
+        have = tensors[key]
+        if have.layout != torch.strided or have.device.type != "cpu":
+            raise ForeignCheckpointError(path, f"{key}: is sparse or has no values")
+        dtypes = _FLOATS if want.is_floating_point() else (want.dtype,)
+        check_tensor(path, key, have, want, dtypes, ForeignCheckpointError)
+        remapped[name] = have.detach().to(
+            want.dtype, copy=True, memory_format=torch.contiguous_format
+        )
     for key in tensors:
-        if key not in names:
+        if key not in keys:
             raise ForeignCheckpointError(path, f"the tensor {key!r} does not belong to a generator")
-    return {
-        name: tensors[layout.name(name)]
-        .detach()
-        .to(want.dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, want in expected.items()
-    }
-
-
-def _check_tensor(path: Path, key: str, have: Tensor, want: Tensor) -> None:
-    if have.layout != torch.strided or have.device.type != "cpu":
-        raise ForeignCheckpointError(path, f"{key}: is sparse or without values, expected neither")
-    allowed = _FLOATS if want.is_floating_point() else (want.dtype,)
-    if have.dtype not in allowed:
-        dtypes = " or ".join(map(str, allowed))
-        raise ForeignCheckpointError(path, f"{key}: dtype is {have.dtype}, expected {dtypes}")
-    if have.shape != want.shape:
-        shapes = f"{list(have.shape)}, expected {list(want.shape)}"
-        raise ForeignCheckpointError(path, f"{key}: shape is {shapes}")
-    if not have.isfinite().all():
-        raise ForeignCheckpointError(path, f"{key}: holds values that are not finite")
-    if key.endswith("running_var") and (have < 0).any():
-        raise ForeignCheckpointError(path, f"{key}: holds negative variances")
+    return remapped
 
 
 @torch.no_grad()
-def _convert(generator: MLPGenerator, layout: Layout) -> None:
-    """Make the generator compute with their weights what their network does."""
+def _convert(generator: MLPGenerator, form: StateDictFormat) -> None:
+    """Adapt the weights, so that the generator computes the same as the program's network."""
     for module in generator.modules():
         if isinstance(module, nn.BatchNorm1d) and module.running_var is not None:
-            # Only the sum of variance and eps counts: what their eps has more, the variance gets.
-            module.running_var += layout.eps - module.eps
-    if layout.labels_first:
+            # Only the sum of variance and eps matters: add the difference of eps to the variance.
+            module.running_var += form.eps - module.eps
+    if form.labels_first:
         weight = generator.get_parameter("main.0.weight")  # (hidden[0], embedding + latent)
         weight.copy_(weight.roll(-generator.config.embedding_dim, dims=1))

@@ -147,16 +147,16 @@ def test_no_description_holds_a_number_that_json_has_not(field: str, value: floa
 
 
 @pytest.mark.parametrize("kept", [1, 7, 8, 9, 50, 500, -4, -1])
-def test_a_file_cut_short_is_refused(path: Path, kept: int) -> None:
+def test_a_truncated_file_is_refused(path: Path, kept: int) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:kept])
     cause = refusal(path)
-    assert "is cut short" in cause or "is not a valid safetensors file" in cause
+    assert "is truncated" in cause or "is not a valid safetensors file" in cause
 
 
 def test_an_empty_file_is_refused(path: Path) -> None:
     path.write_bytes(b"")
-    assert refusal(path) == "is cut short or no safetensors file (0 bytes)"
+    assert refusal(path) == "is truncated or not a safetensors file (0 bytes)"
 
 
 def test_a_file_with_bytes_to_spare_is_refused(path: Path) -> None:
@@ -234,9 +234,9 @@ HEADERS: list[tuple[bytes, str]] = [
     (b"{", "its header is not JSON"),
     (b"[" * 100_000, "its header is not JSON"),
     (b"[]", "its header is not an object"),
-    (b"{}", "no artifact: it has no description"),
-    (b'{"__metadata__": 5}', "no artifact: it has no description"),
-    (b'{"__metadata__": {"artifact": 5}}', "no artifact: it has no description"),
+    (b"{}", "without the description of an artifact"),
+    (b'{"__metadata__": 5}', "without the description of an artifact"),
+    (b'{"__metadata__": {"artifact": 5}}', "without the description of an artifact"),
     (b'{"__metadata__": {"artifact": "{"}}', "description: Invalid JSON"),
     (b'{"__metadata__": {"artifact": "[]"}}', "description: "),
     (
@@ -247,14 +247,14 @@ HEADERS: list[tuple[bytes, str]] = [
 
 
 @pytest.mark.parametrize(("header", "cause"), HEADERS, ids=[str(h[:40]) for h, _ in HEADERS])
-def test_a_header_that_is_none_is_refused(path: Path, header: bytes, cause: str) -> None:
+def test_a_header_that_is_not_valid_is_refused(path: Path, header: bytes, cause: str) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     assert cause in refusal(path)
 
 
 def test_a_safetensors_file_without_a_description_is_refused(path: Path) -> None:
     path.write_bytes(safetensors.torch.save(build_generator(tiny.NETWORK).state_dict()))
-    assert refusal(path) == "is a safetensors file but no artifact: it has no description"
+    assert refusal(path) == "is a safetensors file without the description of an artifact"
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -313,8 +313,8 @@ def test_a_folder_is_named_as_one(tmp_path: Path) -> None:
 
 def test_what_is_no_ordinary_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert refusal(tmp_path / "pipe") == "is no ordinary file"
-    assert refusal(Path("/dev/zero")) == "is no ordinary file"
+    assert refusal(tmp_path / "pipe") == "is not a regular file"
+    assert refusal(Path("/dev/zero")) == "is not a regular file"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
@@ -338,7 +338,7 @@ def test_a_file_that_nobody_can_read_is_named(tmp_path: Path) -> None:
 def test_a_file_far_too_large_is_refused_before_it_is_read(path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(artifact_module.MAX_BYTES + 1)  # a hole; it takes no room on the disk
-    assert refusal(path) == "is 1073741825 bytes long, more than the 1073741824 allowed"
+    assert refusal(path) == "is 1073741825 bytes long; at most 1073741824 are allowed"
 
 
 # Tensors that do not fit

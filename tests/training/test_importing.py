@@ -1,7 +1,7 @@
-"""Imported generators make the images they were published for, and what is none is refused.
+"""Imported generators give the images of the programs that trained them; other files are refused.
 
-The published networks are written here once more, from their programs' definitions and without this
-project's own, so that an importer which misreads them cannot agree with its test.
+The networks of these programs are written here again, after their definitions and without this
+project's own, so that an importer that misreads them fails its test.
 """
 
 import hashlib
@@ -236,15 +236,15 @@ WRONG_TENSORS: list[tuple[Edit, str]] = [
     ),
     (
         put("label_embedding.weight", torch.zeros(10, 110)),
-        "its shapes mean latent_dim = 0: Input should be greater than or equal to 1",
+        "its shapes imply latent_dim = 0: Input should be greater than or equal to 1",
     ),
     (
         put("main.11.weight", torch.zeros(785, 1024)),
-        "main.11.weight: makes 785 values, expected a square image in grey or RGB",
+        "main.11.weight: has 785 outputs, expected a square grey or RGB image",
     ),
     (
         put("main.11.weight", torch.zeros(4, 1024)),
-        "its shapes mean image_size = 2: Input should be greater than or equal to 4",
+        "its shapes imply image_size = 2: Input should be greater than or equal to 4",
     ),
     (spoil("main.0.weight", float("nan")), f"main.0.weight: {NOT_FINITE}"),
     (spoil("main.11.bias", float("inf")), f"main.11.bias: {NOT_FINITE}"),
@@ -257,11 +257,11 @@ WRONG_TENSORS: list[tuple[Edit, str]] = [
         put("main.3.num_batches_tracked", torch.tensor(1.0)),
         "main.3.num_batches_tracked: dtype is torch.float32, expected torch.int64",
     ),
-    (put("main.0.bias", torch.zeros(128).to_sparse()), "main.0.bias: is sparse or without values"),
-    (put("main.0.bias", torch.zeros(128, device="meta")), "main.0.bias: is sparse or without"),
+    (put("main.0.bias", torch.zeros(128).to_sparse()), "main.0.bias: is sparse or has no values"),
+    (put("main.0.bias", torch.zeros(128, device="meta")), "main.0.bias: is sparse or has no"),
     (
         put("main.0.weight", torch.zeros(1).expand(10**6, 10**6)),  # four bytes in the file
-        "holds tensors that take 40000",
+        "its tensors are 40000",
     ),
 ]
 
@@ -282,7 +282,7 @@ def test_a_discriminator_is_not_taken_for_a_generator(path: Path) -> None:
     discriminator.label_embedding = nn.Embedding(10, 10)
     discriminator.main = nn.Sequential(*layers, nn.Linear(256, 1), nn.Sigmoid())
     torch.save(discriminator.state_dict(), path)
-    assert refusal(path).endswith("expected a square image in grey or RGB (a discriminator?)")
+    assert refusal(path).endswith("expected a square grey or RGB image (a discriminator?)")
 
 
 def test_the_perceptron_of_the_first_commits_is_another_network(path: Path) -> None:
@@ -300,13 +300,13 @@ def test_the_perceptron_of_the_first_commits_is_another_network(path: Path) -> N
 @pytest.mark.parametrize(
     ("contents", "cause"),
     [
-        ({}, "is no state dict, and none lies under ema_state_dict, ema, generator"),
-        ([1, 2], "is no state dict"),
-        ({"epoch": 3, "weights": {"a": torch.zeros(1)}}, "is no state dict"),
-        ({0: torch.zeros(1)}, "is no state dict"),
+        ({}, "is not a state dict and has none under ema_state_dict, ema, generator"),
+        ([1, 2], "is not a state dict"),
+        ({"epoch": 3, "weights": {"a": torch.zeros(1)}}, "is not a state dict"),
+        ({0: torch.zeros(1)}, "is not a state dict"),
         (
             {"generator": {"a": torch.zeros(1)}, "ema": {"a": torch.zeros(1)}},
-            "holds several networks, expected one: ema, generator",
+            "holds several networks: ema, generator",
         ),
         ({"label_embedding.weight": torch.zeros(10, 10)}, "has 0 linear layers under 'main'"),
     ],
@@ -348,20 +348,20 @@ def test_a_file_cut_short_is_refused(
 )
 def test_another_format_is_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    assert refusal(path) == "is no file of torch.save"
+    assert refusal(path) == "is not a file of torch.save"
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert refusal(tmp_path) == "is a folder, not a file"
-    assert refusal(tmp_path / "pipe") == "is no ordinary file"
+    assert refusal(tmp_path / "pipe") == "is not a regular file"
     assert refusal(tmp_path / "none") == "cannot be read: No such file or directory"
 
 
 def test_a_file_far_too_large_is_refused_before_it_is_read(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(MAX_BYTES + 1)  # a hole; it takes no room on the disk
-    assert refusal(path) == "takes 1073741825 bytes, more than the 1073741824 allowed"
+    assert refusal(path) == "is 1073741825 bytes long; at most 1073741824 are allowed"
 
 
 def test_a_file_that_grows_when_it_is_unpacked_is_refused(
@@ -373,7 +373,7 @@ def test_a_file_that_grows_when_it_is_unpacked_is_refused(
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
     assert path.stat().st_size < 1 << 14
-    assert refusal(path).startswith("takes, unpacked, 4")
+    assert refusal(path).startswith("its unpacked content is 4")
 
 
 # What the artifact says
@@ -518,5 +518,5 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(path: Path, out: Pa
     path.write_bytes(b"hello")
     result = invoke(path, "--out", out, "--no-certify")
     assert result.exit_code == 1
-    assert result.stderr == f"Error: {path}: is no file of torch.save\n"
+    assert result.stderr == f"Error: {path}: is not a file of torch.save\n"
     assert not out.exists()

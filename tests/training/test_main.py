@@ -396,7 +396,7 @@ def test_an_unknown_data_set_is_answered_with_the_ones_there_are() -> None:
 
 def test_missing_data_is_named_with_what_to_do(out: Path, tmp_path: Path) -> None:
     result = train(out, "--data-dir", str(tmp_path / "elsewhere"))
-    refused(result, str(tmp_path / "elsewhere" / "mnist"), "train-images-idx3-ubyte.gz is missing")
+    refused(result, str(tmp_path / "elsewhere" / "mnist"), "cannot load train-images-idx3-ubyte")
     assert not out.exists()
 
 

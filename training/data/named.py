@@ -1,7 +1,7 @@
-"""Named data sets as uint8 tensors: found on disk or downloaded, verified, parsed.
+"""Named data sets as uint8 tensors: read from disk or downloaded, verified, parsed.
 
-A file is known by the SHA-256 of its decompressed content. Mirrors compress again as they like,
-so the gzip wrapper says nothing about the pixels inside it.
+Files are verified by the SHA-256 of their decompressed content, since the gzip data differ between
+mirrors.
 """
 
 import gzip
@@ -22,7 +22,7 @@ import pooch  # type: ignore[import-untyped]
 import torch
 from tqdm import tqdm
 
-from training.files import write_atomically
+from training.files import prepare_folder, write_atomically
 
 DATA_DIR_VARIABLE = "CGAN_DATA_DIR"
 
@@ -36,20 +36,20 @@ _CHUNK_BYTES = 16 * 1024
 
 
 class DataError(Exception):
-    """A data set cannot be had: the message names the path, the cause and what to do."""
+    """A data set that cannot be loaded; names the path, the cause and the remedy."""
 
 
-@dataclass(frozen=True, eq=False)  # == on tensors has no single answer, so identity it is
+@dataclass(frozen=True, eq=False)  # == of tensors is a tensor
 class Dataset:
     """Labelled images, resident on one device.
 
     Attributes:
-        name: what the data set is called, for instance ``mnist``.
+        name: of the data set, for instance ``mnist``.
         images: (N, C, H, W) uint8 in [0, 255], H == W.
         labels: (N,) int64 in [0, num_classes).
         class_names: one name per label.
-        digest: SHA-256 (hex) over the decompressed bytes, images before labels, so that a
-            checkpoint can refuse other data.
+        digest: SHA-256 (hex) of the decompressed bytes, images before labels; a checkpoint
+            compares it.
     """
 
     name: str
@@ -60,21 +60,21 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, whether or not each of them has an image."""
+        """Return the number of classes, including classes without images."""
         return len(self.class_names)
 
     @property
     def channels(self) -> int:
-        """C: 1 for grey, 3 for RGB."""
+        """Return C: 1 for grey, 3 for RGB."""
         return self.images.shape[1]
 
     @property
     def image_size(self) -> int:
-        """H, which is W as well."""
+        """Return H, which equals W."""
         return self.images.shape[2]
 
     def to(self, device: torch.device | str) -> "Dataset":
-        """The same data set with images and labels on ``device``."""
+        """Return the same data set with images and labels on ``device``."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
@@ -87,7 +87,7 @@ class DataFile:
 
     @property
     def archive(self) -> str:
-        """The name under which the mirrors publish it."""
+        """Return its name on the mirrors."""
         return f"{self.name}.gz"
 
 
@@ -101,7 +101,7 @@ class SplitFiles:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What has to be known of a data set before any byte of it is here."""
+    """Description of a data set: classes, mirrors and files."""
 
     class_names: tuple[str, ...]
     mirrors: tuple[str, ...]  # base URLs, tried in this order
@@ -111,7 +111,7 @@ class DatasetSpec:
 def _idx_splits(
     *, train_images: str, train_labels: str, test_images: str, test_labels: str
 ) -> dict[Split, SplitFiles]:
-    """The four files under the names that MNIST gave them, each with its SHA-256."""
+    """Return the four files under the names of MNIST's, each with its SHA-256."""
     return {
         "train": SplitFiles(
             DataFile("train-images-idx3-ubyte", train_images),
@@ -161,55 +161,56 @@ DATASETS: Mapping[str, DatasetSpec] = {
 
 
 def default_data_dir() -> Path:
-    """Where data sets lie unless told otherwise: ``CGAN_DATA_DIR``, else the user's cache."""
+    """Return the default data directory: ``CGAN_DATA_DIR``, else the user's cache."""
     chosen = os.environ.get(DATA_DIR_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser()  # a variable set in a file has met no shell
+        return Path(chosen).expanduser()  # no shell expands variables in a file
     return Path(pooch.os_cache("cgan-service"))
 
 
 def load_dataset(
     name: str, split: Split, data_dir: Path, *, mirrors: Sequence[str] | None = None
 ) -> Dataset:
-    """One split of a named data set, on the CPU; what is missing on disk is downloaded first.
+    """Return one split of a named data set, on the CPU; download missing or damaged files.
 
     Args:
         name: a key of ``DATASETS``.
         split: ``train`` or ``test``.
-        data_dir: the files lie in ``<data_dir>/<name>/``, with or without ``.gz``. Files that are
-            there are read, never changed.
-        mirrors: base URLs in place of the data set's own; an empty sequence forbids downloading.
+        data_dir: the files are in ``<data_dir>/<name>/``, with or without ``.gz``.
+        mirrors: base URLs instead of the data set's own; an empty sequence disables downloads.
 
     Returns:
         images (N, C, H, W) uint8 in [0, 255] and labels (N,) int64, both writable.
 
     Raises:
-        DataError: an unknown name or split; a file that is present but wrong; a folder that cannot
-            be written; no mirror that has the right content.
+        DataError: an unknown name or split, or no source has the right content.
+        OSError: the folder cannot be written.
     """
     if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}: the names are {', '.join(DATASETS)}")
+        raise DataError(f"unknown data set {name!r}; expected {', '.join(DATASETS)}")
     spec = DATASETS[name]
     if split not in spec.splits:
-        raise DataError(f"{name} has no split {split!r}: its splits are {', '.join(spec.splits)}")
+        raise DataError(f"unknown split {split!r} of {name}; expected {', '.join(spec.splits)}")
     files = spec.splits[split]
     folder = data_dir / name
-    contents = _contents(files, folder, spec.mirrors if mirrors is None else mirrors)
-    images, labels = _arrays(files, contents, folder, len(spec.class_names))
-
-    digest = hashlib.sha256(contents[files.images])
-    digest.update(contents[files.labels])
+    mirrors = spec.mirrors if mirrors is None else mirrors
+    raw_images, raw_labels = (_content(f, folder, mirrors) for f in (files.images, files.labels))
+    try:
+        images, labels = _parse(raw_images, raw_labels, len(spec.class_names))
+    except ValueError as error:  # though both files have the SHA-256 of the description
+        pair = f"{files.images.name} and {files.labels.name}"
+        raise DataError(f"{folder}: {error} in {pair}; fix the description of {name}") from error
     return Dataset(
         name=name,
         images=torch.from_numpy(images).unsqueeze(1),  # (N, H, W) -> (N, 1, H, W)
         labels=torch.from_numpy(labels.astype(np.int64)),
         class_names=spec.class_names,
-        digest=digest.hexdigest(),
+        digest=hashlib.sha256(raw_images + raw_labels).hexdigest(),
     )
 
 
 def parse_idx(data: bytes) -> npt.NDArray[np.uint8]:
-    """The array in an IDX file: two zero bytes, the type, the rank, big-endian sizes, the payload.
+    """Parse an IDX file: two zero bytes, the type, the rank, big-endian sizes, the payload.
 
     Args:
         data: the whole file, decompressed.
@@ -219,7 +220,7 @@ def parse_idx(data: bytes) -> npt.NDArray[np.uint8]:
 
     Raises:
         ValueError: the header is not that of a uint8 array of 1 to 3 dimensions, or the payload
-            is not as long as the header says.
+            has another length.
     """
     if len(data) < 4 or data[:2] != b"\0\0":
         raise ValueError(f"not IDX data: starts with {data[:4].hex(' ') or 'nothing'}")
@@ -230,7 +231,7 @@ def parse_idx(data: bytes) -> npt.NDArray[np.uint8]:
         raise ValueError(f"IDX data has {rank} dimensions, expected 1 to 3")
     header_bytes = 4 + 4 * rank
     if len(data) < header_bytes:
-        raise ValueError(f"IDX header is cut short: {len(data)} of {header_bytes} bytes")
+        raise ValueError(f"IDX header is truncated: {len(data)} of {header_bytes} bytes")
     shape: tuple[int, ...] = struct.unpack_from(f">{rank}I", data, 4)
     payload_bytes = len(data) - header_bytes
     if payload_bytes != math.prod(shape):
@@ -238,60 +239,74 @@ def parse_idx(data: bytes) -> npt.NDArray[np.uint8]:
             f"IDX header says {' x '.join(map(str, shape))} = {math.prod(shape)} bytes, "
             f"but {payload_bytes} follow it"
         )
-    # frombuffer looks into immutable bytes: torch takes such memory only with a warning.
+    # A copy, since torch warns of the immutable memory of frombuffer.
     return np.frombuffer(data, np.uint8, offset=header_bytes).reshape(shape).copy()
 
 
-def _contents(files: SplitFiles, folder: Path, mirrors: Sequence[str]) -> dict[DataFile, bytes]:
-    """The decompressed, verified bytes of both files; those that are missing are downloaded."""
-    located = {file: _find(folder, file) for file in (files.images, files.labels)}
-    # What is here comes first: a wrong file is reported before minutes go into a download.
-    contents = {file: _read(path, file) for file, path in located.items() if path is not None}
-    missing = [file for file, path in located.items() if path is None]
-    if missing and mirrors:
-        _make_folder(folder)
-    for position, file in enumerate(missing):
-        content, failures = _download(file, folder, mirrors)
-        if content is None:
-            raise DataError(_do_it_by_hand(missing[position:], folder, failures))
-        contents[file] = content
-    return contents
-
-
-def _find(folder: Path, file: DataFile) -> Path | None:
-    """Where ``file`` lies in ``folder``, zipped or not; None if it does not."""
-    for path in (folder / file.archive, folder / file.name):
-        # A link that leads nowhere counts as present: it is the user's, and stays as it is.
-        if os.path.lexists(path):
-            return path
-    return None
-
-
-def _read(path: Path, file: DataFile) -> bytes:
-    """The decompressed content of a file on disk.
+def _parse(
+    images_idx: bytes, labels_idx: bytes, num_classes: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Parse images (N, H, H) and labels (N,) and check that they fit each other.
 
     Raises:
-        DataError: it cannot be read, or is not what ``file`` says.
+        ValueError: they do not.
     """
-    try:
-        return _verified(path.read_bytes(), file)
-    except OSError as error:
-        found = f"cannot be read ({error.strerror or error})"
-    except ValueError as error:
-        found = f"holds {error}"
+    images, labels = parse_idx(images_idx), parse_idx(labels_idx)
+    if images.ndim != 3 or images.shape[1] != images.shape[2] or labels.ndim != 1:
+        raise ValueError(
+            f"images {images.shape} and labels {labels.shape} are not (N, H, H) and (N,)"
+        )
+    if len(images) != len(labels):
+        raise ValueError(f"there are {len(images)} images but {len(labels)} labels")
+    if labels.max(initial=0) >= num_classes:
+        raise ValueError(f"there is a label {labels.max()} but only {num_classes} classes")
+    return images, labels
+
+
+def _content(file: DataFile, folder: Path, mirrors: Sequence[str]) -> bytes:
+    """Return the verified content of a file; download it if it is missing or damaged."""
+    failures: list[str] = []
+    for path in (folder / file.archive, folder / file.name):
+        if not os.path.lexists(path):  # true for a link whose target is missing
+            continue
+        try:
+            return _verify(path.read_bytes(), file)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except ValueError as error:
+            failures.append(f"{path}: {error}")
+    for mirror in mirrors:
+        prepare_folder(folder)
+        url = f"{mirror.rstrip('/')}/{file.archive}"
+        try:
+            raw = _get(url, file)
+            content = _verify(raw, file)
+        except OSError as error:  # includes all exceptions of requests
+            failures.append(f"{url}: {_root_cause(error)}")
+        except ValueError as error:
+            failures.append(f"{url}: {error}")
+        else:
+            _store(folder / file.archive, raw)
+            return content
     raise DataError(
-        f"{path}: {found}; expected {file.name} with SHA-256 {file.sha256[:12]} once decompressed. "
-        "Delete it to download it again."
+        "\n".join(
+            [
+                f"{folder}: cannot load {file.name}, with or without .gz:",
+                *(f"  {failure}" for failure in failures or ["missing, and downloads are off"]),
+                f"Connect to a network, or put {file.archive} into this folder; the SHA-256 of its "
+                f"decompressed content is {file.sha256}.",
+            ]
+        )
     )
 
 
-def _verified(raw: bytes, file: DataFile) -> bytes:
-    """``raw`` without its gzip wrapper, if it has one, and proven to be ``file``.
+def _verify(raw: bytes, file: DataFile) -> bytes:
+    """Return the decompressed content of a file, gzip or not.
 
     Raises:
-        ValueError: it is something else; the message says what, as the object of a sentence.
+        ValueError: its SHA-256 is not that of `file`.
     """
-    zipped = raw.startswith(_GZIP_MAGIC)  # the bytes decide: browsers unzip and keep the name
+    zipped = raw.startswith(_GZIP_MAGIC)  # not by name: browsers decompress and keep the name
     try:
         content = gzip.decompress(raw) if zipped else raw
     except EOFError:
@@ -300,122 +315,40 @@ def _verified(raw: bytes, file: DataFile) -> bytes:
         raise ValueError(f"corrupt gzip data ({error})") from error
     found = hashlib.sha256(content).hexdigest()
     if found != file.sha256:
-        what = "other content" if zipped else f"{len(raw)} bytes that are not gzip data"
-        raise ValueError(f"{what} (SHA-256 {found[:12]})")
+        kind = "other content" if zipped else f"{len(raw)} bytes that are not gzip data"
+        raise ValueError(f"{kind} (SHA-256 {found[:12]}, expected {file.sha256[:12]})")
     return content
 
 
-def _make_folder(folder: Path) -> None:
-    """Make sure that ``folder`` takes files, before the network is asked for them."""
-    cause = "it is not writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        cause = error.strerror or str(error)
-    else:
-        if os.access(folder, os.W_OK | os.X_OK):
-            return
-    raise DataError(
-        f"{folder}: no data can be stored here ({cause}). "
-        f"Choose another data directory, for instance with {DATA_DIR_VARIABLE}."
-    )
-
-
-def _download(
-    file: DataFile, folder: Path, mirrors: Sequence[str]
-) -> tuple[bytes | None, list[str]]:
-    """The content of ``file`` from the first mirror that has it, and how the others failed."""
-    failures: list[str] = []
-    for mirror in mirrors:
-        url = f"{mirror.rstrip('/')}/{file.archive}"
-        try:
-            raw = _get(url, file)
-            content = _verified(raw, file)
-        except OSError as error:  # all that requests raises is an OSError
-            failures.append(f"{url}: {_root_cause(error)}")
-        except ValueError as error:
-            failures.append(f"{url}: {error}")
-        else:
-            _store(raw, file, folder)
-            return content, failures
-    return None, failures
-
-
 def _get(url: str, file: DataFile) -> bytes:
-    """The body behind ``url``, with a progress bar where somebody watches.
+    """Download a file into memory, with a progress bar on a terminal.
 
-    It stays in memory, where it is at most 26 MB, until it is verified: nothing unproven
-    reaches the disk, and an OSError from here speaks of the network alone.
+    Unverified bytes never reach the disk, and an OSError from here is one of the network.
     """
     body = io.BytesIO()
-    # pooch sets the true total on arrival, but asks a bar for its truth value first, and a bar
-    # without a total raises. disable=None: no bar in a log file.
+    # pooch sets the true total later, but tests the bar's truth value first, and a bar without a
+    # total raises then. disable=None: no bar unless stderr is a terminal.
     with tqdm(total=1, desc=file.name, unit="B", unit_scale=True, disable=None) as bar:
-        fetch = pooch.HTTPDownloader(
-            progressbar=bar,
-            chunk_size=_CHUNK_BYTES,
-            timeout=(_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S),
+        download = pooch.HTTPDownloader(
+            progressbar=bar, chunk_size=_CHUNK_BYTES, timeout=(_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S)
         )
-        fetch(url, body, None)
+        download(url, body, None)
     return body.getvalue()
 
 
 def _root_cause(error: BaseException) -> str:
-    """The innermost cause in short: "Connection refused", not the tower of wrappers around it."""
+    """Return the message of the innermost cause, such as "Connection refused"."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    # An HTTP status error repeats the URL, which stands at the start of the line already.
-    cause = str(error).partition(" for url: ")[0]
-    return cause or type(error).__name__
+    # Without the URL that requests appends.
+    return str(error).partition(" for url: ")[0] or type(error).__name__
 
 
-def _store(raw: bytes, file: DataFile, folder: Path) -> None:
-    """Put verified bytes under their final name, whole or not at all."""
-    # A server that declares its .gz as a content encoding has it unzipped on the way.
-    target = folder / (file.archive if raw.startswith(_GZIP_MAGIC) else file.name)
+def _store(path: Path, raw: bytes) -> None:
     try:
-        write_atomically(target, raw)
+        write_atomically(path, raw)
     except OSError as error:
         raise DataError(
-            f"{target}: cannot be written ({error.strerror or error}). Make room for "
-            f"{len(raw)} bytes, or choose another data directory with {DATA_DIR_VARIABLE}."
+            f"{path}: cannot be written ({error.strerror or error}); free {len(raw)} bytes, or "
+            f"choose another data directory with {DATA_DIR_VARIABLE}"
         ) from error
-
-
-def _do_it_by_hand(missing: Sequence[DataFile], folder: Path, failures: Sequence[str]) -> str:
-    """The message for whoever has no network here, but may have one elsewhere."""
-    tried = failures or ["no mirror to try"]
-    return "\n".join(
-        [
-            f"{folder}: {missing[0].archive} is missing and could not be downloaded:",
-            *(f"  {failure}" for failure in tried),
-            "Put these files into that folder, or try again with a network:",
-            *(f"  {file.archive}" for file in missing),
-        ]
-    )
-
-
-def _arrays(
-    files: SplitFiles, contents: Mapping[DataFile, bytes], folder: Path, num_classes: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Images (N, H, W) and labels (N,) that belong together.
-
-    Raises:
-        DataError: they do not, though each file has the content that its SHA-256 promises.
-    """
-    try:
-        images = parse_idx(contents[files.images])
-        labels = parse_idx(contents[files.labels])
-    except ValueError as error:
-        raise DataError(f"{folder}: {error}. The data set's description is wrong.") from error
-    problem = None
-    if images.ndim != 3 or images.shape[1] != images.shape[2] or labels.ndim != 1:
-        problem = f"images {images.shape} and labels {labels.shape} are not (N, H, H) and (N,)"
-    elif len(images) != len(labels):
-        problem = f"there are {len(images)} images but {len(labels)} labels"
-    elif labels.max(initial=0) >= num_classes:
-        problem = f"there is a label {labels.max()} but only {num_classes} classes"
-    if problem is not None:
-        pair = f"{files.images.name} and {files.labels.name}"
-        raise DataError(f"{folder}: {problem} in {pair}. The data set's description is wrong.")
-    return images, labels
