@@ -1,54 +1,105 @@
-"""The command line: `python -m service`, and the commands that may follow."""
+"""The command line of the service: `python -m service`, or `cgan-service` once installed."""
 
 import gc
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 
-from service.settings import parse_settings
-from service.startup import ServiceError, status_of
+from service.settings import (
+    ClusterSettings,
+    CommandSettings,
+    FetchSettings,
+    Settings,
+    VerifySettings,
+    parse,
+)
+from service.startup import ServiceError, printable
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A command: its options, and the module whose `run` executes it."""
+
+    settings: type[CommandSettings]
+    module: str = ""
+    extra: str | None = None  # the optional dependencies that it needs
+
+
+COMMANDS = {
+    "serve": _Command(Settings),
+    "verify": _Command(VerifySettings, "service.commands.verify"),
+    "fetch-dataset": _Command(FetchSettings, "service.commands.fetch", "fetch"),
+    "cluster": _Command(ClusterSettings, "service.commands.cluster", "cluster"),
+}
 
 
 def main() -> int:
-    """Do what the command line says; returns the exit status."""
-    command = _COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    if command is not None:
-        return status_of(lambda: command(sys.argv[2:]))
-    return status_of(lambda: _serve(sys.argv[1:]))
+    """Run a command and return the exit status."""
+    arguments = sys.argv[1:]
+    named = bool(arguments) and not arguments[0].startswith("-")
+    name = arguments.pop(0) if named else "serve"
+    try:
+        return _run(name, arguments)
+    except ValueError as error:  # of an option
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except ServiceError as error:
+        sys.stderr.write(printable(str(error)) + "\n")
+        return 1
 
 
-def _serve(arguments: list[str]) -> int:
-    """Serve until told to stop."""
-    settings = parse_settings(arguments)
-    # Imported only here: a supervisor, which lives as long as its workers, needs no PyTorch.
+def _run(name: str, arguments: list[str]) -> int:
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}; expected {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    called = Path(sys.argv[0]).name
+    prog = "python -m service" if called in ("__main__.py", "-m", "-c") else called
+    settings = parse(
+        command.settings,
+        arguments,
+        prog=prog if name == "serve" else f"{prog} {name}",
+        epilog=_list_commands(prog) if name == "serve" else "",
+        warn=lambda line: sys.stderr.write(f"{line}\n"),
+    )
+    if isinstance(settings, Settings):
+        return _serve(settings, arguments)
+    try:
+        status: int = import_module(command.module).run(settings)
+    except ModuleNotFoundError as error:
+        if command.extra is None:
+            raise
+        raise ServiceError(
+            f"{name} needs optional dependencies ({error}); run: pip install -e "
+            f"'.[{command.extra}]'"
+        ) from error
+    return status
+
+
+def _list_commands(prog: str) -> str:
+    rows = [
+        f"  {name:15}{(command.settings.__doc__ or '').splitlines()[0]}"
+        for name, command in COMMANDS.items()
+    ]
+    rows[0] += " This is the default."
+    help_line = f"Run `{prog} COMMAND --help` for the options of a command."
+    return "\n".join(["commands:", *rows, "", help_line, ""])
+
+
+def _serve(settings: Settings, arguments: list[str]) -> int:
+    # Imported here because a supervisor, which lives as long as its workers, needs no PyTorch.
     if settings.workers == 1:
-        gc.disable()  # until all is loaded, which leaves hardly any garbage and looks for it often
+        gc.disable()  # until everything is loaded: loading leaves hardly any garbage
         from service.server.process import serve  # noqa: PLC0415
 
-        return serve(settings, _say)
+        return serve(settings, _print)
     from service.server.supervisor import supervise  # noqa: PLC0415
 
-    supervise(settings, arguments, _say)
+    supervise(settings, arguments, _print)
     return 0
 
 
-def _verify(arguments: list[str]) -> int:
-    from service.commands.verify import main  # noqa: PLC0415
-
-    return main(arguments)
-
-
-def _fetch(arguments: list[str]) -> int:
-    try:
-        from service.commands.fetch import main  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ServiceError(f"pip install 'cgan-service[fetch]': {error}") from error
-    return main(arguments)
-
-
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"verify": _verify, "fetch-dataset": _fetch}
-
-
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, flush=True)
 
 

@@ -106,17 +106,17 @@ def create_app(
     metrics = metrics or Metrics()
     readiness = Readiness(metrics)
     cores = max(1, available_cores() // settings.workers)
-    batcher = Batcher(settings.max_queue, settings.timeout_ms / 1e3, metrics)
+    batcher = Batcher(settings.max_queue_images, settings.timeout_s, metrics)
     encoders = ThreadPoolExecutor(cores, thread_name_prefix="encoder")
     reloader = Reloader(registry, metrics)
     tracing = _create_tracing(settings.otlp_endpoint)
-    prover = SelfTest(registry, batcher, readiness, metrics, settings.self_check_s)
+    prover = SelfTest(registry, batcher, readiness, metrics, settings.self_test_interval_s)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         batcher.start(readiness.lose)
         metrics.queue_images.set_function(lambda: batcher.queued_rows)
-        metrics.queue_limit_images.set(settings.max_queue)
+        metrics.queue_limit_images.set(settings.max_queue_images)
         for device in {model.engine.device for model in registry}:
             _watch_memory(metrics, device)
         readiness.refresh()

@@ -1,17 +1,17 @@
-"""Every option of the service, once: as a flag, as an environment variable, and in the help."""
+"""Every option of the service: as a flag, as an environment variable, and in the help."""
 
+import argparse
+import inspect
+import os
 import re
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliPositionalArg,
-    NoDecode,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.keys import Key, parse_keys, read_keys, require_distinct
 
@@ -20,149 +20,122 @@ MAX_IMAGES = 1024  # of one request
 MAX_PIXELS = 1 << 24  # of one picture, enlargement included
 MAX_TIMEOUT_MS = 600_000
 
-_BUNDLED = Path(__file__).parent.parent / "weights"
+POSITIONAL = "positional"  # marks an option that is given without a flag
+# Old names that are accepted for one release: the new name, and what old values are divided by.
+RENAMED: dict[str, tuple[str, int | None]] = {
+    "weights": ("models", None),
+    "max_queue": ("max_queue_images", None),
+    "timeout_ms": ("timeout_s", 1000),
+    "self_check_s": ("self_test_interval_s", None),
+    "drain_delay_ms": ("drain_delay_s", 1000),
+}
+
+
+def _bundled_models() -> Path:
+    """Return the folder of the bundled models: in the installed package, else in the checkout."""
+    installed = Path(__file__).parent / "weights"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "weights"
 
 
 def _check_endpoint(address: str | None) -> str | None:
     if address is not None and not re.match(r"https?://[^/]", address):
-        raise ValueError(f"has to begin with http:// or https:// and a host, not {address!r}")
+        raise ValueError(f"must begin with http:// or https:// and a host, not {address!r}")
     return address
 
 
-def _options(command: str) -> SettingsConfigDict:
-    """How the options of a command are read."""
-    return SettingsConfigDict(
+class CommandSettings(BaseSettings):
+    """Options of one command. The docstring of an option is its help."""
+
+    model_config = SettingsConfigDict(
         env_prefix="CGAN_",
-        cli_prog_name=f"python -m service{command}",
-        cli_kebab_case=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
         env_ignore_empty=True,
-        hide_input_in_errors=True,  # it may hold a key
+        hide_input_in_errors=True,  # an input may hold a key
+        use_attribute_docstrings=True,
     )
 
 
-class Models(BaseSettings):
-    """Which models there are, and what computes them."""
+class ModelSettings(CommandSettings):
+    """Options of every command that loads models."""
 
-    weights: Path = Field(
-        _BUNDLED,
-        description="an artifact, or a folder of them (*.safetensors); a model is named after its "
-        "file",
-    )
-    device: str = Field("auto", description="auto (CUDA, else the CPU), cpu, cuda, or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="what to compute in; auto is bfloat16 where the device is built for it"
-    )
+    models: Path = Field(default_factory=_bundled_models)
+    """Model file, or a folder of them (*.safetensors). A model is named after its file
+    (default: the bundled models)."""
+    device: str = "auto"
+    """auto (CUDA, else the CPU), cpu, cuda or cuda:N"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision: float32, bfloat16 or auto, which is bfloat16 where the device computes it
+    natively"""
 
 
-class VerifySettings(Models):
-    """Make the images of a PNG's recipe again, and say whether they are the same.
+class VerifySettings(ModelSettings):
+    """Generate the images of a PNG again from its recipe, and compare them.
 
-    Ends with status 0 where every pixel is the same, 1 where one is not, and 2 where that cannot be
-    told. The options are also read from the environment, as those of the service.
+    The exit status is 0 if every pixel is the same, 1 if one differs, and 2 if the file cannot be
+    verified.
     """
 
-    model_config = _options(" verify")
+    file: Annotated[Path, POSITIONAL]
+    """PNG file that the service made"""
 
-    file: CliPositionalArg[Path] = Field(description="a PNG file that the service made")
 
+class FetchSettings(CommandSettings):
+    """Download a data set from a service. Run the same command again to resume.
 
-class FetchSettings(BaseSettings):
-    """Download a data set from a service, and go on with it where it broke off.
-
-    The same command again goes on where the last one ended. Ends with status 0 when the file is
-    there, 1 when the service cannot give it, and 2 when the address or an option is wrong.
+    The exit status is 0 if the file is complete, 1 if the service does not deliver it, and 2 if
+    the URL or an option is invalid.
     """
 
-    model_config = _options(" fetch-dataset")
-
-    url: CliPositionalArg[str] = Field(
-        description="http://HOST:PORT/dataset?per_class=1000&seed=0&format=webdataset and so on; "
-        "without a seed it could not go on"
-    )
-    out: Path = Field(description="folder for the file, which is made if it is not there")
-    api_key_file: Path | None = Field(
-        None, description="file that holds the secret of an API key alone, if the service needs one"
-    )
-    retries: int = Field(
-        10,
-        ge=0,
-        le=1000,
-        description="most attempts in a row that bring nothing before it gives up",
-    )
+    url: Annotated[str, POSITIONAL]
+    """For example 'http://HOST:PORT/dataset?per_class=1000&seed=0'. The seed is required: without
+    one, the download cannot resume."""
+    out: Path
+    """Folder for the file, created if missing (required)"""
+    api_key_file: Path | None = None
+    """File that holds the secret of an API key and nothing else"""
+    retries: int = Field(10, ge=0, le=1000)
+    """Consecutive attempts without new data before giving up"""
 
 
-class AppSettings(Models):
-    """What holds wherever the app runs."""
+class AppSettings(ModelSettings):
+    """Options of the app, on one machine and on a cluster."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
-    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 takes a free one")
-    default_model: str | None = Field(
-        None,
-        description="name of the model that answers requests which name none; if not given, mnist, "
-        "or the first by name where there is no mnist",
-    )
-    max_batch: int = Field(
-        256,
-        ge=1,
-        le=4096,
-        description="most images of one forward; it takes fewer where few requests wait",
-    )
-    max_queue: int = Field(
-        4096,
-        ge=MAX_IMAGES,
-        le=1_000_000,
-        description="most images that may wait; a request beyond that is refused with 429",
-    )
-    timeout_ms: int = Field(
-        10_000,
-        ge=1,
-        le=MAX_TIMEOUT_MS,
-        description="milliseconds that a request may take; what cannot make it is refused",
-    )
-    self_check_s: float = Field(
-        10.0,
-        ge=0.1,
-        le=3600.0,
-        description="seconds between two proofs that known images still come out as they did",
-    )
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every interface"""
+    port: int = Field(8000, ge=0, le=65_535)
+    """Port to listen on; 0 picks a free one"""
+    default_model: str | None = None
+    """Model for requests that name none (default: mnist if it is served, else the first by name)"""
+    max_batch: int = Field(256, ge=1, le=4096)
+    """Maximum number of images in one forward pass"""
+    max_queue_images: int = Field(4096, ge=MAX_IMAGES, le=1_000_000)
+    """Maximum number of queued images; requests beyond it get 429. Requests for up to 16 images may
+    exceed it by an eighth."""
+    timeout_s: float = Field(10.0, ge=0.001, le=MAX_TIMEOUT_MS / 1e3)
+    """Maximum duration of a request in seconds; requests that cannot finish in time are rejected"""
+    self_test_interval_s: float = Field(10.0, ge=0.1, le=3600.0)
+    """Seconds between self-tests, which generate known images again and compare them"""
     api_keys: Annotated[tuple[Key, ...], NoDecode, PlainValidator(parse_keys)] = Field(
-        (),
-        validate_default=False,
-        description="name:secret,name:secret and so on: who may use the service. Whoever lists the "
-        "machine's processes can read a flag, so give the variable, or better a file",
+        (), validate_default=False
     )
+    """API keys with commas between them, each name:secret or name:secret:images-per-second. A list
+    of processes shows flags: prefer the environment variable or a file."""
     api_keys_file: Annotated[tuple[Key, ...], NoDecode, PlainValidator(read_keys)] = Field(
-        (),
-        validate_default=False,
-        description="file with a key a line, name:secret or name:secret:images-per-second; # "
-        "begins a comment",
+        (), validate_default=False
     )
-    images_per_second: float | None = Field(
-        None,
-        gt=0,
-        allow_inf_nan=False,
-        description="most images a second of each API key, over all workers; no limit if not given",
-    )
-    burst_images: int = Field(
-        MAX_IMAGES,
-        ge=1,
-        le=1_000_000,
-        description="most images that an API key with a limit may have at once, after a pause",
-    )
-    otlp_endpoint: Annotated[str | None, AfterValidator(_check_endpoint)] = Field(
-        None,
-        description="collector that OpenTelemetry traces are sent to, by OTLP over HTTP: "
-        "http://HOST:4318; none are made if not given",
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least severe messages to log; info has a line per request"
-    )
+    """File with one API key a line, in the same form; # starts a comment"""
+    images_per_second: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Rate limit of each API key, over all workers (default: no limit)"""
+    burst_images: int = Field(MAX_IMAGES, ge=1, le=1_000_000)
+    """Images that an API key with a rate limit may request at once after a pause"""
+    otlp_endpoint: Annotated[str | None, AfterValidator(_check_endpoint)] = None
+    """OpenTelemetry collector that receives traces by OTLP over HTTP, such as http://HOST:4318
+    (default: no traces)"""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lowest severity to log: debug, info (one line per request), warning or error"""
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        """All API keys; where there are none, everybody is let in."""
+        """All API keys. Authentication is disabled if there are none."""
         return self.api_keys + self.api_keys_file
 
     @model_validator(mode="after")
@@ -170,131 +143,162 @@ class AppSettings(Models):
         require_distinct(self.keys)
         if self.images_per_second is not None and not self.keys:
             raise ValueError(
-                "--images-per-second (or CGAN_IMAGES_PER_SECOND): is a limit of each API key, so "
-                "--api-keys or --api-keys-file must be given too"
+                "--images-per-second (or CGAN_IMAGES_PER_SECOND): limits each API key, so give "
+                "--api-keys or --api-keys-file too"
             )
         return self
 
 
 class Settings(AppSettings):
-    """Serve class-conditional image generators over HTTP.
+    """Serve class-conditional image generators over HTTP."""
 
-    `python -m service verify FILE` tells whether a PNG is what its recipe makes, and
-    `python -m service fetch-dataset URL --out DIR` downloads a data set.
-
-    Every option is also read from the environment: --max-batch from CGAN_MAX_BATCH, and so on. A
-    flag wins over the environment.
-    """
-
-    model_config = _options("")
-
-    workers: int = Field(
-        1,
-        ge=1,
-        le=256,
-        description="processes that share the port; each one has its own models, batches and "
-        "queue, and, where there are several GPUs, its own GPU",
-    )
-    client_timeout_s: float = Field(
-        20.0,
-        ge=1.0,
-        le=3600.0,
-        description="seconds that a client may take to send a whole request, to read more of an "
-        "answer, or to ask again on an open connection",
-    )
-    max_connections: int = Field(
-        4096,
-        ge=1,
-        le=1_000_000,
-        description="most connections at a time; one beyond that is answered 503 and closed",
-    )
-    drain_delay_ms: int = Field(
-        0,
-        ge=0,
-        le=600_000,
-        description="milliseconds to serve on after SIGTERM, with readiness off, for a load "
-        "balancer to notice",
-    )
-    metrics_port: int | None = Field(
-        None,
-        ge=0,
-        le=65_535,
-        description="port for /metrics alone, at the same address, which the other port then has "
-        "not; 0 takes a free one",
-    )
+    workers: int = Field(1, ge=1, le=256)
+    """Processes that share the port, each with its own models and queue. GPUs are assigned to them
+    round-robin."""
+    client_timeout_s: float = Field(20.0, ge=1.0, le=3600.0)
+    """Seconds that a client may take to send a whole request, to read more of a response, or to
+    send the next request on an open connection"""
+    max_connections: int = Field(4096, ge=1, le=1_000_000)
+    """Maximum number of open connections; further ones get 503 and are closed"""
+    drain_delay_s: float = Field(0.0, ge=0.0, le=600.0)
+    """Seconds to keep serving after SIGTERM with readiness off, for a load balancer to react"""
+    metrics_port: int | None = Field(None, ge=0, le=65_535)
+    """Serve /metrics on this port instead of the main one; 0 picks a free one (default: the main
+    port)"""
 
 
 class ClusterSettings(AppSettings):
     """Serve class-conditional image generators from the machines of a Ray cluster.
 
-    Options are also read from the environment, as those of the service. The weights have to lie at
-    the same place on every machine, and limits of API keys hold in each replica.
+    The models must lie at the same path on every machine. Rate limits apply to each replica.
     """
 
-    model_config = _options(".cluster")
-
-    ray_address: str | None = Field(
-        None,
-        description="address of a Ray cluster, or auto for the one this machine belongs to; if not "
-        "given, one of this machine alone is started, and ends with this process",
-    )
-    min_replicas: int = Field(1, ge=1, le=10_000, description="replicas that always run")
-    max_replicas: int = Field(
-        1, ge=1, le=10_000, description="replicas that run when there is enough to do for them"
-    )
-    target_requests: float = Field(
-        64.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="requests under way in each replica, above which there have to be more of them",
-    )
+    ray_address: str | None = None
+    """Address of a Ray cluster, or auto for the one this machine belongs to (default: start one on
+    this machine, and stop it with this process)"""
+    min_replicas: int = Field(1, ge=1, le=10_000)
+    """Minimum number of replicas"""
+    max_replicas: int = Field(1, ge=1, le=10_000)
+    """Maximum number of replicas"""
+    target_requests: float = Field(64.0, gt=0, allow_inf_nan=False)
+    """Concurrent requests per replica above which replicas are added"""
 
     @model_validator(mode="after")
     def _check_replicas(self) -> Self:
         if self.max_replicas < self.min_replicas:
             raise ValueError(
-                f"--max-replicas (or CGAN_MAX_REPLICAS): has to be at least --min-replicas, which "
-                f"is {self.min_replicas}, not {self.max_replicas}"
+                "--max-replicas (or CGAN_MAX_REPLICAS): must be at least --min-replicas, which is "
+                f"{self.min_replicas}, not {self.max_replicas}"
             )
         if self.device.startswith("cuda:"):
             raise ValueError(
-                "--device (or CGAN_DEVICE): Ray chooses the GPU of each replica; allowed are auto, "
-                f"cpu, cuda, not {self.device!r}"
+                "--device (or CGAN_DEVICE): Ray assigns the GPUs; expected auto, cpu or cuda, not "
+                f"{self.device!r}"
             )
         return self
 
-    def of_replica(self) -> Settings:
-        """The settings of a service in each replica, whose port and connections are Ray's."""
+    def replica_settings(self) -> Settings:
+        """Return the settings of the service in each replica. Ray owns its ports."""
         own = {name: getattr(self, name) for name in AppSettings.model_fields}
         return Settings.model_construct(**own, metrics_port=0)
 
 
 def parse_settings(arguments: list[str]) -> Settings:
-    """Settings of the service; see `parse`."""
+    """Return the settings of the service; see `parse`."""
     return parse(Settings, arguments)
 
 
-def parse(kind: type[S], arguments: list[str]) -> S:
-    """Settings of a command from flags and the environment.
+def parse(
+    kind: type[S],
+    arguments: list[str],
+    *,
+    prog: str = "python -m service",
+    epilog: str = "",
+    warn: Callable[[str], object] = lambda _line: None,
+) -> S:
+    """Return the settings of a command, read from flags and the environment.
+
+    Args:
+        kind: class of the settings.
+        arguments: flags and values, without the name of the command.
+        prog: program and command, for the help.
+        epilog: last paragraph of the help.
+        warn: called with a line for each option that is given under its old name.
 
     Raises:
-        ValueError: an option is wrong; a line for each, with its value and what is allowed.
-        SystemExit: `--help` was asked for, or a flag is unknown.
+        ValueError: an option is invalid; one line for each, with its value and the allowed ones.
+        SystemExit: `--help` was given, or an unknown flag.
     """
+    parser = _create_parser(kind, prog, epilog)
+    renamed = {}
+    for old, (new, divisor) in RENAMED.items():
+        if new in kind.model_fields:
+            convert = partial(_convert, warn, divisor)
+            flag, variable = _flag(old), _variable(old)
+            parser.add_argument(
+                flag, dest=new, help=argparse.SUPPRESS, type=partial(convert, flag, _flag(new))
+            )
+            if (given := os.environ.get(variable)) and not os.environ.get(_variable(new)):
+                renamed[new] = convert(variable, _variable(new), given)
+    values: dict[str, Any] = renamed | vars(parser.parse_args(arguments))
     try:
-        return kind(_cli_parse_args=arguments)
+        return kind(**values)
     except ValidationError as error:
         raise ValueError("\n".join(map(_describe, error.errors()))) from error
-    except SettingsError as error:
-        raise ValueError(str(error)) from error
 
 
-def _describe(error: object) -> str:
-    assert isinstance(error, dict)
+def _create_parser(kind: type[BaseSettings], prog: str, epilog: str) -> argparse.ArgumentParser:
+    positional = [name for name, each in kind.model_fields.items() if POSITIONAL in each.metadata]
+    example = [name for name in kind.model_fields if name not in positional][-1]
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=" ".join(["%(prog)s", *map(str.upper, positional), "[OPTION]..."]),
+        description=inspect.cleandoc(kind.__doc__ or ""),
+        epilog=f"{epilog}Every option is also an environment variable: {_variable(example)} for "
+        f"{_flag(example)}.\nFlags take precedence.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    version = f"cgan-service {metadata.version('cgan-service')}"
+    parser.add_argument(
+        "--version", action="version", version=version, help="show the version and exit"
+    )
+    for name, field in kind.model_fields.items():
+        text = str(field.description).removesuffix(".")
+        if not field.is_required() and "(default: " not in text:
+            default = field.default if field.default not in (None, ()) else "none"
+            text += f" (default: {default})"
+        argument, metavar = (name, name.upper()) if name in positional else (_flag(name), "VALUE")
+        parser.add_argument(argument, metavar=metavar, help=text.replace("%", "%%"))
+    return parser
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _variable(name: str) -> str:
+    return f"CGAN_{name.upper()}"
+
+
+def _convert(
+    warn: Callable[[str], object], divisor: int | None, old: str, new: str, given: str
+) -> str:
+    """Return the value of a renamed option in the unit of its new name."""
+    warn(f"{old} is deprecated and will be removed in the next release; use {new}")
+    try:
+        return given if divisor is None else str(float(given) / divisor)
+    except ValueError:  # reported when the new option is validated
+        return given
+
+
+def _describe(error: Any) -> str:
+    """Return the line that reports an invalid option. It never repeats a key."""
     name = ".".join(map(str, error["loc"]))
-    if error["type"] == "value_error" and not name:
-        return str(error["ctx"]["error"])
-    flag, variable = f"--{name.replace('_', '-')}", f"CGAN_{name.upper()}"
-    if error["type"] == "value_error":  # our own words, which never hold a secret
-        return f"{flag} (or {variable}): {error['ctx']['error']}"
-    return f"{flag} (or {variable}): {error['msg']}, not {error['input']!r}"
+    option = f"{_flag(name)} (or {_variable(name)})"
+    if error["type"] == "value_error":
+        return f"{option}: {error['ctx']['error']}" if name else str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return f"{option}: is required"
+    return f"{option}: {error['msg']}, not {error['input']!r}"

@@ -99,7 +99,7 @@ def service() -> Iterator[ServiceProcess]:
     But for the self-check: its known images would be counted in the middle of a test that counts.
     """
     with ServiceProcess(
-        "--weights", str(REPOSITORY / "weights"), "--self-check-s", "3600"
+        "--models", str(REPOSITORY / "weights"), "--self-test-interval-s", "3600"
     ) as running:
         yield running
 

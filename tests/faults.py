@@ -54,8 +54,8 @@ from tests.support.faulty_engines import FITS, LOST, MEMORY, NAN, SLOW
 from tests.support.malicious_files import Payload, torch_saved
 from tests.support.serving import ServiceProcess, refused
 
-WEIGHTS = Settings().weights / "mnist-mlp.safetensors"
-PATIENT = ("--max-queue", "1000000", "--timeout-ms", "600000")
+WEIGHTS = Settings().models / "mnist-mlp.safetensors"
+PATIENT = ("--max-queue-images", "1000000", "--timeout-s", "600")
 
 OVERLOAD_ROUNDS, OVERLOAD_S = 3, 30.0
 ROUNDS = 5  # of a measurement alone and beside something else, in turn; medians are compared
@@ -124,7 +124,7 @@ def served(
         os.sched_setaffinity(0, all_cores[:cores])  # which a child inherits
     try:
         with ServiceProcess(
-            *("--weights", str(weights), "--log-level", "warning", *arguments),
+            *("--models", str(weights), "--log-level", "warning", *arguments),
             environment={"OMP_NUM_THREADS": "1", **environment},
             module=module,
         ) as service:
@@ -191,7 +191,7 @@ async def _overload(n: int, timeout_s: float, *arguments: str, cores: int = 1) -
     """
     prompt = 50 if cores == 1 else 99  # percentile of the refusals that must be prompt
     idle = ("--client-timeout-s", "600")  # not all connections are used all the time
-    limit = ("--timeout-ms", f"{1e3 * timeout_s:.0f}")
+    limit = ("--timeout-s", f"{timeout_s:g}")
     with served(*arguments, *idle, *limit, cores=cores) as service:
         port = port_of(service)
         before = await _warm_up(service)
@@ -269,7 +269,7 @@ async def overload_of_large_requests() -> Findings:
 )
 async def overload_by_deadline() -> Findings:
     """Overload that only deadlines bound"""
-    return await _overload(512, 0.5, "--max-queue", "1000000")
+    return await _overload(512, 0.5, "--max-queue-images", "1000000")
 
 
 @fault(
@@ -632,7 +632,7 @@ async def bad_artifacts() -> Findings:
     """Bad artifacts at start-up."""
     with tempfile.TemporaryDirectory() as folder:
         bad = _bad_artifacts(Path(folder))
-        starts = [asyncio.to_thread(refused, "--weights", str(path)) for path in bad.values()]
+        starts = [asyncio.to_thread(refused, "--models", str(path)) for path in bad.values()]
         messages = dict(zip(bad, await asyncio.gather(*starts), strict=True))
         good = sum(
             messages[what].count("\n") == 1 and str(path) in messages[what]

@@ -83,7 +83,7 @@ def serving(options: Options) -> dict[str, Command]:
     for name in ("mnist-mlp", "mnist"):
         commands[f"device-{name}"] = [
             *("tests.benchmarks.device", "--device", options.device, "--profile"),
-            *("--weights", f"weights/{name}.safetensors"),
+            *("--models", f"weights/{name}.safetensors"),
             *("--json", str(options.out / f"device-{name}.json")),
             *(
                 ("--workers", "1", "2", "--rounds", "1", "--seconds", "0.2")

@@ -46,7 +46,7 @@ from tests.support.clients import (
 )
 from tests.support.serving import ServiceProcess
 
-BUNDLED = Settings().weights / "mnist-mlp.safetensors"
+BUNDLED = Settings().models / "mnist-mlp.safetensors"
 STEADY, SLOW, BURST, SEEDS = 4, 20, 300, 12
 EVERY_S = 5.0
 MAX_GROWTH_MB_PER_HOUR = 10.0
@@ -468,9 +468,9 @@ def main() -> int:
             made = make_artifact(weights / "made.safetensors", seed=seed)
             made.rename(weights / f"{seed}.new")
         arguments = ["--log-level", "warning", "--workers", str(options.workers)]
-        arguments += ["--weights", folder, "--default-model", "mnist-mlp"]
+        arguments += ["--models", folder, "--default-model", "mnist-mlp"]
         # Deadlines have tests of their own; here a machine that stands still is to be no fault.
-        arguments += ["--timeout-ms", "600000"]
+        arguments += ["--timeout-s", "600"]
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         with ServiceProcess(*arguments, environment=threads) as service:
             return 0 if asyncio.run(soak(service, weights, options.minutes, out)) else 1

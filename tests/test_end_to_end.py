@@ -24,7 +24,7 @@ def images(client: httpx.Client, recipe: Recipe) -> list[bytes]:
 
 KNOWN: Recipe = (7, 20_141_111, 20)
 LONG = (*KNOWN[:2], 150)  # more than a batch
-PATIENT = ("--max-queue", "100000", "--timeout-ms", "600000")
+PATIENT = ("--max-queue-images", "100000", "--timeout-s", "600")
 
 
 def crowd(count: int) -> list[Recipe]:

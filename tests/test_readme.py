@@ -78,7 +78,7 @@ def test_it_lists_every_option_with_its_default() -> None:
     section = README[README.index("| option |") : README.index("With `--workers 4`")]
     flags = set(re.findall(r"`--([a-z-]+)`", section))
     assert flags == {name.replace("_", "-") for name in Settings.model_fields}
-    for name in ("host", "port", "max_batch", "max_queue", "timeout_ms", "burst_images"):
+    for name in ("host", "port", "max_batch", "max_queue_images", "burst_images"):
         assert str(Settings.model_fields[name].default) in section
 
 

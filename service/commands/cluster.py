@@ -1,39 +1,37 @@
-"""The service on a Ray cluster: `python -m service.commands.cluster`.
+"""The command `python -m service cluster`: the service on a Ray cluster.
 
-Ray Serve starts replicas of the app on the machines of a cluster, with a GPU each where there are
-any, spreads the requests over them, replaces what dies, and adds some while there is more to do.
-Everything that an answer depends on is in the artifact and the request, so any replica gives the
-same bytes. HTTP connections are Ray's own here, and so are the metrics: one replica's would be
-those of whichever answers.
+Ray Serve runs replicas of the app on the machines of a cluster, with one GPU each if there are any.
+It distributes the requests, replaces failed replicas and scales with the load. A response depends
+only on the model and the request, so every replica returns the same bytes. HTTP connections and
+metrics are Ray's: `/metrics` of the app would describe the one replica that happens to answer.
 """
 
 import os
 import signal
 import socket
-import sys
 import threading
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.settings import ClusterSettings, Settings, parse
-from service.startup import ServiceError, status_of
+from service.settings import ClusterSettings, Settings
+from service.startup import ServiceError
 
 NAME = "cgan-service"
-_MOST_REQUESTS = 1024  # under way in a replica, whose own admission is to decide what it takes
-_LOGGING = {"enable_access_log": False}  # the app has its own
-_DRAIN_S = 30.0  # for a replica to answer what it has taken
+_MAX_ONGOING_REQUESTS = 1024  # so high that the admission of the replica decides, not Ray
+_LOGGING = {"enable_access_log": False}  # the app logs requests itself
+_DRAIN_S = 30.0  # for a replica to answer the requests that it has admitted
 
 
 class ReplicaHeaderMiddleware:
-    """ASGI middleware that says in `X-Replica` who answered."""
+    """ASGI middleware that names the replica in `X-Replica`."""
 
     def __init__(self, app: ASGIApp, name: str) -> None:
         self.app = app
         self._header = (b"x-replica", name.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and its answer back with the header."""
+        """Call the app and add the header to its response."""
 
         async def named_send(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -44,16 +42,16 @@ class ReplicaHeaderMiddleware:
 
 
 def create_application(settings: Settings, **options: Any) -> Any:
-    """A Ray Serve application of replicas of the service.
+    """Return a Ray Serve application of replicas of the service.
 
     Args:
-        settings: of the service in each of them.
-        options: of the deployment, as Ray names them.
+        settings: settings of the service in each replica.
+        options: options of the deployment, as Ray names them.
     """
-    from ray import serve  # noqa: PLC0415  (of an extra)
+    from ray import serve  # noqa: PLC0415  (an optional dependency)
 
     def build() -> ReplicaHeaderMiddleware:
-        # In the replica's own process, which alone has a device.
+        # Imported in the process of the replica, because this one has no device.
         from service.app import create_app  # noqa: PLC0415
         from service.server.process import load  # noqa: PLC0415
 
@@ -65,40 +63,39 @@ def create_application(settings: Settings, **options: Any) -> Any:
     @serve.ingress(build)
     class Replica:
         def check_health(self) -> None:
-            """Called by Ray, which replaces a replica for which it raises."""
-            state = self.app.app.state  # type: ignore[attr-defined]  # of what `build` made
+            """Raise an error if Ray is to replace this replica."""
+            state = self.app.app.state  # type: ignore[attr-defined]  # the app that `build` made
             if state.readiness.lost:
-                raise RuntimeError("its device failed, or computes other images than before")
+                raise RuntimeError("the device failed or computes other images than before")
 
     return serve.deployment(
         name=NAME,
         logging_config=_LOGGING,
-        max_ongoing_requests=_MOST_REQUESTS,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=_DRAIN_S,
         health_check_period_s=5,
         **options,
     )(Replica).bind()
 
 
-def main() -> int:
-    """Deploy, serve until told to stop, and undo it; returns the exit status."""
-    return status_of(lambda: _deploy(parse(ClusterSettings, sys.argv[1:])))
+def run(settings: ClusterSettings) -> int:
+    """Deploy the replicas, serve until SIGTERM or SIGINT, and return the exit status.
 
-
-def _deploy(settings: ClusterSettings) -> int:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
-    # 15 otherwise: replicas hardly run beside anything that keeps the cores busy, nor do they end.
+    Raises:
+        ServiceError: the cluster cannot be reached, or a replica cannot start.
+    """
+    # Ray reads these when it is imported.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's default, 15, starves replicas on a machine whose cores are busy.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Five seconds otherwise, which a proxy needs to start where all cores are busy.
+    # Ray's default, 5 s, is too short for a proxy to start on a machine whose cores are busy.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
-    try:
-        import ray  # noqa: PLC0415
-        from ray import serve  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ServiceError(f"pip install 'cgan-service[cluster]': {error}") from error
+    import ray  # noqa: PLC0415
+    from ray import serve  # noqa: PLC0415
+
     _connect(settings.ray_address)
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # not before: Ray has handlers of its own
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own handlers
         signal.signal(number, lambda *_: stopped.set())
     port = settings.port or _free_port(settings.host)
     try:
@@ -109,7 +106,7 @@ def _deploy(settings: ClusterSettings) -> int:
         )
         serve.run(
             create_application(
-                settings.of_replica(),
+                settings.replica_settings(),
                 ray_actor_options={"num_cpus": 1, "num_gpus": _gpus(settings.device)},
                 autoscaling_config={
                     "min_replicas": settings.min_replicas,
@@ -122,18 +119,18 @@ def _deploy(settings: ClusterSettings) -> int:
         print(f"Serving on Ray at http://{settings.host}:{port}", flush=True)
         stopped.wait()
         serve.delete(NAME)
-    except (RuntimeError, ray.exceptions.RayError) as error:  # a replica cannot start, for one
-        raise ServiceError(f"Ray does not serve it: {error}") from error
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        raise ServiceError(f"Ray cannot serve the models: {error}") from error
     finally:
         ray.shutdown()
     return 0
 
 
 def _connect(address: str | None) -> None:
-    """Join a cluster, or start one of this machine alone.
+    """Join a cluster, or start one on this machine.
 
     Raises:
-        ServiceError: there is none.
+        ServiceError: no cluster answers at the address.
     """
     import ray  # noqa: PLC0415
 
@@ -147,7 +144,7 @@ def _connect(address: str | None) -> None:
 
 
 def _gpus(device: str) -> int:
-    """GPUs of a replica."""
+    """Return the number of GPUs of a replica."""
     import ray  # noqa: PLC0415
 
     if device == "auto":
@@ -160,7 +157,3 @@ def _free_port(host: str) -> int:
     with socket.create_server((host, 0)) as server:
         port: int = server.getsockname()[1]
         return port
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,20 +13,20 @@ import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 from tqdm import tqdm
 
-from service.settings import FetchSettings, parse
+from service.settings import FetchSettings
 from service.startup import ServiceError
 
 T = TypeVar("T")
 
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 _MAX_WAIT_S = 60.0
-_backing_off = wait_random_exponential(multiplier=0.5, max=_MAX_WAIT_S)
-# A resumed zip is made again from its beginning before its next byte comes.
+_backoff = wait_random_exponential(multiplier=0.5, max=_MAX_WAIT_S)
+# To resume a zip, the service encodes it from its beginning before it sends the next byte.
 _TIMEOUT = httpx.Timeout(30.0, read=900.0)
 
 
-class _Interrupted(Exception):  # noqa: N818  (it goes on)
-    """Another attempt may bring more; after so many seconds, if the service says so."""
+class _RetryableError(Exception):
+    """Failure of one attempt; `after_s` is the delay in seconds that the service asks for."""
 
     def __init__(self, cause: str, after_s: float | None = None) -> None:
         super().__init__(cause)
@@ -34,8 +34,8 @@ class _Interrupted(Exception):  # noqa: N818  (it goes on)
 
 
 @dataclass(frozen=True)
-class _Announced:
-    """What the service says of a file before it is there."""
+class _RemoteFile:
+    """A file as the headers of the service describe it."""
 
     name: str
     length: int
@@ -43,14 +43,13 @@ class _Announced:
     tag: str
 
 
-def main(arguments: list[str]) -> int:
-    """Fetch a data set; returns the exit status.
+def run(settings: FetchSettings) -> int:
+    """Download a data set and return the exit status.
 
     Raises:
-        ValueError: an option is wrong.
-        ServiceError: the service does not give it.
+        ValueError: the URL is invalid.
+        ServiceError: the service does not deliver the file, or it cannot be written.
     """
-    settings = parse(FetchSettings, arguments)
     url = _check(settings.url)
     headers = {"Accept-Encoding": "identity"}
     try:
@@ -59,7 +58,7 @@ def main(arguments: list[str]) -> int:
             headers["Authorization"] = f"Bearer {secret}"
         settings.out.mkdir(parents=True, exist_ok=True)
         with httpx.Client(headers=headers, timeout=_TIMEOUT) as client:
-            path = _Fetch(client, url, settings.out, settings.retries).run()
+            path = _Download(client, url, settings.out, settings.retries).run()
     except OSError as error:
         raise ServiceError(f"{error.filename}: {error.strerror}") from error
     print(path)
@@ -67,10 +66,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _check(text: str) -> httpx.URL:
-    """An address that can be gone on with.
+    """Return the URL of a download that can resume.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the URL is invalid or has no seed.
     """
     try:
         url = httpx.URL(text)
@@ -79,129 +78,133 @@ def _check(text: str) -> httpx.URL:
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"URL: must begin with http:// or https:// and a host, not {text!r}")
     if "seed" not in url.params:
-        raise ValueError(f"URL: needs a seed, as in ...&seed=0, to go on with later; not {text!r}")
+        raise ValueError(f"URL: needs a seed such as &seed=0 to resume later, not {text!r}")
     return url
 
 
-class _Fetch:
-    """One file, in as many requests as it takes."""
+class _Download:
+    """Download of one file, in as many requests as it takes."""
 
     def __init__(self, client: httpx.Client, url: httpx.URL, out: Path, retries: int) -> None:
         self._client, self._url, self._out, self._retries = client, url, out, retries
-        self._in_vain = 0  # attempts in a row that brought nothing
+        self._failures = 0  # consecutive attempts without new data
 
     def run(self) -> Path:
-        """The file when it is complete.
+        """Return the path of the complete file.
 
         Raises:
-            ServiceError: the service does not give it.
+            ServiceError: the service does not deliver it.
         """
-        announced = self._retried(self._announce)
-        path = self._out / announced.name
+        remote = self._retry(self._read_headers)
+        path = self._out / remote.name
         if path.exists():
-            if path.stat().st_size == announced.length:
+            if path.stat().st_size == remote.length:
                 return path
-            raise ServiceError(f"{path} is there and has another length; move it out of the way")
-        # The tag tells the beginnings of files of the same name apart.
-        part = path.with_name(f"{path.name}.{announced.tag[1:13]}.part")
+            raise ServiceError(f"{path} exists with another length; move it and try again")
+        # The tag separates partial downloads of different files with the same name.
+        part = path.with_name(f"{path.name}.{remote.tag[1:13]}.part")
         with part.open("ab") as file:
             with tqdm(
-                total=announced.length,
+                total=remote.length,
                 initial=file.tell(),
                 unit="B",
                 unit_scale=True,
-                desc=f"{announced.images:,} images",
+                desc=f"{remote.images:,} images",
             ) as bar:
-                while file.tell() < announced.length:
-                    self._retried(lambda: self._read(file, announced, bar))
+                while file.tell() < remote.length:
+                    self._retry(lambda: self._append(file, remote, bar))
             file.flush()
             os.fsync(file.fileno())
         part.rename(path)
         return path
 
-    def _retried(self, attempt: Callable[[], T]) -> T:
-        """What an attempt gives, in the end.
+    def _retry(self, attempt: Callable[[], T]) -> T:
+        """Return the result of the first attempt that succeeds.
 
         Raises:
-            ServiceError: too many in a row brought nothing, or one was refused for good.
+            ServiceError: too many consecutive attempts failed, or the service refused one for good.
         """
         retrying = Retrying(
-            retry=retry_if_exception_type((_Interrupted, httpx.TransportError)),
-            stop=lambda _state: self._in_vain > self._retries,
+            retry=retry_if_exception_type((_RetryableError, httpx.TransportError)),
+            stop=lambda _state: self._failures > self._retries,
             wait=_wait_s,
             reraise=True,
         )
 
         def counted() -> T:
-            self._in_vain += 1
+            self._failures += 1  # an attempt that makes progress resets it
             return attempt()
 
         try:
             return retrying(counted)
-        except (_Interrupted, httpx.TransportError) as error:
+        except (_RetryableError, httpx.TransportError) as error:
             raise ServiceError(f"{self._url.host}: {error}") from error
 
-    def _announce(self) -> _Announced:
-        answer = self._client.head(self._url)
-        if answer.status_code != 200:
-            # A HEAD has no body, which would say why.
-            with self._client.stream("GET", self._url) as reason:
-                if not reason.is_success:
-                    raise _refusal(reason)
+    def _read_headers(self) -> _RemoteFile:
+        response = self._client.head(self._url)
+        if response.status_code != 200:
+            # A response to HEAD has no body to name the cause.
+            with self._client.stream("GET", self._url) as failed:
+                if not failed.is_success:
+                    raise _to_error(failed)
         try:
             disposition = EmailMessage()
-            disposition["Content-Disposition"] = answer.headers["Content-Disposition"]
+            disposition["Content-Disposition"] = response.headers["Content-Disposition"]
             name = disposition.get_filename() or ""
-            found = _Announced(
+            remote = _RemoteFile(
                 name=name,
-                length=int(answer.headers["Content-Length"]),
-                images=int(answer.headers["X-Images"]),
-                tag=answer.headers["ETag"],
+                length=int(response.headers["Content-Length"]),
+                images=int(response.headers["X-Images"]),
+                tag=response.headers["ETag"],
             )
         except (KeyError, ValueError) as error:
-            raise ServiceError(f"{self._url} is no data set of this service") from error
+            raise ServiceError(
+                f"{self._url} is not a data set; expected http://HOST:PORT/dataset?..."
+            ) from error
         if name in ("", ".", "..") or Path(name).name != name:
-            raise ServiceError(f"{self._url} wants to be saved as {name!r}, which is no file name")
-        self._in_vain = 0
-        return found
+            raise ServiceError(f"{self._url} has an invalid file name: {name!r}")
+        self._failures = 0
+        return remote
 
-    def _read(self, file: BinaryIO, announced: _Announced, bar: "tqdm[Any]") -> None:
-        """Append as much as one answer brings."""
+    def _append(self, file: BinaryIO, remote: _RemoteFile, bar: "tqdm[Any]") -> None:
+        """Append the data of one response."""
         begin = file.tell()
-        headers = {"Range": f"bytes={begin}-", "If-Range": announced.tag}
-        with self._client.stream("GET", self._url, headers=headers) as answer:
-            if answer.status_code not in (200, 206):
-                raise _refusal(answer)
-            if answer.headers.get("ETag") != announced.tag or (begin and answer.status_code == 200):
+        headers = {"Range": f"bytes={begin}-", "If-Range": remote.tag}
+        with self._client.stream("GET", self._url, headers=headers) as response:
+            if response.status_code not in (200, 206):
+                raise _to_error(response)
+            if response.headers.get("ETag") != remote.tag or (
+                begin and response.status_code == 200
+            ):
                 raise ServiceError(
-                    f"{self._url} is another file now than when this began; the service may have "
-                    "another model. Pin it as model=NAME@sha256:DIGEST, or ask again from the start"
+                    f"{self._url} changed since the download began; the service may have replaced "
+                    "the model. Pin it as model=NAME@sha256:DIGEST, or start again"
                 )
             try:
-                for block in answer.iter_raw():
+                for block in response.iter_raw():
                     file.write(block)
                     bar.update(len(block))
-                    self._in_vain = 0
+                    self._failures = 0
             except httpx.TransportError:
                 if file.tell() == begin:
                     raise
 
 
-def _refusal(answer: httpx.Response) -> Exception:
-    """What an answer that is not the file means."""
-    text = answer.read().decode("utf-8", "replace")
+def _to_error(response: httpx.Response) -> Exception:
+    """Return the error for a response that is not the file."""
+    text = response.read().decode("utf-8", "replace")
     with suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["detail"]
-    cause = f"{answer.status_code}: {text[:500] or answer.reason_phrase}"
-    if answer.status_code not in _RETRIED:
-        return ServiceError(f"{answer.url.host}: {cause}")
-    after = answer.headers.get("Retry-After", "")
-    return _Interrupted(cause, float(after) if after.isdecimal() else None)
+    cause = f"{response.status_code}: {text[:500] or response.reason_phrase}"
+    if response.status_code not in _RETRIED:
+        return ServiceError(f"{response.url.host}: {cause}")
+    after = response.headers.get("Retry-After", "")
+    return _RetryableError(cause, float(after) if after.isdecimal() else None)
 
 
 def _wait_s(state: RetryCallState) -> float:
-    """As long as the service says, or longer from attempt to attempt."""
+    """Return the delay that the service asks for, else one that grows with each attempt."""
     error = state.outcome.exception() if state.outcome is not None else None
-    if isinstance(error, _Interrupted) and error.after_s is not None:
+    if isinstance(error, _RetryableError) and error.after_s is not None:
         return min(error.after_s, _MAX_WAIT_S)
-    return _backing_off(state)
+    return _backoff(state)

@@ -10,24 +10,23 @@ from service.errors import Problem
 from service.generation import Client, Generation
 from service.inference.batcher import Batcher
 from service.inference.repository import ModelRepository, artifact_paths, load_repository
-from service.settings import MAX_TIMEOUT_MS, Settings, VerifySettings, parse
+from service.settings import MAX_TIMEOUT_MS, Settings, VerifySettings
 from service.telemetry.metrics import Metrics
 from training.artifact import ArtifactError
 from training.devices import DeviceError
 
 
-def main(arguments: list[str]) -> int:
-    """Verify a file; returns the exit status.
+def run(settings: VerifySettings) -> int:
+    """Verify a file and return the exit status.
 
     Raises:
-        ValueError: an option is wrong, or whether the file is the same cannot be told.
+        ValueError: an option is invalid, or the file cannot be verified.
     """
-    settings = parse(VerifySettings, arguments)
     try:
         found = read_png(settings.file.read_bytes())
-        weights = _find_artifact(settings.weights, found.recipe.sha256)
+        artifact = _find_artifact(settings.models, found.recipe.sha256)
         registry = load_repository(
-            Settings.model_construct(weights=weights, device=settings.device, dtype=settings.dtype)
+            Settings.model_construct(models=artifact, device=settings.device, dtype=settings.dtype)
         )
         verdict = asyncio.run(_verify(found, registry))
     except OSError as error:
@@ -40,16 +39,16 @@ def main(arguments: list[str]) -> int:
     return 0 if verdict.same_pixels else 1
 
 
-def _find_artifact(weights: Path, sha256: str) -> Path:
-    """The file that is the model of a recipe; all are tried before one is loaded, which takes long.
+def _find_artifact(models: Path, sha256: str) -> Path:
+    """Return the file that made an image. Only its digest is read, because loading takes long.
 
     Raises:
-        ArtifactError: none of them is.
+        ArtifactError: no file has the digest.
     """
-    for path in artifact_paths(weights):
+    for path in artifact_paths(models):
         if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
             return path
-    raise ArtifactError(weights, f"holds no model with the digest of the recipe, {sha256}")
+    raise ArtifactError(models, f"holds no model with the digest of the recipe, {sha256}")
 
 
 async def _verify(found: Found, registry: ModelRepository) -> VerificationResult:

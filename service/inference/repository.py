@@ -163,7 +163,7 @@ class Weights:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.path = settings.weights
+        self.path = settings.models
         self._wanted_default = settings.default_model
         self._max_batch = settings.max_batch
         self._device = resolve_device(settings.device)

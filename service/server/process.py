@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
         )
         self._app = app
         app.state.readiness.on_lost = self._on_lost
-        self._drain_delay_s = settings.drain_delay_ms / 1e3
+        self._drain_delay_s = settings.drain_delay_s
         self._settings = settings
         self._metrics = metrics
         self._metrics_server: asyncio.Server | None = None

@@ -20,15 +20,7 @@ from tests.benchmarks.serving import SIZES, WEIGHTS, requests
 COMMANDS = {
     "service, two workers": ["service", "--workers", "2"],
     "Ray, two replicas": [
-        *(
-            "service.commands.cluster",
-            "--device",
-            "cpu",
-            "--min-replicas",
-            "2",
-            "--max-replicas",
-            "2",
-        )
+        *("service", "cluster", "--device", "cpu", "--min-replicas", "2", "--max-replicas", "2")
     ],
 }
 
@@ -37,7 +29,7 @@ def start(stack: ExitStack, command: list[str]) -> int:
     """Start a service of two processes; returns its port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
-    options = ["--port", str(port), "--weights", str(WEIGHTS), "--log-level", "warning"]
+    options = ["--port", str(port), "--models", str(WEIGHTS), "--log-level", "warning"]
     process = subprocess.Popen(
         [sys.executable, "-m", *command, *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -168,8 +168,8 @@ def served(
     share = max(1, (os.cpu_count() or 1) - workers)  # processes that make the load
     share = min(share, 4)
     connections = CONNECTIONS * workers // share
-    options = ["--weights", str(weights), "--device", str(device), "--workers", str(workers)]
-    options += ["--max-queue", "1000000", "--timeout-ms", "60000", "--log-level", "warning"]
+    options = ["--models", str(weights), "--device", str(device), "--workers", str(workers)]
+    options += ["--max-queue-images", "1000000", "--timeout-s", "60", "--log-level", "warning"]
     found: dict[int, list[Sample]] = {n: [] for n in SIZES}
     with (
         ServiceProcess(*options) as service,

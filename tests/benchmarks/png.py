@@ -38,7 +38,7 @@ def microseconds(function: Callable[[], bytes]) -> float:
 
 def main() -> None:
     """Compare on one image and on a sheet of sixteen."""
-    artifact = load_artifact(Settings().weights / "mnist.safetensors")
+    artifact = load_artifact(Settings().models / "mnist.safetensors")
     engine = Engine(artifact, device=torch.device("cpu"), dtype=torch.float32, max_batch=16)
     rows = np.arange(16)
     images = engine(np.zeros(16, np.uint64), rows, np.full(16, 7))

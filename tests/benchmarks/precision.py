@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=default_data_dir())
     options = parser.parse_args()
     print(f"{'model':<15}{'precision':<10}{'seed':>5}" + "".join(f"{n:>18}" for n in SHOWN))
-    for path in sorted(Settings().weights.glob("*.safetensors")):
+    for path in sorted(Settings().models.glob("*.safetensors")):
         artifact = load_artifact(path)
         name = str(artifact.info.training["dataset"])
         train, test = (load_dataset(name, split, options.data_dir) for split in ("train", "test"))

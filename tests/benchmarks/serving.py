@@ -39,7 +39,7 @@ from tests.benchmarks.load import Sample, closed_loop, open_loop, post, preceden
 from tests.benchmarks.unpinned import compare
 from tests.support.processes import REPOSITORY
 
-WEIGHTS = Settings().weights / "mnist-mlp.safetensors"
+WEIGHTS = Settings().models / "mnist-mlp.safetensors"
 SERVER_CORE, CLIENT_CORE = 0, 1
 OURS, PLAIN, BATCHING = "service", "plain", "batching"
 CHECKED, FLOOR, BARE = "checked", "constant", "bare"
@@ -66,7 +66,7 @@ class Server:
             command = ["service", "--log-level", "warning", "--workers", str(workers)]
         else:
             command = ["tests.benchmarks.baselines", name]
-        command += ["--port", str(self.port), "--weights", str(WEIGHTS)]
+        command += ["--port", str(self.port), "--models", str(WEIGHTS)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", *command],
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -38,7 +38,9 @@ def browser() -> Iterator[Browser]:
 def limited() -> Iterator[ServiceProcess]:
     """With a key for 40 images a second, and a queue that is soon full."""
     keys = f"visitor:{SECRET}:40,flood:{SECRET}-of-the-flood"
-    with ServiceProcess("--api-keys", keys, "--burst-images", "1024", "--max-queue", "1024") as one:
+    with ServiceProcess(
+        "--api-keys", keys, "--burst-images", "1024", "--max-queue-images", "1024"
+    ) as one:
         yield one
 
 

@@ -140,8 +140,8 @@ def test_the_pod_is_restricted_and_has_time_to_drain() -> None:
     variables = {each["name"]: each["value"] for each in container["env"]}
     names = {name.removeprefix("CGAN_").lower() for name in variables}
     assert names <= Settings.model_fields.keys()
-    drain_s = int(variables["CGAN_DRAIN_DELAY_MS"]) / 1e3
-    request_s = Settings().timeout_ms / 1e3
+    drain_s = float(variables["CGAN_DRAIN_DELAY_S"])
+    request_s = Settings().timeout_s
     assert spec["terminationGracePeriodSeconds"] > drain_s + request_s
     namespace = found["Namespace"]["metadata"]["labels"]
     assert namespace["pod-security.kubernetes.io/enforce"] == "restricted"

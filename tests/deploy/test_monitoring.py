@@ -44,7 +44,7 @@ def prometheus(
     weights.mkdir()
     make_artifact(weights / "small.safetensors")
     with ServiceProcess(
-        *("--weights", str(weights), "--workers", "2", "--burst-images", "4"),
+        *("--models", str(weights), "--workers", "2", "--burst-images", "4"),
         environment={"CGAN_API_KEYS": f"free:{FREE},limited:{LIMITED}:1"},
     ) as several:
         clients = (service.client, several.client)

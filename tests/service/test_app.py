@@ -66,7 +66,9 @@ def build(
     timeout_ms: int = 60_000,
     self_check_s: float = 3600.0,
 ) -> FastAPI:
-    settings = Settings(max_queue=max_queue, timeout_ms=timeout_ms, self_check_s=self_check_s)
+    settings = Settings(
+        max_queue_images=max_queue, timeout_s=timeout_ms / 1e3, self_test_interval_s=self_check_s
+    )
     return create_app(settings, ModelRepository([Model("small", engine)], "small"))
 
 

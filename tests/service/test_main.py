@@ -16,7 +16,7 @@ from tests.support.serving import ServiceProcess, refused
 
 
 def test_it_prints_one_line_with_the_address(bundled: Path) -> None:
-    with ServiceProcess("--weights", str(bundled), "--log-level", "warning") as service:
+    with ServiceProcess("--models", str(bundled), "--log-level", "warning") as service:
         assert service.first_line.startswith("Serving mnist at http://127.0.0.1:")
         service.signal()
         assert service.process.stdout is not None
@@ -28,7 +28,7 @@ def test_it_prints_one_line_with_the_address(bundled: Path) -> None:
 def test_a_folder_of_artifacts_is_served_by_name(bundled: Path, tmp_path: Path) -> None:
     for name in ("b", "a"):
         (tmp_path / f"{name}.safetensors").write_bytes(bundled.read_bytes())
-    with ServiceProcess(environment={"CGAN_WEIGHTS": str(tmp_path)}) as service:
+    with ServiceProcess(environment={"CGAN_MODELS": str(tmp_path)}) as service:
         models = service.client.get("/models").json()["models"]
         assert [(model["name"], model["default"]) for model in models] == [
             ("a", True),
@@ -41,7 +41,7 @@ def test_a_folder_of_artifacts_is_served_by_name(bundled: Path, tmp_path: Path) 
 def test_a_file_that_is_no_artifact_ends_in_one_line_with_path_and_cause(tmp_path: Path) -> None:
     path = tmp_path / "mnist.safetensors"
     torch.save({"weight": torch.zeros(3)}, path)
-    message = refused("--weights", str(path))
+    message = refused("--models", str(path))
     assert message.count("\n") == 1
     assert str(path) in message
     assert "pickle" in message
@@ -50,14 +50,14 @@ def test_a_file_that_is_no_artifact_ends_in_one_line_with_path_and_cause(tmp_pat
 def test_an_artifact_cut_short_is_refused(bundled: Path, tmp_path: Path) -> None:
     path = tmp_path / "mnist.safetensors"
     path.write_bytes(bundled.read_bytes()[:-1])
-    message = refused("--weights", str(path))
+    message = refused("--models", str(path))
     assert message.count("\n") == 1
     assert str(path) in message
 
 
 def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
-    assert str(tmp_path / "none") in refused("--weights", str(tmp_path / "none"))
-    assert "holds no *.safetensors file" in refused("--weights", str(tmp_path))
+    assert str(tmp_path / "none") in refused("--models", str(tmp_path / "none"))
+    assert "holds no *.safetensors file" in refused("--models", str(tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -142,7 +142,7 @@ RUN_ALL = """
 import contextlib, io, json, sys
 from service.__main__ import main
 for path in sys.argv[1:]:
-    sys.argv[1:] = ["--port", "0", "--weights", path]
+    sys.argv[1:] = ["--port", "0", "--models", path]
     with contextlib.redirect_stderr(io.StringIO()) as said:
         status = main()
     print(json.dumps([status, said.getvalue()]))
@@ -176,4 +176,4 @@ def test_a_bad_artifact_ends_the_start_with_its_path_and_cause(
 
 
 def test_a_path_that_no_file_could_have_is_one_line() -> None:
-    assert refused("--weights", "x" * 300) == f"{'x' * 300}: cannot be read: File name too long\n"
+    assert refused("--models", "x" * 300) == f"{'x' * 300}: cannot be read: File name too long\n"

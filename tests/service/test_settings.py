@@ -2,7 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, parse_settings
+from service.settings import (
+    RENAMED,
+    FetchSettings,
+    Settings,
+    VerifySettings,
+    parse,
+    parse_settings,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +21,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_newcomer_is_served_the_bundled_models_on_port_8000() -> None:
     settings = parse_settings([])
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
-    assert (settings.weights / "mnist.safetensors").exists()
+    assert (settings.models / "mnist.safetensors").exists()
 
 
 def test_every_option_is_a_flag_and_a_variable(
@@ -25,18 +32,18 @@ def test_every_option_is_a_flag_and_a_variable(
     values = {
         "host": "0.0.0.0",
         "port": "81",
-        "weights": "elsewhere",
+        "models": "elsewhere",
         "default_model": "mine",
         "workers": "3",
         "device": "cpu",
         "dtype": "float32",
         "max_batch": "16",
-        "max_queue": "2048",
-        "timeout_ms": "500",
-        "self_check_s": "2.5",
+        "max_queue_images": "2048",
+        "timeout_s": "0.5",
+        "self_test_interval_s": "2.5",
         "client_timeout_s": "2.5",
         "max_connections": "100",
-        "drain_delay_ms": "3000",
+        "drain_delay_s": "3",
         "metrics_port": "9100",
         "api_keys": f"alice:{'a' * 16}",
         "api_keys_file": str(keys),
@@ -51,7 +58,7 @@ def test_every_option_is_a_flag_and_a_variable(
     for name, value in values.items():
         monkeypatch.setenv(f"CGAN_{name.upper()}", value)
     assert parse_settings([]) == from_flags
-    assert from_flags.weights == Path("elsewhere")
+    assert from_flags.models == Path("elsewhere")
     assert from_flags.max_batch == 16
 
 
@@ -67,11 +74,11 @@ def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ("--port", "http", "integer"),
         ("--workers", "0", "1"),
         ("--max-batch", "0", "1"),
-        ("--max-queue", "10", "1024"),
-        ("--timeout-ms", "-1", "1"),
+        ("--max-queue-images", "10", "1024"),
+        ("--timeout-s", "-1", "0.001"),
         ("--client-timeout-s", "0.5", "1"),
         ("--max-connections", "0", "1"),
-        ("--drain-delay-ms", "-1", "0"),
+        ("--drain-delay-s", "-1", "0"),
         ("--metrics-port", "-1", "0"),
         ("--images-per-second", "0", "greater than 0"),
         ("--burst-images", "0", "1"),
@@ -109,4 +116,66 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
     for name in Settings.model_fields:
         assert f"--{name.replace('_', '-')}" in text
     assert "default: 8000" in text
-    assert "CGAN_MAX_BATCH" in text
+    assert "CGAN_METRICS_PORT" in text
+    for old in RENAMED:
+        assert f"--{old.replace('_', '-')} " not in text
+
+
+RENAMED_VALUES = {
+    "weights": ("elsewhere", Path("elsewhere")),
+    "max_queue": ("2048", 2048),
+    "timeout_ms": ("500", 0.5),
+    "self_check_s": ("2.5", 2.5),
+    "drain_delay_ms": ("3000", 3.0),
+}
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_is_accepted_with_one_warning(
+    old: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, value = RENAMED_VALUES[old]
+    new, _ = RENAMED[old]
+    flag, new_flag = (f"--{name.replace('_', '-')}" for name in (old, new))
+    warnings: list[str] = []
+    for settings in (
+        parse(Settings, [flag, given], warn=warnings.append),
+        parse(Settings, [f"{flag}={given}"], warn=warnings.append),
+    ):
+        assert getattr(settings, new) == value
+    assert warnings == 2 * [
+        f"{flag} is deprecated and will be removed in the next release; use {new_flag}"
+    ]
+    monkeypatch.setenv(f"CGAN_{old.upper()}", given)
+    warnings.clear()
+    assert getattr(parse(Settings, [], warn=warnings.append), new) == value
+    assert warnings == [
+        f"CGAN_{old.upper()} is deprecated and will be removed in the next release; "
+        f"use CGAN_{new.upper()}"
+    ]
+
+
+def test_a_new_name_wins_over_an_old_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CGAN_TIMEOUT_MS", "500")
+    assert parse_settings(["--timeout-s", "2"]).timeout_s == 2.0
+    monkeypatch.setenv("CGAN_TIMEOUT_S", "3")
+    assert parse_settings([]).timeout_s == 3.0
+
+
+def test_a_wrong_value_under_an_old_name_is_reported_under_the_new_one() -> None:
+    with pytest.raises(ValueError, match=r"--timeout-s .*not 'soon'"):
+        parse_settings(["--timeout-ms", "soon"])
+    with pytest.raises(ValueError, match=r"--timeout-s .*not '700.0'"):
+        parse_settings(["--timeout-ms", "700000"])
+
+
+def test_the_options_of_verify_have_no_port(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(VerifySettings, ["x.png", "--port", "1"])
+    assert "--port" in capsys.readouterr().err
+    assert parse(VerifySettings, ["x.png", "--weights", "w"]).models == Path("w")
+
+
+def test_a_required_option_that_is_missing_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^--out \(or CGAN_OUT\): is required$"):
+        parse(FetchSettings, ["http://localhost/dataset?seed=0"])

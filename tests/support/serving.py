@@ -24,7 +24,7 @@ MODEL = REPOSITORY / "weights" / "mnist.safetensors"
 def _environment() -> dict[str, str]:
     """One model where nothing else is said, because loading them all takes half of a start."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CGAN_")}
-    return {**clean, "CGAN_WEIGHTS": str(MODEL)}
+    return {**clean, "CGAN_MODELS": str(MODEL)}
 
 
 class ServiceProcess:
@@ -35,9 +35,13 @@ class ServiceProcess:
         *arguments: str,
         environment: Mapping[str, str] | None = None,
         module: str = "service",
+        command: str = "serve",
     ) -> None:
+        commands = [command] if module == "service" else []
         everything = {**_environment(), **(environment or {})}
-        self.process = start("-m", module, "--port", "0", *arguments, environment=everything)
+        self.process = start(
+            "-m", module, *commands, "--port", "0", *arguments, environment=everything
+        )
         self.errors: list[str] = []
         self._reader = threading.Thread(target=self._read_errors)
         self._reader.start()

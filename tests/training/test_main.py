@@ -113,7 +113,7 @@ def test_what_is_published_is_served_without_a_restart(out: Path, tmp_path: Path
     weights = tmp_path / "weights"
     weights.mkdir()
     make_artifact(weights / "small.safetensors")
-    with ServiceProcess("--weights", str(weights)) as service:
+    with ServiceProcess("--models", str(weights)) as service:
         target = weights / "fresh.safetensors"
         result = train(out, "--publish", str(target))
         assert result.exit_code == 0, result.output

@@ -267,7 +267,7 @@ def test_a_wrong_value_is_named(client: httpx.Client, query: str, field: str) ->
 @pytest.mark.parametrize("form", FORMS)
 def test_colour_and_odd_class_names_are_laid_out_as_well(tmp_path: Path, form: SetFormat) -> None:
     make_artifact(tmp_path / "colour.safetensors", channels=3)
-    with ServiceProcess("--weights", str(tmp_path)) as service:
+    with ServiceProcess("--models", str(tmp_path)) as service:
         answer = service.client.get(f"/dataset?per_class=3&seed=0&format={form}")
         assert answer.headers["Content-Length"] == str(len(answer.content))
         if form == "npz":
@@ -280,7 +280,7 @@ def test_colour_and_odd_class_names_are_laid_out_as_well(tmp_path: Path, form: S
 
 
 def test_the_layout_of_ten_million_images_is_known_without_making_them() -> None:
-    model = Weights(Settings(weights=Settings().weights / "mnist-mlp.safetensors")).load().default
+    model = Weights(Settings(models=Settings().models / "mnist-mlp.safetensors")).load().default
     dataset = DataSet(model, 0, 0, 1_000_000)
     for form in MEDIA_TYPES:
         layout = lay_out(dataset, form)

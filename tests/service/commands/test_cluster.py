@@ -23,8 +23,8 @@ SEED = 20_141_111
 def cluster(bundled: Path) -> Iterator[ServiceProcess]:
     replicas = ("--min-replicas", "2", "--max-replicas", "2")
     with ServiceProcess(
-        *("--weights", str(bundled), "--device", "cpu", *replicas),
-        module="service.commands.cluster",
+        *("--models", str(bundled), "--device", "cpu", *replicas),
+        command="cluster",
     ) as cluster:
         yield cluster
         cluster.signal()
@@ -118,13 +118,13 @@ def test_a_killed_replica_is_replaced_and_nothing_is_lost_to_who_asks_again(
     [
         (
             ["--min-replicas", "3", "--max-replicas", "2"],
-            "--max-replicas (or CGAN_MAX_REPLICAS): has to be at least --min-replicas, which is 3, "
+            "--max-replicas (or CGAN_MAX_REPLICAS): must be at least --min-replicas, which is 3, "
             "not 2",
         ),
         (
             ["--device", "cuda:1"],
-            "--device (or CGAN_DEVICE): Ray chooses the GPU of each replica; allowed are auto, "
-            "cpu, cuda, not 'cuda:1'",
+            "--device (or CGAN_DEVICE): Ray assigns the GPUs; expected auto, cpu or cuda, "
+            "not 'cuda:1'",
         ),
     ],
 )
@@ -134,7 +134,7 @@ def test_what_cannot_be_is_said(arguments: list[str], cause: str) -> None:
 
 
 def test_a_cluster_that_is_not_there_ends_it_in_words() -> None:
-    ended = run("-m", "service.commands.cluster", "--ray-address", "nowhere://x")
+    ended = run("-m", "service", "cluster", "--ray-address", "nowhere://x")
     assert ended.returncode == 1
     assert "--ray-address nowhere://x: " in ended.stderr.splitlines()[-1]
 
@@ -143,6 +143,7 @@ NO_PROXY = """
 import sys
 from ray import serve
 from ray.exceptions import ActorDiedError
+from service.__main__ import main
 from service.commands import cluster
 
 def start(**options):
@@ -150,11 +151,13 @@ def start(**options):
 
 serve.start = start
 cluster._connect = lambda address: None
-sys.exit(cluster.main())
+sys.argv[1:] = ["cluster"]
+sys.exit(main())
 """
 
 
 def test_a_proxy_that_does_not_come_up_ends_it_in_words() -> None:
     ended = run("-c", NO_PROXY)
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("Ray does not serve it: The actor died")
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("Ray cannot serve the models: The actor died")

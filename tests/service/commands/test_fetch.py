@@ -137,7 +137,7 @@ def test_a_file_that_has_become_another_is_not_gone_on_with(
 
     handler.do_GET = answer  # type: ignore[method-assign]
     _, errors = end(fetch(url, tmp_path), 1)
-    assert "is another file now" in errors
+    assert "changed since the download began" in errors
     assert (tmp_path / "set.zip.0123456789ab.part").read_bytes() == b"x"
 
 
@@ -172,7 +172,7 @@ def test_a_wrong_value_and_another_address_are_refused_in_words(
     _, errors = end(fetch(address(service, "seed=0&per_class=0"), tmp_path), 1)
     assert "422: per_class: Input should be greater than or equal to 1" in errors
     _, errors = end(fetch(f"{service.client.base_url}/models?seed=0", tmp_path), 1)
-    assert "is no data set of this service" in errors
+    assert "is not a data set" in errors
     (tmp_path / "file").touch()
     _, errors = end(fetch(address(service, "seed=0&per_class=1"), tmp_path / "file"), 1)
     assert "file: File exists" in errors

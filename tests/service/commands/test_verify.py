@@ -48,7 +48,7 @@ def test_a_file_that_tells_nothing_ends_in_one_line_with_path_and_cause(
         ([str(tmp_path / "none.png")], "No such file"),
         ([str(other)], "no PNG file"),
         ([str(plain)], "no text chunk named Recipe"),
-        ([str(sheet), "--weights", str(other)], "no model with the digest"),
+        ([str(sheet), "--models", str(other)], "no model with the digest"),
         ([str(sheet), "--device", "tpu"], "tpu"),
     ]:
         ended = verify(*arguments)

@@ -15,7 +15,7 @@ MLP = REPOSITORY / "weights" / "mnist-mlp.safetensors"
 
 @pytest.fixture
 def broken() -> Iterator[ServiceProcess]:
-    with ServiceProcess("--weights", str(MLP), module="tests.support.faulty_engines") as running:
+    with ServiceProcess("--models", str(MLP), module="tests.support.faulty_engines") as running:
         yield running
 
 

@@ -44,7 +44,7 @@ def shared(
 ) -> Iterator[tuple[ServiceProcess, Path]]:
     weights = tmp_path_factory.mktemp("weights")
     put(variants[0], weights / "small.safetensors")
-    with ServiceProcess("--weights", str(weights), "--max-batch", "8") as service:
+    with ServiceProcess("--models", str(weights), "--max-batch", "8") as service:
         yield service, weights
 
 
@@ -259,7 +259,7 @@ def resident_bytes(service: ServiceProcess) -> float:
 
 def gated(weights: Path, engine: GatedEngine) -> ModelRepository:
     """A registry of the files, whose model in service is another one that can be held up."""
-    registry = load_repository(Settings(weights=weights, device="cpu", max_batch=8))
+    registry = load_repository(Settings(models=weights, device="cpu", max_batch=8))
     registry.replace(Found([Model("small", engine)], "small"))
     return registry
 
@@ -290,7 +290,7 @@ def test_what_is_in_flight_is_answered_by_the_old_model_which_then_is_released(p
 
 
 def test_a_replaced_model_leaves_nothing_behind(path: Path) -> None:
-    registry = load_repository(Settings(weights=path.parent, device="cpu", max_batch=8))
+    registry = load_repository(Settings(models=path.parent, device="cpu", max_batch=8))
     engine = registry.default.engine
     left = [weakref.ref(each) for each in (registry.default, engine, engine.artifact.generator)]
     del engine
@@ -309,7 +309,7 @@ def test_a_service_that_cannot_watch_says_so_and_serves(
         yield set()
 
     monkeypatch.setattr(reload, "awatch", no_watch)
-    registry = load_repository(Settings(weights=path, device="cpu", max_batch=8))
+    registry = load_repository(Settings(models=path, device="cpu", max_batch=8))
     with serving(create_app(Settings(), registry)) as client:
         assert client.post(RECIPE).status_code == 200
     assert "the weights are not watched" in caplog.text
@@ -329,7 +329,7 @@ def overwrite(path: Path, data: bytes) -> None:
 def test_sighup_has_every_worker_read_all_files_again(variants: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
     put(variants[0], path)
-    with ServiceProcess("--workers", "2", "--weights", str(path), "--max-batch", "8") as service:
+    with ServiceProcess("--workers", "2", "--models", str(path), "--max-batch", "8") as service:
         workers = pids(service)
         overwrite(path, variants[1].read_bytes())
         service.signal(signal.SIGHUP)

@@ -13,7 +13,7 @@ from training.devices import DeviceError
 
 
 def settings(weights: Path, device: str = "cpu", default_model: str | None = None) -> Settings:
-    return Settings(weights=weights, device=device, max_batch=8, default_model=default_model)
+    return Settings(models=weights, device=device, max_batch=8, default_model=default_model)
 
 
 def test_models_of_a_folder_are_named_after_their_files_and_sorted(tmp_path: Path) -> None:

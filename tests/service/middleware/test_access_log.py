@@ -58,7 +58,7 @@ def test_raw_bytes_in_a_request_stay_on_their_line(bundled: Path) -> None:
         b"GET /no" + forged + b" HTTP/1.1\r\nHost: x\r\n\r\n",
         b"\x16\x03\x01" + forged,
     ]
-    with ServiceProcess("--weights", str(bundled), "--log-level", "debug") as service:
+    with ServiceProcess("--models", str(bundled), "--log-level", "debug") as service:
         address = (service.client.base_url.host, service.client.base_url.port or 0)
         for each in requests:
             with socket.create_connection(address, timeout=60) as connection:
@@ -79,7 +79,7 @@ def test_a_path_with_a_newline_does_not_make_a_second_line(tmp_path: Path) -> No
     path = tmp_path / "a\n\x1b[31mb.safetensors"
     path.write_bytes(b"nothing")
     for workers in ("1", "2"):
-        message = refused("--weights", str(path), "--workers", workers)
+        message = refused("--models", str(path), "--workers", workers)
         assert "a\\n\\x1b[31mb.safetensors" in message
         assert all(
             line.isprintable() and (line.startswith((str(tmp_path), "{")))

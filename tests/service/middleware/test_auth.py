@@ -36,7 +36,7 @@ def locked(artifact: Path) -> Iterator[ServiceProcess]:
     """Alice has no limit; Bob has 10 images a second, and 50 at once."""
     keys = f"alice:{ALICE},bob:{BOB}:10,carol:{CAROL}:10"
     with ServiceProcess(
-        *("--weights", str(artifact), "--burst-images", "50"), environment={"CGAN_API_KEYS": keys}
+        *("--models", str(artifact), "--burst-images", "50"), environment={"CGAN_API_KEYS": keys}
     ) as running:
         yield running
 
@@ -170,7 +170,7 @@ def test_the_log_names_the_key_and_never_shows_it(artifact: Path, tmp_path: Path
     file = tmp_path / "keys"
     file.write_text(f"alice:{ALICE}\n")
     with ServiceProcess(
-        *("--weights", str(artifact), "--api-keys-file", str(file), "--log-level", "debug")
+        *("--models", str(artifact), "--api-keys-file", str(file), "--log-level", "debug")
     ) as service:
         service.client.post("/generate?label=cat", headers=bearer(ALICE))
         service.client.post("/generate?label=cat", headers=bearer("w" * 20))
@@ -239,7 +239,7 @@ def test_the_bucket_refills_at_its_rate_and_no_further(monkeypatch: pytest.Monke
 def test_workers_share_the_limit_of_a_key(artifact: Path) -> None:
     """Each request is on a connection of its own, which any worker may take."""
     with ServiceProcess(
-        *("--weights", str(artifact), "--workers", "2", "--burst-images", "40"),
+        *("--models", str(artifact), "--workers", "2", "--burst-images", "40"),
         *("--images-per-second", "0.001"),
         environment={"CGAN_API_KEYS": f"alice:{ALICE},bob:{BOB}"},
     ) as service:

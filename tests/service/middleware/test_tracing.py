@@ -58,7 +58,7 @@ class Collector:
 
 def traced(collector: Collector, bundled: Path, *arguments: str) -> ServiceProcess:
     return ServiceProcess(
-        *("--weights", str(bundled), "--otlp-endpoint", collector.url, *arguments),
+        *("--models", str(bundled), "--otlp-endpoint", collector.url, *arguments),
         environment={"OTEL_BSP_SCHEDULE_DELAY": "20"},  # ms between what is sent
     )
 
@@ -182,7 +182,7 @@ def test_a_collector_that_is_not_there_costs_no_request(bundled: Path) -> None:
 def test_what_was_not_yet_sent_is_sent_at_the_end_by_workers_too(bundled: Path) -> None:
     collector = Collector()
     with ServiceProcess(
-        *("--weights", str(bundled), "--otlp-endpoint", collector.url, "--workers", "2"),
+        *("--models", str(bundled), "--otlp-endpoint", collector.url, "--workers", "2"),
         environment={"OTEL_BSP_SCHEDULE_DELAY": "3600000", "OTEL_SERVICE_NAME": "mine"},
     ) as service:
         assert service.client.post("/generate?label=7").status_code == 200

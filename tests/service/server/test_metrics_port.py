@@ -26,7 +26,7 @@ def metrics_client(service: ServiceProcess) -> httpx.Client:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_metrics_are_on_their_port_and_nothing_else_is(artifact: Path, workers: str) -> None:
-    arguments = ("--weights", str(artifact), "--metrics-port", "0", "--workers", workers)
+    arguments = ("--models", str(artifact), "--metrics-port", "0", "--workers", workers)
     with ServiceProcess(*arguments) as service, metrics_client(service) as client:
         assert service.client.get("/metrics").status_code == 404
         assert service.client.post("/generate?label=cat&n=7").status_code == 200
@@ -48,7 +48,7 @@ def test_metrics_are_on_their_port_and_nothing_else_is(artifact: Path, workers: 
 def test_they_need_a_key_there_too(artifact: Path) -> None:
     with (
         ServiceProcess(
-            *("--weights", str(artifact), "--metrics-port", "0"),
+            *("--models", str(artifact), "--metrics-port", "0"),
             environment={"CGAN_API_KEYS": f"prometheus:{SECRET}"},
         ) as service,
         metrics_client(service) as client,
@@ -63,6 +63,6 @@ def test_a_port_that_is_taken_ends_the_start_in_one_line(
     service: ServiceProcess, artifact: Path, workers: str
 ) -> None:
     taken = str(service.client.base_url.port)
-    message = refused("--weights", str(artifact), "--metrics-port", taken, "--workers", workers)
+    message = refused("--models", str(artifact), "--metrics-port", taken, "--workers", workers)
     assert message.startswith("the metrics port cannot be opened: ")
     assert message.count("\n") == 1

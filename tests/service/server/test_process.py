@@ -71,7 +71,7 @@ class Load(threading.Thread):
 def test_under_load_every_request_is_answered_or_refused_and_none_is_cut(
     artifact: str, workers: str
 ) -> None:
-    arguments = ("--weights", artifact, "--workers", workers, "--drain-delay-ms", "300")
+    arguments = ("--models", artifact, "--workers", workers, "--drain-delay-s", "0.3")
     with ServiceProcess(*arguments, "--log-level", "warning") as service:
         load = [Load(service) for _ in range(24)]
         for each in load:
@@ -91,7 +91,7 @@ def test_under_load_every_request_is_answered_or_refused_and_none_is_cut(
 def test_a_draining_service_serves_on_and_sends_clients_elsewhere(
     artifact: str, workers: str
 ) -> None:
-    arguments = ("--weights", artifact, "--workers", workers, "--drain-delay-ms", "600000")
+    arguments = ("--models", artifact, "--workers", workers, "--drain-delay-s", "600")
     with ServiceProcess(*arguments) as service:
         kept = Client(service)
         kept.send(b"GET /livez HTTP/1.1\r\nHost: test\r\n\r\n")
@@ -115,7 +115,7 @@ def test_a_draining_service_serves_on_and_sends_clients_elsewhere(
 def test_an_answer_that_is_read_late_is_still_whole_and_what_was_begun_is_refused(
     artifact: str,
 ) -> None:
-    with ServiceProcess("--weights", artifact) as service:
+    with ServiceProcess("--models", artifact) as service:
         late, partial, idle = (Client(service) for _ in range(3))
         late.send(b"POST /generate?label=cat&n=1024&scale=8&format=json HTTP/1.1\r\n\r\n")
         partial.send(b"POST /generate?label=cat HTTP/1.1\r\n")
@@ -134,7 +134,7 @@ def test_an_answer_that_is_read_late_is_still_whole_and_what_was_begun_is_refuse
 def test_a_second_signal_ends_at_once_what_would_take_long(
     artifact: str, number: signal.Signals
 ) -> None:
-    arguments = ("--weights", artifact, "--max-queue", "1000000", "--timeout-ms", "600000")
+    arguments = ("--models", artifact, "--max-queue-images", "1000000", "--timeout-s", "600")
     with ServiceProcess(*arguments, "--max-batch", "1") as service:
         busy = [Client(service) for _ in range(200)]
         for client in busy:
@@ -157,7 +157,7 @@ def test_garbage_is_looked_for_where_objects_become_many(artifact: str) -> None:
         return metric(get(service, "/metrics").text, looks) - before
 
     looks, is_json = "python_gc_collections_total", {"Content-Type": "application/json"}
-    with ServiceProcess("--weights", artifact) as service:
+    with ServiceProcess("--models", artifact) as service:
         assert looks_after(2_000) == looks_after(5_000) == 0  # as requests that wait may be
         assert looks_after(100_000) > 0
 
@@ -166,7 +166,7 @@ def test_the_limit_of_open_files_is_raised(artifact: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(200, hard), hard))
     try:
-        service = ServiceProcess("--weights", artifact)
+        service = ServiceProcess("--models", artifact)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with service:

@@ -112,8 +112,8 @@ def test_answers_of_one_connection_come_whole_and_in_order(service: ServiceProce
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     """A service that waits a second for its clients."""
     path = make_artifact(tmp_path_factory.mktemp("weights") / "small.safetensors")
-    patient = ("--max-queue", "1000000", "--timeout-ms", "60000")
-    arguments = ("--weights", str(path), "--client-timeout-s", "1", *patient)
+    patient = ("--max-queue-images", "1000000", "--timeout-s", "60")
+    arguments = ("--models", str(path), "--client-timeout-s", "1", *patient)
     with ServiceProcess(*arguments) as running:
         yield running
         assert healthy(running)
@@ -198,7 +198,7 @@ def test_a_body_that_does_not_come_ends_the_connection(strict: ServiceProcess) -
 
 
 def test_time_that_the_service_takes_is_not_the_clients(strict: ServiceProcess) -> None:
-    patient = ("--client-timeout-s", "1", "--timeout-ms", "60000")
+    patient = ("--client-timeout-s", "1", "--timeout-s", "60")
     with ServiceProcess(*patient, "--max-batch", "1", "--dtype", "float32") as slow:
         client = Client(slow)
         for _ in range(3):
@@ -252,7 +252,7 @@ def test_many_connections_are_looked_after_in_turns_of_a_few() -> None:
 
 def test_connections_beyond_the_limit_are_told_so(tmp_path: Path) -> None:
     path = make_artifact(tmp_path / "small.safetensors")
-    with ServiceProcess("--weights", str(path), "--max-connections", "5") as service:
+    with ServiceProcess("--models", str(path), "--max-connections", "5") as service:
         clients = [Client(service) for _ in range(5)]
         for client in clients:
             client.send(b"GET /livez HTTP/1.1\r\n\r\n")

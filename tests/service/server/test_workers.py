@@ -29,7 +29,7 @@ from tests.support.clients import port_of
 from tests.support.serving import ServiceProcess, refused
 
 DEADLINE_S = 60.0
-PATIENT = ("--workers", "2", "--max-queue", "1000000", "--timeout-ms", "600000")
+PATIENT = ("--workers", "2", "--max-queue-images", "1000000", "--timeout-s", "600")
 RECIPE = "/generate?label=cat&label=dog&n=5&seed=11&format=zip"
 
 
@@ -91,7 +91,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(artifact: Path) -> Iterator[ServiceProcess]:
-    arguments = ("--workers", "2", "--self-check-s", "3600", "--weights", str(artifact))
+    arguments = ("--workers", "2", "--self-test-interval-s", "3600", "--models", str(artifact))
     with ServiceProcess(*arguments) as running:
         yield running
 
@@ -108,7 +108,7 @@ def test_one_line_is_said_when_all_of_them_serve(two: ServiceProcess) -> None:
 def test_every_worker_gives_the_bytes_that_a_single_process_gives(
     two: ServiceProcess, artifact: Path
 ) -> None:
-    with ServiceProcess("--weights", str(artifact)) as one:
+    with ServiceProcess("--models", str(artifact)) as one:
         expected = one.client.post(RECIPE).content
     for other in pids(two):
         with stopped(other):
@@ -142,7 +142,7 @@ def test_metrics_are_of_all_workers_whichever_is_asked(two: ServiceProcess) -> N
 def test_rows_that_wait_in_another_worker_are_seen(bundled: Path) -> None:
     """A worker that hangs is the one whose queue matters, and the one that is not scraped."""
     with (
-        ServiceProcess(*PATIENT, "--weights", str(bundled)) as service,
+        ServiceProcess(*PATIENT, "--models", str(bundled)) as service,
         ThreadPoolExecutor(16) as pool,
     ):
         first, second = pids(service)
@@ -190,7 +190,7 @@ def test_workers_run_on_uvloop_as_a_single_process_does(two: ServiceProcess) -> 
 
 def test_a_killed_worker_is_replaced_while_the_others_serve(artifact: Path) -> None:
     with (
-        ServiceProcess(*PATIENT, "--weights", str(artifact)) as service,
+        ServiceProcess(*PATIENT, "--models", str(artifact)) as service,
         ThreadPoolExecutor(16) as pool,
     ):
         killed, other = pids(service)
@@ -234,7 +234,7 @@ def test_a_killed_worker_is_replaced_while_the_others_serve(artifact: Path) -> N
 def test_what_was_counted_stays_and_what_was_under_way_goes_with_a_killed_worker(
     artifact: Path,
 ) -> None:
-    with ServiceProcess("--workers", "2", "--weights", str(artifact)) as service:
+    with ServiceProcess("--workers", "2", "--models", str(artifact)) as service:
         killed, other = pids(service)
         for pid in (other, killed):  # so that both of them count
             with stopped(pid):
@@ -263,7 +263,7 @@ def counters(service: ServiceProcess) -> dict[str, float]:
 
 
 def test_a_worker_told_to_stop_drains_and_is_replaced(artifact: Path) -> None:
-    with ServiceProcess("--workers", "2", "--weights", str(artifact)) as service:
+    with ServiceProcess("--workers", "2", "--models", str(artifact)) as service:
         os.kill(pids(service)[0], signal.SIGTERM)
         pids(service, 3)
         assert logged(service, "a worker ended")[0]["cause"] == "ended with 0"
@@ -272,7 +272,7 @@ def test_a_worker_told_to_stop_drains_and_is_replaced(artifact: Path) -> None:
 
 def test_workers_that_keep_ending_end_the_service(tmp_path: Path) -> None:
     path = make_artifact(tmp_path / "small.safetensors")
-    with ServiceProcess("--workers", "2", "--weights", str(path)) as service:
+    with ServiceProcess("--workers", "2", "--models", str(path)) as service:
         first = pids(service)
         path.unlink()
         for pid in first:
@@ -290,7 +290,7 @@ def test_workers_that_keep_ending_end_the_service(tmp_path: Path) -> None:
 def test_sigterm_to_all_of_them_under_load_answers_what_was_admitted(bundled: Path) -> None:
     """Whoever stops a group of processes signals workers twice: directly, and by the supervisor."""
     with (
-        ServiceProcess(*PATIENT, "--weights", str(bundled)) as service,
+        ServiceProcess(*PATIENT, "--models", str(bundled)) as service,
         ThreadPoolExecutor(8) as pool,
     ):
         both = pids(service)
@@ -321,7 +321,7 @@ def arrived(service: ServiceProcess) -> float:
 
 def test_ctrl_c_exits_0_and_leaves_nothing(artifact: Path, tmp_path: Path) -> None:
     temporary = {"TMPDIR": str(tmp_path)}
-    arguments = ("--workers", "2", "--weights", str(artifact), "--log-level", "warning")
+    arguments = ("--workers", "2", "--models", str(artifact), "--log-level", "warning")
     with ServiceProcess(*arguments, environment=temporary) as service:
         assert len(list(tmp_path.iterdir())) == 1
         service.signal(signal.SIGINT)
@@ -331,7 +331,7 @@ def test_ctrl_c_exits_0_and_leaves_nothing(artifact: Path, tmp_path: Path) -> No
 
 
 def test_a_second_signal_ends_it_at_once(artifact: Path) -> None:
-    with ServiceProcess("--workers", "2", "--weights", str(artifact)) as service:
+    with ServiceProcess("--workers", "2", "--models", str(artifact)) as service:
         hung, other = pids(service)
         os.kill(hung, signal.SIGSTOP)
         service.signal()
@@ -350,7 +350,7 @@ def is_gone(pid: int) -> bool:
 
 def test_no_worker_outlives_its_supervisor(artifact: Path, tmp_path: Path) -> None:
     temporary = {"TMPDIR": str(tmp_path)}  # for nobody is left to remove the folder of the metrics
-    arguments = ("--workers", "2", "--weights", str(artifact))
+    arguments = ("--workers", "2", "--models", str(artifact))
     with ServiceProcess(*arguments, environment=temporary) as service:
         pids(service)
         service.signal(signal.SIGKILL)
@@ -376,7 +376,7 @@ def test_sockets_that_another_process_listens_on_are_not_served_in_silence() -> 
 def test_an_artifact_that_is_none_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
     path.write_bytes(b"x")
-    message = refused("--workers", "3", "--weights", str(path))
+    message = refused("--workers", "3", "--models", str(path))
     assert message.count("\n") == 1
     assert str(path) in message
 
@@ -390,7 +390,7 @@ def test_a_device_that_is_absent_is_one_line() -> None:
 
 def test_a_port_that_is_taken_is_one_line(two: ServiceProcess, artifact: Path) -> None:
     port = str(two.client.base_url.port)
-    message = refused("--workers", "2", "--weights", str(artifact), "--port", port)
+    message = refused("--workers", "2", "--models", str(artifact), "--port", port)
     assert message.count("\n") == 1
     assert "address already in use" in message
 
