@@ -148,8 +148,9 @@ def test_what_trains_does_not_know_what_watches_it() -> None:
     for name in (*foundation, "training.distributed", "training.files", "training.devices"):
         assert graph[name] == set(), name
     stepping = foundation | {"training.config", "training.data.named", "training.distributed"}
-    assert known("training.loop") <= stepping | {"training.files"}
-    stepping |= {"training.files", "training.loop"}
+    stepping |= {"training.files", "training.state"}
+    assert known("training.loop") <= stepping
+    stepping |= {"training.loop"}
     assert known("training.cuda_graph") <= stepping
     assert "training.run" not in known("training.gamma_search") | known("training.checkpoint")
     assert not {"training.run", "training.loop"} & known("training.quality.evaluator")

@@ -1,8 +1,7 @@
-"""Checkpoints: everything a run needs to go on exactly where it stopped. Private to this code.
+"""Checkpoints, from which a run resumes exactly. The format is private to this package.
 
-A checkpoint is no artifact: it resumes, it does not serve, and another version may refuse it. The
-file is a line that says what it is, the SHA-256 of the rest, and the rest as PyTorch saves it, so
-that no damage can pass for a state.
+A file is a line that names the format, the SHA-256 of the rest, and the rest as PyTorch saves it.
+The digest detects any damage.
 """
 
 import dataclasses
@@ -18,30 +17,41 @@ from pydantic import TypeAdapter, ValidationError
 
 from training.config import TrainingConfig
 from training.files import write_atomically
-from training.loop import TrainState
+from training.state import TrainState
 
 _MAGIC = b"cgan checkpoint, version 3\n"
 _DIGEST_BYTES = 32
 _CONFIG = TypeAdapter(TrainingConfig)
+# Names in checkpoints that earlier releases wrote.
+_RENAMED = {
+    "identity": "metadata",
+    "began_with": "initialised_from",
+    "probe": "gamma_scores",
+    "penalty": "r1_gamma",
+    "mismatch": "mismatch_weight",
+    "discriminator_hidden": "discriminator_widths",
+    "glance": "metrics",
+    "last_look": "last_evaluation",
+}
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written, read, or continued; names the path and the cause."""
+    """A checkpoint cannot be written, read or resumed; names the path and the cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetadata:
-    """What must be the same for a run to go on.
+    """The description of a run, which a resumption must match.
 
     Attributes:
-        dataset: its name.
-        dataset_digest: of its contents.
-        preset: the preset's name.
+        dataset: name of the data set.
+        dataset_digest: SHA-256 of its contents.
+        preset: name of the preset.
         seed: of the run.
         config: the training configuration.
-        minutes: the time budget, where the run has one.
-        probe: gamma -> score, where a probe chose the configuration's penalty.
-        began_with: the run whose networks this one began with, where it did; see `origin`.
+        minutes: the time budget, if the run has one.
+        gamma_scores: gamma -> score, if a search chose `config.r1_gamma`.
+        initialised_from: metadata of the run whose networks this one started with, if any.
     """
 
     dataset: str
@@ -50,26 +60,26 @@ class RunMetadata:
     seed: int
     config: TrainingConfig
     minutes: float | None
-    probe: dict[str, float] | None = None
-    began_with: dict[str, Any] | None = None
+    gamma_scores: dict[str, float] | None = None
+    initialised_from: dict[str, Any] | None = None
 
 
 def save_checkpoint(
-    path: Path, state: TrainState, identity: RunMetadata, best: dict[str, Any] | None
+    path: Path, state: TrainState, metadata: RunMetadata, best: dict[str, Any] | None
 ) -> None:
-    """Write a checkpoint atomically: where that fails, the one before it survives.
+    """Write a checkpoint atomically.
 
     Args:
-        path: where to.
-        state: to go on from.
-        identity: of the run.
+        path: of the file.
+        state: to resume from.
+        metadata: of the run.
         best: the best snapshot so far, as plain values and tensors.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written; the previous checkpoint is intact.
     """
     contents = {
-        "identity": dataclasses.asdict(identity),
+        "metadata": dataclasses.asdict(metadata),
         "state": state.state_dict(),
         "best": best,
     }
@@ -79,28 +89,28 @@ def save_checkpoint(
     try:
         write_atomically(path, _MAGIC + hashlib.sha256(payload).digest() + payload)
     except OSError as error:
-        kept = "; the checkpoint before it is intact" if path.exists() else ""
+        kept = "; the previous checkpoint is intact" if path.exists() else ""
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}{kept}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint that has been read.
+    """The contents of a checkpoint file.
 
     Attributes:
         path: of the file.
-        identity: of the run.
-        state: for `restore`.
-        best: the best snapshot so far, as it was given to `save_checkpoint`.
+        metadata: of the run.
+        state: contents for `TrainState.load_state_dict`.
+        best: the best snapshot, as it was given to `save_checkpoint`.
     """
 
     path: Path
-    identity: RunMetadata
+    metadata: RunMetadata
     state: dict[str, Any]
     best: dict[str, Any] | None
 
     def restore(self, state: TrainState) -> None:
-        """Go on from here, in a state that was built from the same configuration.
+        """Load the stored state into a state of the same configuration.
 
         Raises:
             CheckpointError: the contents do not fit the state.
@@ -109,60 +119,57 @@ class Checkpoint:
             state.load_state_dict(self.state)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             cause = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{self.path}: does not fit this configuration: {cause}"
-            ) from error
+            raise CheckpointError(f"{self.path}: incompatible configuration: {cause}") from error
 
-    def begin(self, state: TrainState) -> None:
-        """Give a fresh state these networks and optimisers, as the beginning of another run.
+    def initialise(self, state: TrainState) -> None:
+        """Load only the networks and optimisers, as the start of another run.
 
         Raises:
             CheckpointError: the networks do not fit the state.
         """
-        began, seed = state.began, state.rng.initial_seed()
+        started_at, seed = state.started_at, state.rng.initial_seed()
         self.restore(state)
-        state.began, state.images_seen, state.lr_scale = began, 0, 1.0
+        state.started_at, state.images_seen, state.lr_scale = started_at, 0, 1.0
         state.rng.manual_seed(seed)
-
-    def origin(self) -> dict[str, Any]:
-        """What a run that began with this one says of it."""
-        origin = dataclasses.asdict(self.identity)
-        return {**origin, "images_seen": self.state["images_seen"]}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint: whose it is, and what to go on from.
+    """Read and verify a checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or of another version.
+        CheckpointError: the file is missing, damaged or of an incompatible version.
     """
     payload = _read_payload(path)
     try:
         contents = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: is no checkpoint; nothing in it was executed") from error
+        raise CheckpointError(f"{path}: not a checkpoint; no code in it was executed") from error
     try:
-        stored = dict(contents["identity"])
-        config = _CONFIG.validate_python(stored.pop("config"))
-        identity = RunMetadata(config=config, **stored)
-        return Checkpoint(
-            path=path, identity=identity, state=contents["state"], best=contents["best"]
-        )
-    except (KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"{path}: was written by another version of this code") from error
+        contents = _with_current_names(contents)
+        stored = _with_current_names(contents["metadata"])
+        config = _CONFIG.validate_python(_with_current_names(stored.pop("config")))
+        metadata = RunMetadata(config=config, **stored)
+        best = contents["best"] and _with_current_names(contents["best"])
+        return Checkpoint(path=path, metadata=metadata, state=contents["state"], best=best)
+    except (AttributeError, KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(f"{path}: incompatible version; start a new run") from error
+
+
+def _with_current_names(values: dict[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def _read_payload(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: there is no checkpoint to resume from") from error
+        raise CheckpointError(f"{path}: does not exist, so there is no run to resume") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if not data.startswith(_MAGIC):
-        raise CheckpointError(f"{path}: is no checkpoint, or one of another version of this code")
+        raise CheckpointError(f"{path}: not a checkpoint, or of an incompatible version")
     start = len(_MAGIC) + _DIGEST_BYTES
     payload = data[start:]
     if hashlib.sha256(payload).digest() != data[len(_MAGIC) : start]:
-        raise CheckpointError(f"{path}: is damaged: its contents do not have their SHA-256")
+        raise CheckpointError(f"{path}: damaged: the contents do not match their SHA-256")
     return payload

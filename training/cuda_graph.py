@@ -1,86 +1,70 @@
 """Training steps as a CUDA graph: captured once, replayed several steps at a time.
 
-Launched one by one, the hundreds of small operations of a step cost more time than they compute.
-`torch.compile` is no way around that: it cannot differentiate twice, which a gradient penalty
-needs. The graph holds the eager step itself, so there is one definition of a step.
+Launched one by one, the hundreds of small operations of a step take longer to launch than to run.
+`torch.compile` does not help: it cannot differentiate twice, which a gradient penalty needs. The
+graph contains the eager step, so there is one definition of a step.
 """
 
-from collections.abc import Callable
+import logging
 
 import torch
 from torch import Tensor
 
 from training.config import TrainingConfig
 from training.data.named import Dataset
-from training.loop import Stepper, TrainState, eager_stepper, schedule, update
+from training.loop import StepFn, apply_schedules, make_eager_step, optimize
+from training.state import TrainState
 
 _STEPS_PER_REPLAY = 16
 _WARM_UP_STEPS = 4
 
+logger = logging.getLogger(__name__)
 
-def make_stepper(
-    state: TrainState,
-    dataset: Dataset,
-    config: TrainingConfig,
-    warn: Callable[[str], None],
-) -> Stepper:
-    """The fastest stepper that there is for these networks on this device.
 
-    Args:
-        state: of the run.
-        dataset: resident on the state's device.
-        config: of the run.
-        warn: told the reason, once, where a CUDA device launches every step by itself.
-    """
-    if state.rng.device.type != "cuda":
-        return eager_stepper(state, dataset, config)
-    if state.world.size > 1:
-        warn("Steps are not captured: they wait for other processes.")
-        return eager_stepper(state, dataset, config)
-    return CUDAGraphStep(state, dataset, config, warn)
+def make_step(state: TrainState, dataset: Dataset, config: TrainingConfig) -> StepFn:
+    """Return the fastest step function for this device: a CUDA graph, or eager steps."""
+    if state.rng.device.type == "cuda":
+        if state.world.size == 1:
+            return CUDAGraphStep(state, dataset, config)
+        logger.warning("training steps are not captured: they synchronise with other processes")
+    return make_eager_step(state, dataset, config)
 
 
 class CUDAGraphStep:
-    """Replays a graph of several steps, after a few ordinary ones.
+    """A CUDA graph of several steps, captured after a few eager ones.
 
-    Libraries choose their kernels and optimisers make their state in the first steps, before
-    anything is captured. Where the capture fails, every step stays an ordinary one.
+    In the eager steps libraries choose their kernels and optimisers create their state. If the
+    capture fails, all steps stay eager.
     """
 
-    def __init__(
-        self,
-        state: TrainState,
-        dataset: Dataset,
-        config: TrainingConfig,
-        warn: Callable[[str], None],
-    ) -> None:
-        self._state, self._dataset, self._config, self._warn = state, dataset, config, warn
-        self._eager = eager_stepper(state, dataset, config)
-        self._interval = config.penalty_interval if config.penalty else 1
+    def __init__(self, state: TrainState, dataset: Dataset, config: TrainingConfig) -> None:
+        self._state, self._dataset, self._config = state, dataset, config
+        self._eager = make_eager_step(state, dataset, config)
+        self._interval = config.penalty_interval if config.r1_gamma else 1
         # A whole number of intervals, so that every replay penalises the same steps.
         self._steps = max(self._interval, _STEPS_PER_REPLAY // self._interval * self._interval)
         self._stream = torch.cuda.Stream(state.rng.device)
         self._warm_up, self._tried = _WARM_UP_STEPS, False
         self._captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
-    def __call__(self, used: float) -> Tensor:
-        """Make one step, or as many as the graph holds; see `training.loop.Stepper`."""
+    def __call__(self, progress: float) -> Tensor:
+        """Make one step, or all steps of the graph; see `training.loop.StepFn`."""
         number = self._state.images_seen // self._config.batch_size
         if self._warm_up <= 0 and not self._tried and number % self._interval == 0:
             self._capture()
         if self._captured is None or number % self._interval:
-            return self._launch(used)
+            return self._launch(progress)
         graph, total = self._captured
-        schedule(self._state, self._config, used=used, steps=self._steps)
+        apply_schedules(self._state, self._config, progress=progress, steps=self._steps)
         graph.replay()
         return total
 
-    def _launch(self, used: float) -> Tensor:
+    def _launch(self, progress: float) -> Tensor:
         self._warm_up -= 1
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            report = self._eager(used)
+            report = self._eager(progress)
         current.wait_stream(self._stream)
         return report
 
@@ -92,10 +76,10 @@ class CUDAGraphStep:
             with torch.cuda.graph(graph, stream=self._stream):
                 total = torch.zeros(5, device=self._state.rng.device)
                 for step in range(self._steps):
-                    penalise = bool(self._config.penalty) and step % self._interval == 0
-                    total += update(self._state, self._dataset, self._config, penalise=penalise)
+                    penalise = bool(self._config.r1_gamma) and step % self._interval == 0
+                    total += optimize(self._state, self._dataset, self._config, penalise=penalise)
         except RuntimeError as error:
-            self._state.discriminator.requires_grad_(True)  # wherever the step was broken off
-            self._warn(f"Steps are not captured: {str(error).splitlines()[0]}")
+            self._state.discriminator.requires_grad_(True)  # the step may have stopped anywhere
+            logger.warning("training steps are not captured: %s", str(error).splitlines()[0])
             return
         self._captured = graph, total

@@ -1,7 +1,7 @@
-"""Several processes that train one generator: who they are, and what they agree on.
+"""Data-parallel training in several processes that `torchrun` started.
 
-`torchrun` starts the processes and tells each its rank. They hold the same weights, take disjoint
-shares of every batch, and leave all files to the first of them.
+All processes hold the same weights and train on disjoint shards of every batch. Only the first one
+(rank 0) writes files.
 """
 
 import os
@@ -21,32 +21,32 @@ class DistributedContext:
 
     Attributes:
         rank: this process, in [0, size).
-        size: how many there are.
+        size: the number of processes.
     """
 
     rank: int = 0
     size: int = 1
 
     @property
-    def writes(self) -> bool:
-        """Whether this process writes files and prints; exactly one does."""
+    def is_main_process(self) -> bool:
+        """True in the one process that writes files and prints."""
         return self.rank == 0
 
-    def share(self, whole: Tensor) -> Tensor:
-        """This process's rows of a batch that all processes have drawn alike."""
-        return whole[self.rank :: self.size]
+    def shard(self, batch: Tensor) -> Tensor:
+        """Return this process's rows of a batch that every process has drawn identically."""
+        return batch[self.rank :: self.size]
 
     def parallel(self, network: nn.Module) -> nn.Module:
-        """The network, with gradients averaged over all processes as they are computed."""
+        """Return the network with its gradients averaged over all processes."""
         if self.size == 1:
             return network
         devices = [p.device for p in network.parameters()]
         ids = [devices[0]] if devices[0].type == "cuda" else None
-        # Batch norm normalises each share by itself; its statistics are measured again for looks.
+        # Batch norm normalises each shard separately; evaluation measures its statistics again.
         return DistributedDataParallel(network, device_ids=ids)
 
-    def agree(self, *values: float) -> list[float]:
-        """The first process's values, in every process."""
+    def broadcast(self, *values: float) -> list[float]:
+        """Return the main process's values in every process."""
         if self.size == 1:
             return list(values)
         shared = torch.tensor(values, dtype=torch.float64)
@@ -54,7 +54,7 @@ class DistributedContext:
         return shared.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+        """Return True if the flag is set in any process."""
         if self.size == 1:
             return flag
         flags = torch.tensor(int(flag))
@@ -62,7 +62,7 @@ class DistributedContext:
         return bool(flags)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes."""
+        """Return the mean over all processes."""
         if self.size > 1:
             dist.all_reduce(values)
         return values / self.size
@@ -72,17 +72,17 @@ SINGLE_PROCESS = DistributedContext()
 
 
 @contextmanager
-def join() -> Iterator[DistributedContext]:
-    """Join the processes that `torchrun` started, or be alone where it did not.
+def init_distributed() -> Iterator[DistributedContext]:
+    """Join the process group of `torchrun`; without `torchrun`, yield `SINGLE_PROCESS`.
 
     Raises:
-        RuntimeError: the others cannot be reached.
+        RuntimeError: the other processes cannot be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield SINGLE_PROCESS
         return
-    # Tensors of each kind of device travel their own way: what is agreed on lies on the CPU.
+    # Gradients travel by NCCL; flags and times stay on the CPU and travel by Gloo.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield DistributedContext(dist.get_rank(), size)
@@ -91,7 +91,7 @@ def join() -> Iterator[DistributedContext]:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's own GPU, where all processes of a machine were given plain `cuda`."""
+    """Replace plain `cuda` by this process's own GPU on its machine."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device

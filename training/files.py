@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic file writes."""
 
 import os
 import tempfile
@@ -34,23 +34,25 @@ def read_file(path: Path, max_bytes: int, error: type[FileError]) -> bytes:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make sure that a folder is there and takes files, before time is spent on what goes into it.
+    """Create a folder and check that it is writable, before time is spent on its contents.
 
     Raises:
-        OSError: it cannot be made, or not be written; names it and the cause.
+        OSError: it cannot be created or written; names the folder and the cause.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"{folder}: cannot hold files: {error.strerror}; choose another") from error
+        raise OSError(
+            f"cannot write to the folder {folder}: {error.strerror}; choose another one"
+        ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its target, sync it, and rename it into place.
 
-    Whatever goes wrong, what was at `path` before is untouched and nothing else is left behind.
+    On any failure the previous file at `path` is untouched and no temporary file remains.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -62,7 +64,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)  # mkstemp makes private files; artifacts are read by other users
+        Path(name).chmod(0o644)  # mkstemp creates private files; other users read artifacts
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -1,125 +1,129 @@
-"""The short probe that chooses gamma, the weight of the R1 + R2 penalty.
+"""A search for gamma, the weight of the R1 + R2 penalty, at the start of a run.
 
-Too little of it and the generator covers few of the images, too much and it learns slowly; where
-the two meet differs from data set to data set (R3GAN, arXiv 2501.05441, appendix). So a run begins
-several times with different values, each for a small share of the budget, and goes on from the one
-whose generator looks best: by its score, or by its Fréchet distance, which tells noise from less
-noise, where all of them have learnt so little that a score is chance.
+A small gamma leaves modes of the data uncovered, a large one slows learning, and the best value
+differs between data sets (R3GAN, arXiv 2501.05441, appendix). The run therefore starts once per
+candidate, each for a small share of the budget, and continues from the best start.
 """
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
 
 from training.config import TrainingConfig
-from training.cuda_graph import make_stepper
+from training.cuda_graph import make_step
 from training.data.named import Dataset
 from training.distributed import DistributedContext
-from training.loop import DivergedError, TrainState, recompute_batch_norm, train
+from training.loop import DivergedError, recompute_batch_norm, train
 from training.networks import Generator
 from training.quality.evaluator import QuickMetrics
+from training.state import TrainState
 
-# Measures a generator, lightly; only the process that writes is ever asked to.
-Look = Callable[[Generator], QuickMetrics]
+# Measures a generator quickly; None in every process but the main one.
+EvaluateFn = Callable[[Generator], QuickMetrics] | None
 
-PENALTIES = (0.2, 1.0, 5.0)
-DEFAULT_PENALTY = 1.0
-SHARE = 0.03  # of the run, for each of them
-# A look at a generator that has seen less than this says nothing about what it will become.
+GAMMAS = (0.2, 1.0, 5.0)
+DEFAULT_GAMMA = 1.0
+SHARE = 0.03  # of the run, for each candidate
+# With less training the metrics do not predict those of the finished generator.
 MIN_IMAGES = 50_000
 MIN_SECONDS = 60.0
-MIN_SCORE = 0.01  # less is chance
+MIN_SCORE = 0.01  # below this, differences are chance
 
-_BROKEN_DOWN = QuickMetrics(gan_test=0.0, coverage=0.0, frechet_distance=math.inf, score=0.0)
+_DIVERGED = QuickMetrics(gan_test=0.0, coverage=0.0, frechet_distance=math.inf, score=0.0)
+
+logger = logging.getLogger(__name__)
 
 
 def is_worthwhile(config: TrainingConfig, seconds: float | None) -> bool:
-    """Whether a run is long enough for a share of it to tell one penalty from another."""
+    """Return True if the run is long enough for a search."""
     if seconds is None:
         return config.images * SHARE >= MIN_IMAGES
     return seconds * SHARE >= MIN_SECONDS
 
 
-def choose_penalty(
+def choose_gamma(
     config: TrainingConfig,
     start: Callable[[TrainingConfig], TrainState],
     dataset: Dataset,
-    look: Look,
+    evaluate: EvaluateFn,
     *,
     seconds: float | None,
     stop: Callable[[], bool],
-    report: Callable[[str], None],
 ) -> tuple[TrainState, TrainingConfig, dict[str, float]]:
-    """Begin a run with each penalty, and keep the beginning that looks best.
+    """Start a run with each gamma and keep the best start.
 
     Args:
-        config: of the run, whose penalty is to be chosen.
-        start: makes a fresh state, the same one for every penalty.
+        config: of the run; its `r1_gamma` is replaced.
+        start: creates a fresh state, the same for every gamma.
         dataset: resident on the state's device.
-        look: measures a generator.
-        seconds: of the run, where time ends it.
-        stop: whether to break off, asked before every step.
-        report: told how each one looks.
+        evaluate: measures a generator.
+        seconds: the time budget of the run, if it has one.
+        stop: called before every step; True ends the search.
 
     Returns:
-        the state to go on from, its configuration, and gamma -> score.
+        the state to continue from, its configuration, and gamma -> score.
     """
     states: dict[float, TrainState] = {}
-    looks: dict[float, QuickMetrics] = {}
-    for penalty in PENALTIES:
-        attempt = dataclasses.replace(config, penalty=penalty)
-        state = start(attempt)
-        looks[penalty] = seen = _try(state, attempt, dataset, look, seconds, stop)
-        states[penalty] = state
-        report(
-            f"gamma {penalty:g}: score {seen.score:.3f}, Fréchet distance "
-            f"{seen.frechet_distance:.2f}"
+    found: dict[float, QuickMetrics] = {}
+    for gamma in GAMMAS:
+        candidate = dataclasses.replace(config, r1_gamma=gamma)
+        states[gamma] = state = start(candidate)
+        found[gamma] = metrics = _try(state, candidate, dataset, evaluate, seconds, stop)
+        logger.info(
+            "gamma %g: score %.3f, Fréchet distance %.2f",
+            *(gamma, metrics.score, metrics.frechet_distance),
         )
         if state.world.any(stop()):
             break
-    best = best_of(looks)
-    chosen = dataclasses.replace(config, penalty=best)
-    return states[best], chosen, {f"{p:g}": round(seen.score, 4) for p, seen in looks.items()}
+    best = best_of(found)
+    scores = {f"{gamma:g}": round(metrics.score, 4) for gamma, metrics in found.items()}
+    return states[best], dataclasses.replace(config, r1_gamma=best), scores
 
 
-def best_of(looks: dict[float, QuickMetrics]) -> float:
-    """The penalty whose generator looks best."""
-    if max(seen.score for seen in looks.values()) >= MIN_SCORE:
-        return max(looks, key=lambda penalty: looks[penalty].score)
-    return min(looks, key=lambda penalty: looks[penalty].frechet_distance)
+def best_of(found: dict[float, QuickMetrics]) -> float:
+    """Return the gamma with the best score, or with the least Fréchet distance if no score counts.
+
+    The distance still ranks generators that have learnt too little for a score above chance.
+    """
+    if max(metrics.score for metrics in found.values()) >= MIN_SCORE:
+        return max(found, key=lambda gamma: found[gamma].score)
+    return min(found, key=lambda gamma: found[gamma].frechet_distance)
 
 
 def _try(
     state: TrainState,
     config: TrainingConfig,
     dataset: Dataset,
-    look: Look,
+    evaluate: EvaluateFn,
     seconds: float | None,
     stop: Callable[[], bool],
 ) -> QuickMetrics:
-    """Train for a share of the run; what comes of it."""
+    """Train for a share of the run and measure the generator."""
     began = time.perf_counter()
 
-    def enough() -> bool:
+    def done() -> bool:
         if seconds is None:
             over = state.images_seen >= SHARE * config.images
         else:
             over = time.perf_counter() - began >= SHARE * seconds
         return over or stop()
 
-    stepper = make_stepper(state, dataset, config, lambda _reason: None)
+    step = make_step(state, dataset, config)
     try:
-        for _ in train(state, config, stepper, seconds=seconds, log_every=2**62, stop=enough):
+        for _ in train(state, config, step, seconds=seconds, log_every=2**62, stop=done):
             pass
     except DivergedError:
-        return _BROKEN_DOWN
+        return _DIVERGED
     recompute_batch_norm(state.ema, batches=20)
-    return agreed(state.world, look, state.ema)
+    return evaluate_on_main(state.world, evaluate, state.ema)
 
 
-def agreed(world: DistributedContext, look: Look, generator: Generator) -> QuickMetrics:
-    """What the process that writes sees, in all of them."""
+def evaluate_on_main(
+    world: DistributedContext, evaluate: EvaluateFn, generator: Generator
+) -> QuickMetrics:
+    """Measure a generator in the main process and return its metrics in every process."""
     names = [field.name for field in dataclasses.fields(QuickMetrics)]
-    seen = dataclasses.astuple(look(generator)) if world.writes else (0.0,) * len(names)
-    return QuickMetrics(**dict(zip(names, world.agree(*seen), strict=True)))
+    values = dataclasses.astuple(evaluate(generator)) if evaluate else (0.0,) * len(names)
+    return QuickMetrics(**dict(zip(names, world.broadcast(*values), strict=True)))

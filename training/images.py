@@ -1,4 +1,4 @@
-"""Pictures of generated images: grids as PNG files."""
+"""Grids of generated images as PNG files."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ MAX_ROWS = 20
 
 
 def grid(pixels: Tensor, columns: int) -> Tensor:
-    """Images (N, C, H, W) uint8, row by row, as one (rows * H, columns * W, C), padded black."""
+    """Arrange images (N, C, H, W) uint8 row by row as (rows * H, columns * W, C), padded black."""
     count, channels, height, width = pixels.shape
     rows = -(-count // columns)
     cells = pixels.new_zeros((rows * columns, channels, height, width))
@@ -26,10 +26,9 @@ def grid(pixels: Tensor, columns: int) -> Tensor:
 
 @torch.inference_mode()
 def class_grid(generator: Generator, *, columns: int, seed: int = 0) -> Tensor:
-    """A row per class and the same latents down each column: (rows * H, columns * W, C) uint8.
+    """Generate one row per class, at most 20: (rows * H, columns * W, C) uint8.
 
-    What changes along a row is the latent, what changes down a column is the class. Of more than
-    20 classes the first 20 are shown.
+    Every column has its own latent vector, the same in all rows.
     """
     device = generator.label_embedding.weight.device
     rows = min(generator.config.num_classes, MAX_ROWS)
@@ -40,10 +39,10 @@ def class_grid(generator: Generator, *, columns: int, seed: int = 0) -> Tensor:
 
 
 def save_png(path: Path, pixels: Tensor, *, scale: int = 1) -> None:
-    """Write (H, W, C) uint8 as a PNG, each pixel `scale` times in both directions.
+    """Write (H, W, C) uint8 as a PNG, enlarged `scale` times.
 
     Raises:
-        OSError: the file cannot be written; what was there before is untouched.
+        OSError: the file cannot be written; the previous file is untouched.
     """
     array = pixels.cpu().numpy().repeat(scale, axis=0).repeat(scale, axis=1)
     buffer = io.BytesIO()

@@ -1,15 +1,13 @@
-"""The adversarial loop.
+"""The adversarial training loop.
 
-One step draws a batch on the device, runs the generator once, updates the discriminator and then
-the generator, and moves the average. Nothing is read back to the host between log points.
+One step draws a batch on the device, runs the generator once, updates the discriminator, then the
+generator, then the moving average. Nothing is read back to the host between log points.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,100 +17,20 @@ from training.data.augmentation import diff_augment, flip
 from training.data.named import Dataset
 from training.distributed import SINGLE_PROCESS, DistributedContext
 from training.losses import discriminator_loss, generator_loss, gradient_penalty, mismatch_loss
-from training.networks import (
-    Channels,
-    ConvDiscriminator,
-    ConvGeneratorConfig,
-    Generator,
-    GeneratorConfig,
-    MLPDiscriminator,
-    MLPGeneratorConfig,
-    ResidualDiscriminator,
-    build_generator,
-    doubling_widths,
-)
-
-_Network = TypeVar("_Network", bound=nn.Module)
-_PARTS = ("generator", "discriminator", "ema", "generator_optimizer", "discriminator_optimizer")
-
-
-@dataclass(kw_only=True)
-class TrainState:
-    """Everything that a step changes.
-
-    Attributes:
-        ema: the average of the generator; without a half-life, what the generator was at the last
-            log point.
-        rng: the only source of randomness of the steps, on the device. Every process of a run draws
-            the same, and takes its share.
-        world: the processes of the run.
-        images_seen: real images shown so far.
-        began: when the run would have begun, had it never been interrupted; see `elapsed_s`.
-        lr_scale: factor of the learning rate; every rollback halves it.
-        ema_weight: how far the next step moves the average; a tensor where the step is captured.
-    """
-
-    generator: Generator
-    discriminator: nn.Module
-    ema: Generator
-    generator_optimizer: torch.optim.Adam
-    discriminator_optimizer: torch.optim.Adam
-    rng: torch.Generator
-    world: DistributedContext = SINGLE_PROCESS
-    images_seen: int = 0
-    began: float = field(default_factory=time.perf_counter)
-    lr_scale: float = 1.0
-    ema_weight: float | Tensor = 1.0
-
-    def __post_init__(self) -> None:
-        # The same networks; with several processes, their gradients are averaged on the way back.
-        self.parallel_generator = self.world.parallel(self.generator)
-        self.parallel_discriminator = self.world.parallel(self.discriminator)
-
-    @property
-    def elapsed_s(self) -> float:
-        """Time that the run has taken so far, over all resumptions."""
-        return time.perf_counter() - self.began
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on from here exactly; refers to the live tensors."""
-        return {
-            **{part: getattr(self, part).state_dict() for part in _PARTS},
-            "rng": self.rng.get_state(),
-            "images_seen": self.images_seen,
-            "elapsed_s": self.elapsed_s,
-            "lr_scale": self.lr_scale,
-        }
-
-    def load_state_dict(self, contents: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
-
-        Raises:
-            KeyError, RuntimeError, ValueError, TypeError: it does not fit.
-        """
-        for part in _PARTS:
-            # An optimiser would keep the tensors themselves, and change them from then on.
-            getattr(self, part).load_state_dict(deepcopy(contents[part]))
-        for optimizer in (self.generator_optimizer, self.discriminator_optimizer):
-            for group in optimizer.param_groups:
-                if isinstance(group["lr"], Tensor):  # the one tensor that comes as it was stored
-                    group["lr"] = group["lr"].to(self.rng.device)
-        self.rng.set_state(contents["rng"])
-        self.images_seen = contents["images_seen"]
-        self.began = time.perf_counter() - contents["elapsed_s"]
-        self.lr_scale = contents["lr_scale"]
+from training.networks import Generator
+from training.state import TrainState
 
 
 class DivergedError(Exception):
-    """The losses are no longer numbers; going on would only waste time."""
+    """Training broke down: a loss is not finite, or diversity collapsed."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Means since the last log point, as plain numbers.
+    """Means since the last log point.
 
     `real_logit` and `fake_logit` are the discriminator's mean outputs; `penalty` is the mean
-    squared gradient norm, real and fake together, where one is computed.
+    squared gradient norm of real and fake images, over the steps that compute it.
     """
 
     discriminator: float
@@ -124,147 +42,69 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True)
 class LogPoint:
-    """What `train` reports.
+    """A report of `train`.
 
     Attributes:
-        losses: means since the last log point; None where no step was made.
-        used: fraction of the run that is over, in [0, 1].
+        losses: means since the last log point; None if no step was made.
+        progress: completed fraction of the run, in [0, 1].
         images_per_s: speed since the last log point.
-        finished: whether the run is complete (else: interrupted, or simply under way).
-        regular: whether an uninterrupted run has this point too.
+        finished: the run is complete.
+        is_scheduled: an uninterrupted run has this point too.
     """
 
     losses: Losses | None
-    used: float
+    progress: float
     images_per_s: float
     finished: bool
-    regular: bool
-
-
-def generator_config(config: TrainingConfig, dataset: Dataset) -> GeneratorConfig:
-    """The generator of a training configuration, in the shape of a data set's images."""
-    channels: Channels = 3 if dataset.channels == 3 else 1
-    if config.generator == "mlp":
-        return MLPGeneratorConfig(
-            num_classes=dataset.num_classes, channels=channels, image_size=dataset.image_size
-        )
-    return ConvGeneratorConfig(
-        num_classes=dataset.num_classes,
-        channels=channels,
-        image_size=dataset.image_size,
-        widths=doubling_widths(dataset.image_size, config.generator_width)[::-1],
-    )
-
-
-def create_state(
-    config: TrainingConfig,
-    generator_config: GeneratorConfig,
-    device: torch.device,
-    seed: int,
-    world: DistributedContext = SINGLE_PROCESS,
-) -> TrainState:
-    """Networks with PyTorch's ordinary initialisation, and their optimisers, on the device.
-
-    The initial weights are drawn on the CPU, so that one seed starts from the same networks
-    everywhere. The global random state is left as it was.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        generator = _on(build_generator(generator_config), device)
-        discriminator = _on(_build_discriminator(config, generator_config), device)
-    return TrainState(
-        generator=generator,
-        discriminator=discriminator,
-        ema=deepcopy(generator).requires_grad_(False),
-        generator_optimizer=_adam(generator, config, device),
-        discriminator_optimizer=_adam(discriminator, config, device),
-        rng=torch.Generator(device).manual_seed(seed),
-        world=world,
-        ema_weight=torch.ones((), device=device) if device.type == "cuda" else 1.0,
-    )
-
-
-def _on(network: _Network, device: torch.device) -> _Network:
-    # Channels last is the order in which both kinds of device convolve fastest.
-    placed: _Network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return placed
-
-
-def _build_discriminator(config: TrainingConfig, shape: GeneratorConfig) -> nn.Module:
-    classes, channels, size = shape.num_classes, shape.channels, shape.image_size
-    widths = config.discriminator_hidden
-    if config.discriminator == "residual":
-        finest, features = widths
-        return ResidualDiscriminator(
-            num_classes=classes,
-            channels=channels,
-            image_size=size,
-            widths=(*doubling_widths(size, finest), features),
-        )
-    if config.discriminator == "conv":
-        return ConvDiscriminator(
-            num_classes=classes, channels=channels, image_size=size, widths=widths
-        )
-    return MLPDiscriminator(num_classes=classes, channels=channels, image_size=size, hidden=widths)
-
-
-def _adam(network: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.Adam:
-    captured = device.type == "cuda"  # a captured step reads its learning rate from the device
-    return torch.optim.Adam(
-        network.parameters(),
-        lr=torch.tensor(config.lr, device=device) if captured else config.lr,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-        capturable=captured,
-    )
+    is_scheduled: bool
 
 
 def train_step(
-    state: TrainState, dataset: Dataset, config: TrainingConfig, *, used: float, penalise: bool
+    state: TrainState, dataset: Dataset, config: TrainingConfig, *, progress: float, penalise: bool
 ) -> Tensor:
-    """One step of both networks.
+    """Make one step of both networks.
 
     Args:
         state: changed in place.
         dataset: resident on the state's device.
-        config: the run's configuration.
-        used: fraction of the run that is over, for the learning rate.
-        penalise: whether this step computes the gradient penalty.
+        config: of the run.
+        progress: completed fraction of the run, for the learning rate.
+        penalise: compute the gradient penalty in this step.
 
     Returns:
         (5,) float32 on the device, in the order of the fields of `Losses`.
     """
-    schedule(state, config, used=used, steps=1)
-    return update(state, dataset, config, penalise=penalise)
+    apply_schedules(state, config, progress=progress, steps=1)
+    return optimize(state, dataset, config, penalise=penalise)
 
 
-def schedule(state: TrainState, config: TrainingConfig, *, used: float, steps: int) -> None:
-    """What the host decides of the next steps: their learning rate, and the weight of the average.
+def apply_schedules(
+    state: TrainState, config: TrainingConfig, *, progress: float, steps: int
+) -> None:
+    """Set the learning rate and the weight of the average for the next steps, and count them.
 
-    Both are functions of progress alone. A captured step finds them in tensors.
+    Both depend on progress alone. On CUDA they are tensors, which a captured step reads.
     """
     lr = config.lr * state.lr_scale
     if config.lr_schedule == "cosine":
-        lr *= 0.5 * (1.0 + math.cos(math.pi * used))
+        lr *= 0.5 * (1.0 + math.cos(math.pi * progress))
     for optimizer in (state.generator_optimizer, state.discriminator_optimizer):
         for group in optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            group["lr"] = _assign(group["lr"], lr)
     state.images_seen += steps * config.batch_size
     half_life = min(config.ema_half_life, config.ema_ramp * state.images_seen)
     weight = 1.0 if half_life == 0 else 1.0 - 0.5 ** (config.batch_size / half_life)
-    if isinstance(state.ema_weight, Tensor):
-        state.ema_weight.fill_(weight)
-    else:
-        state.ema_weight = weight
+    state.ema_weight = _assign(state.ema_weight, weight)
 
 
-def update(
+def _assign(target: float | Tensor, value: float) -> float | Tensor:
+    return target.fill_(value) if isinstance(target, Tensor) else value
+
+
+def optimize(
     state: TrainState, dataset: Dataset, config: TrainingConfig, *, penalise: bool
 ) -> Tensor:
-    """The part of a step that runs on the device, and can be captured there: `train_step`'s."""
+    """Run the part of `train_step` that is on the device and can be captured there."""
     device_type = dataset.labels.device.type
     with torch.autocast(
         device_type,
@@ -272,30 +112,25 @@ def update(
         enabled=config.precision == "bfloat16",
         cache_enabled=device_type != "cuda",  # a cached weight would outlive its step in a capture
     ):
-        return _update_both(state, dataset, config, penalise=penalise)
-
-
-def _update_both(
-    state: TrainState, dataset: Dataset, config: TrainingConfig, *, penalise: bool
-) -> Tensor:
-    real, real_labels, latents, fake_labels = draw_batch(state, dataset, config)
-    # (N, C, H, W), shared by both phases
-    fake = state.parallel_generator(latents, fake_labels)
-    labels = torch.cat([real_labels, fake_labels])
-    d_loss, logits, penalty = _update_discriminator(
-        state, config, torch.cat([real, fake.detach()]), labels, penalise=penalise
-    )
-    g_loss = _update_generator(state, config, real, fake, labels)
-    if config.ema_half_life > 0:  # else it is a copy, which `train` makes where one is looked at
-        update_ema(state)
-    real_logits, fake_logits = logits.chunk(2)
-    return torch.stack([d_loss, g_loss, real_logits.mean(), fake_logits.mean(), penalty]).detach()
+        real, real_labels, latents, fake_labels = draw_batch(state, dataset, config)
+        fake = state.parallel_generator(latents, fake_labels)  # (N, C, H, W), used by both updates
+        labels = torch.cat([real_labels, fake_labels])
+        d_loss, logits, penalty = _update_discriminator(
+            state, config, torch.cat([real, fake.detach()]), labels, penalise=penalise
+        )
+        g_loss = _update_generator(state, config, real, fake, labels)
+        if config.ema_half_life > 0:  # otherwise `train` copies the generator at log points
+            update_ema(state)
+        real_logits, fake_logits = logits.chunk(2)
+        return torch.stack(
+            [d_loss, g_loss, real_logits.mean(), fake_logits.mean(), penalty]
+        ).detach()
 
 
 def draw_batch(
     state: TrainState, dataset: Dataset, config: TrainingConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a step is made of: this process's share of a batch.
+    """Draw this process's shard of a batch.
 
     Returns:
         real images (N, C, H, W) and their labels (N,), latents (N, latent_dim) and the labels (N,)
@@ -307,14 +142,14 @@ def draw_batch(
     device, latent_dim = real.device, state.generator.config.latent_dim
     latents = torch.randn((config.batch_size, latent_dim), generator=state.rng, device=device)
     if config.objective == "relativistic":
-        fake_labels = real_labels  # a pair must share its label, or the label alone tells it apart
+        fake_labels = real_labels  # otherwise the label alone would tell the images of a pair apart
     else:
-        fake_labels = state.world.share(
+        fake_labels = state.world.shard(
             torch.randint(
                 dataset.num_classes, (config.batch_size,), generator=state.rng, device=device
             )
         )
-    return real, real_labels, state.world.share(latents), fake_labels
+    return real, real_labels, state.world.shard(latents), fake_labels
 
 
 def sample_batch(
@@ -323,40 +158,40 @@ def sample_batch(
     rng: torch.Generator,
     world: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[Tensor, Tensor]:
-    """Draw real images with replacement, and take this process's share of them.
+    """Draw real images with replacement and return this process's shard.
 
     Returns:
         (N, C, H, W) float32 in [-1, 1], and (N,) int64 labels, with N = batch_size / world.size.
     """
     device = dataset.labels.device
     indices = torch.randint(len(dataset.labels), (batch_size,), generator=rng, device=device)
-    indices = world.share(indices)
+    indices = world.shard(indices)
     return dataset.images[indices].float().div_(127.5).sub_(1.0), dataset.labels[indices]
 
 
 def _update_discriminator(
     state: TrainState, config: TrainingConfig, images: Tensor, labels: Tensor, *, penalise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Real images in the first half of the batch, fake ones in the second."""
+    """Update it on 2N images, real ones first; return its loss, its logits (2N,), the penalty."""
     if config.augment:
         images = diff_augment(images, state.rng)
     images.requires_grad_(penalise)
-    if config.mismatch:
-        others = torch.stack([labels, _other_labels(state, config, labels)], dim=1)
-        logits, mismatched = state.parallel_discriminator(images, others).unbind(1)
+    if config.mismatch_weight:
+        pairs = torch.stack([labels, _other_labels(state, config, labels)], dim=1)
+        logits, mismatched = state.parallel_discriminator(images, pairs).unbind(1)
     else:
         logits = state.parallel_discriminator(images, labels)  # (2N,)
-    adversarial = discriminator_loss(config.objective, *logits.chunk(2)).mean()
-    penalty = logits.new_zeros(())
-    loss = adversarial
-    if config.mismatch:
-        real, mismatched = logits.chunk(2)[0], mismatched.chunk(2)[0]
-        loss = loss + config.mismatch * mismatch_loss(real, mismatched).mean()
+    real_logits, fake_logits = logits.chunk(2)
+    adversarial = discriminator_loss(config.objective, real_logits, fake_logits).mean()
+    loss, penalty = adversarial, logits.new_zeros(())
+    if config.mismatch_weight:
+        mismatched, _ = mismatched.chunk(2)
+        loss = loss + config.mismatch_weight * mismatch_loss(real_logits, mismatched).mean()
     if penalise:
-        assert config.penalty is not None
+        assert config.r1_gamma is not None
         penalty = gradient_penalty(images, logits).mean()
         # The mean is over 2N images; R1 and R2 are means over N each.
-        loss = loss + config.penalty * config.penalty_interval * penalty
+        loss = loss + config.r1_gamma * config.penalty_interval * penalty
     state.discriminator_optimizer.zero_grad(set_to_none=True)
     loss.backward()
     state.discriminator_optimizer.step()
@@ -364,11 +199,11 @@ def _update_discriminator(
 
 
 def _other_labels(state: TrainState, config: TrainingConfig, labels: Tensor) -> Tensor:
-    """A label for each image that is not its own: (2N,)."""
+    """Draw for each image a label that is not its own: (2N,)."""
     classes = state.generator.config.num_classes
     shape = (2 * config.batch_size,)
     offsets = torch.randint(1, classes, shape, generator=state.rng, device=labels.device)
-    return (labels + state.world.share(offsets)) % classes
+    return (labels + state.world.shard(offsets)) % classes
 
 
 def _update_generator(
@@ -377,7 +212,7 @@ def _update_generator(
     real_labels, fake_labels = labels.chunk(2)
     if config.augment:
         real, fake = diff_augment(real, state.rng), diff_augment(fake, state.rng)
-    state.discriminator.requires_grad_(False)  # its gradients would be computed and thrown away
+    state.discriminator.requires_grad_(False)  # its gradients are not used
     fake_logits = state.discriminator(fake, fake_labels)
     real_logits = fake_logits
     if config.objective == "relativistic":
@@ -393,24 +228,18 @@ def _update_generator(
 
 @torch.no_grad()
 def update_ema(state: TrainState) -> None:
-    """Move the average towards the generator, by `state.ema_weight`."""
-    average: list[Tensor] = list(state.ema.parameters())
-    latest: list[Tensor] = list(state.generator.parameters())
-    if isinstance(state.ema_weight, Tensor):
-        change = torch._foreach_sub(latest, average)
-        torch._foreach_mul_(change, state.ema_weight)
-        torch._foreach_add_(average, change)
-    else:
-        torch._foreach_lerp_(average, latest, state.ema_weight)
+    """Move the average towards the generator by `state.ema_weight`."""
+    for average, latest in zip(state.ema.parameters(), state.generator.parameters(), strict=True):
+        average.lerp_(latest, state.ema_weight)
 
 
 @torch.no_grad()
 def recompute_batch_norm(generator: Generator, *, batches: int, seed: int = 0) -> None:
-    """Measure the batch-norm statistics that belong to the generator's present weights.
+    """Measure the batch-norm statistics of the generator's present weights.
 
-    The running statistics that training keeps belong to other weights than the averaged ones.
-    Labels are balanced over the batches; the statistics are the plain mean over all batches of 500
-    images. The generator is left in evaluation mode; one without batch norm has nothing to measure.
+    The running statistics of training belong to the generator, not to its average. The new ones are
+    the mean over all batches of 500 images with balanced labels. The generator is left in
+    evaluation mode.
     """
     norms = [m for m in generator.modules() if isinstance(m, nn.BatchNorm1d)]
     generator.eval()
@@ -432,18 +261,18 @@ def recompute_batch_norm(generator: Generator, *, batches: int, seed: int = 0) -
         norm.momentum = momentum
 
 
-# Makes some steps of a run, given the fraction of it that is over, and returns the sum of what they
-# report: (5,) on the device. How many steps is told by `state.images_seen`.
-Stepper = Callable[[float], Tensor]
+# Makes one or more steps, given the progress of the run, and returns the sum of their reports: (5,)
+# on the device. `state.images_seen` counts the steps.
+StepFn = Callable[[float], Tensor]
 
 
-def eager_stepper(state: TrainState, dataset: Dataset, config: TrainingConfig) -> Stepper:
-    """One step at a time, launched operation by operation."""
+def make_eager_step(state: TrainState, dataset: Dataset, config: TrainingConfig) -> StepFn:
+    """Return a function that makes one step, launched operation by operation."""
 
-    def step(used: float) -> Tensor:
+    def step(progress: float) -> Tensor:
         number = state.images_seen // config.batch_size
-        penalise = bool(config.penalty) and number % config.penalty_interval == 0
-        return train_step(state, dataset, config, used=used, penalise=penalise)
+        penalise = bool(config.r1_gamma) and number % config.penalty_interval == 0
+        return train_step(state, dataset, config, progress=progress, penalise=penalise)
 
     return step
 
@@ -451,80 +280,67 @@ def eager_stepper(state: TrainState, dataset: Dataset, config: TrainingConfig) -
 def train(
     state: TrainState,
     config: TrainingConfig,
-    stepper: Stepper,
+    step: StepFn,
     *,
     seconds: float | None = None,
     log_every: int,
     stop: Callable[[], bool],
 ) -> Iterator[LogPoint]:
-    """Step until the run is complete or `stop` says so.
+    """Train until the run is complete or `stop` returns True.
 
     Args:
-        state: where to start; changed in place.
-        config: the run's configuration.
-        stepper: makes the steps of this state.
-        seconds: ends the run by `state.elapsed_s` instead of by `config.images`, every schedule
-            included.
+        state: changed in place.
+        config: of the run.
+        step: makes the steps of this state.
+        seconds: budget in `state.elapsed_s`, which replaces `config.images` in every schedule.
         log_every: images between two log points.
-        stop: asked before every step; cheap. One process that stops takes the others along.
+        stop: called before every step, so it must be cheap. If one process stops, all stop.
 
     Yields:
-        a point every `log_every` images, and a last one when the run ends or is stopped. The state
-        may be saved at every point.
+        a point every `log_every` images and one at the end. The state may be saved at every point.
 
     Raises:
         DivergedError: a loss is not finite.
     """
-    while True:
-        point = _train_to_log_point(state, config, stepper, seconds, log_every, stop)
-        # Asked before the caller looks: a stop that comes later is told by a point of its own.
-        last = point.finished or state.world.any(stop())
-        yield point
-        if last:
-            return
+    last = False
+    while not last:
+        first, began = state.images_seen, time.perf_counter()
+        totals = torch.zeros(5, device=state.rng.device)
+        due = False
+        while not due and (progress := measure_progress(state, config, seconds)) < 1.0:
+            if state.world.any(stop()):
+                break
+            totals += step(progress)
+            due = state.images_seen // log_every > first // log_every
+        if config.ema_half_life == 0:
+            update_ema(state)
+        losses = _mean_losses(state, config, totals, first)
+        images_per_s = (state.images_seen - first) / (time.perf_counter() - began)
+        progress = measure_progress(state, config, seconds)
+        finished = progress >= 1.0
+        # Before the caller works on the point: a stop during that work gets a point of its own.
+        last = finished or state.world.any(stop())
+        yield LogPoint(
+            losses=losses,
+            progress=progress,
+            images_per_s=images_per_s,
+            finished=finished,
+            is_scheduled=due or finished,
+        )
 
 
-def used_fraction(state: TrainState, config: TrainingConfig, seconds: float | None) -> float:
-    """How much of the run is over, in [0, 1]: a share of the images, or of the time."""
+def measure_progress(state: TrainState, config: TrainingConfig, seconds: float | None) -> float:
+    """Return the completed fraction of the run, in [0, 1], by images or by time."""
     if seconds is None:
         return min(1.0, state.images_seen / config.images)
-    (elapsed_s,) = state.world.agree(state.elapsed_s)  # every process must make the same steps
+    (elapsed_s,) = state.world.broadcast(state.elapsed_s)  # every process makes the same steps
     return min(1.0, elapsed_s / seconds)
 
 
-def _train_to_log_point(
-    state: TrainState,
-    config: TrainingConfig,
-    stepper: Stepper,
-    seconds: float | None,
-    log_every: int,
-    stop: Callable[[], bool],
-) -> LogPoint:
-    first, began = state.images_seen, time.perf_counter()
-    totals = torch.zeros(5, device=state.rng.device)
-    due = False
-    while (used := used_fraction(state, config, seconds)) < 1.0 and not state.world.any(stop()):
-        totals += stepper(used)
-        due = state.images_seen // log_every > first // log_every
-        if due:
-            break
-    if config.ema_half_life == 0:
-        update_ema(state)
-    means, steps = _means(state, config, totals, first)
-    spent = time.perf_counter() - began  # the means have been waited for
-    return LogPoint(
-        losses=Losses(*means) if steps else None,
-        used=(used := used_fraction(state, config, seconds)),
-        images_per_s=(state.images_seen - first) / spent,
-        finished=used >= 1.0,
-        regular=due or used >= 1.0,
-    )
-
-
-def _means(
+def _mean_losses(
     state: TrainState, config: TrainingConfig, totals: Tensor, first: int
-) -> tuple[list[float], int]:
-    """The mean report of the steps since `first` images, and how many steps they were.
+) -> Losses | None:
+    """Return the mean report of the steps since `first` images, which waits for the device.
 
     Raises:
         DivergedError: a mean is not finite.
@@ -533,9 +349,9 @@ def _means(
     steps = end - begin
     means: list[float] = state.world.mean(totals / max(1, steps)).tolist()  # the one read-back
     if not all(map(math.isfinite, means)):
-        raise DivergedError(f"the losses are no longer finite after {state.images_seen:,} images")
-    # Steps are penalised where their number is a multiple of the interval.
+        raise DivergedError(f"the losses are not finite after {state.images_seen:,} images")
+    # Steps whose number is a multiple of the interval compute the penalty.
     penalties = -(-end // config.penalty_interval) - -(-begin // config.penalty_interval)
     if penalties:
         means[4] *= steps / penalties
-    return means, steps
+    return Losses(*means) if steps else None

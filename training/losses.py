@@ -1,4 +1,4 @@
-"""Adversarial losses and the gradient penalty: unreduced tensors of shape (N,), one screen."""
+"""Adversarial losses and the gradient penalty: unreduced tensors of shape (N,)."""
 
 from typing import Literal
 
@@ -10,13 +10,12 @@ Objective = Literal["cross-entropy", "relativistic"]
 
 
 def discriminator_loss(objective: Objective, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator minimises.
+    """Return the adversarial loss of the discriminator.
 
     Args:
-        objective: `cross-entropy` (Goodfellow et al., arXiv 1406.2661, eq. 1), where real images
-            aim at 1 and fake ones at 0, or `relativistic` (Jolicoeur-Martineau, arXiv 1807.00734;
-            R3GAN, arXiv 2501.05441, eq. 2), where each real image aims above the fake one that it
-            is paired with.
+        objective: `cross-entropy` (Goodfellow et al., arXiv 1406.2661, eq. 1) has target 1 for real
+            and 0 for fake images; `relativistic` (Jolicoeur-Martineau, arXiv 1807.00734; R3GAN,
+            arXiv 2501.05441, eq. 2) raises each real image above the fake one it is paired with.
         real_logits: (N,).
         fake_logits: (N,).
 
@@ -35,7 +34,7 @@ def discriminator_loss(objective: Objective, real_logits: Tensor, fake_logits: T
 
 
 def generator_loss(objective: Objective, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the generator minimises, non-saturating; the arguments of `discriminator_loss`.
+    """Return the non-saturating loss of the generator; arguments as in `discriminator_loss`.
 
     Returns:
         (N,), non-negative.
@@ -48,10 +47,9 @@ def generator_loss(objective: Objective, real_logits: Tensor, fake_logits: Tenso
 
 
 def mismatch_loss(logits: Tensor, mismatched_logits: Tensor) -> Tensor:
-    """What the discriminator minimises besides, so that it heeds the label and not the image alone.
+    """Return the matching-aware term: it penalises real images paired with a wrong label.
 
-    A real image aims higher with its own label than with another: the third kind of pair of Reed et
-    al. (arXiv 1605.05396, algorithm 1), as a relativistic pair.
+    The third kind of pair of Reed et al. (arXiv 1605.05396, algorithm 1), as a relativistic pair.
 
     Args:
         logits: (N,), of real images with their own labels.
@@ -64,10 +62,9 @@ def mismatch_loss(logits: Tensor, mismatched_logits: Tensor) -> Tensor:
 
 
 def gradient_penalty(images: Tensor, logits: Tensor) -> Tensor:
-    """The squared norm of the discriminator's gradient at each image, centred at zero.
+    """Return the squared norm of the discriminator's gradient at each image; differentiable.
 
-    On real images this is R1, on fake ones R2 (Mescheder et al., arXiv 1801.04406, eq. 9). It can
-    be differentiated again.
+    On real images this is R1, on fake ones R2 (Mescheder et al., arXiv 1801.04406, eq. 9).
 
     Args:
         images: (N, C, H, W), requiring gradients.

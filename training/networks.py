@@ -1,7 +1,7 @@
 """Generators and discriminators: the one definition of each network.
 
-A network is built from a frozen configuration that travels inside the artifact, so that training,
-evaluation and the service can never disagree about its shape.
+A generator is built from a frozen configuration that the artifact contains, so that training,
+evaluation and the service agree on its shape.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The bounds keep a hostile or damaged file from asking for terabytes before its tensors are seen.
+# The bounds keep a hostile or damaged file from allocating terabytes before its tensors are read.
 Width = Annotated[int, Field(ge=1, le=8192)]
 Classes = Annotated[int, Field(ge=1, le=100_000)]
 Channels = Literal[1, 3]
@@ -23,12 +23,12 @@ ImageSize = Annotated[int, Field(ge=4, le=512)]
 
 @dataclass(frozen=True, kw_only=True)
 class MLPGeneratorConfig:
-    """The generator of the CGAN of Mirza & Osindero (arXiv 1411.1784) as a multilayer perceptron.
+    """The multilayer-perceptron generator of the CGAN (Mirza & Osindero, arXiv 1411.1784).
 
     Attributes:
-        num_classes: how many classes there are.
+        num_classes: number of classes.
         channels: 1 (grey) or 3 (RGB).
-        image_size: height and width of an image, in pixels.
+        image_size: height and width of an image in pixels.
         latent_dim: length of a latent vector.
         embedding_dim: length of a label's embedding.
         hidden: widths of the hidden layers; all but the first are batch-normalised.
@@ -49,15 +49,10 @@ class MLPGeneratorConfig:
 class ConvGeneratorConfig:
     """A small residual convolutional generator without normalisation.
 
-    Attributes:
-        num_classes: how many classes there are.
-        channels: 1 (grey) or 3 (RGB).
-        image_size: height and width of an image, in pixels.
-        latent_dim: length of a latent vector.
-        embedding_dim: length of a label's embedding.
-        style_dim: width of the trunk that latent and label go through.
-        widths: channels of the feature maps, from the coarsest to the finest, which has half the
-            image's size; each level doubles the size of the one before.
+    Attributes as in `MLPGeneratorConfig`, and:
+        style_dim: width of the dense layers that latent and label pass first.
+        widths: channels of the feature maps, coarsest first; each level doubles the size, and the
+            finest has half the image's size.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -76,7 +71,7 @@ GeneratorConfig = Annotated[MLPGeneratorConfig | ConvGeneratorConfig, Field(disc
 
 
 class MLPGenerator(nn.Module):
-    """Latents and labels to images, as a multilayer perceptron; see `MLPGeneratorConfig`."""
+    """Multilayer perceptron from latents and labels to images; see `MLPGeneratorConfig`."""
 
     def __init__(self, config: MLPGeneratorConfig) -> None:
         super().__init__()
@@ -110,11 +105,10 @@ class MLPGenerator(nn.Module):
 
 
 class MLPDiscriminator(nn.Module):
-    """Images and labels to logits: the multilayer perceptron of arXiv 1411.1784.
+    """Multilayer perceptron from images and labels to logits (arXiv 1411.1784).
 
-    The sigmoid of the published model belongs to the loss here, which is the same function computed
-    without losing precision. There is no normalisation between samples, so a logit depends on its
-    own image alone and a gradient penalty is exact.
+    The loss applies the sigmoid, which is more precise. No normalisation mixes samples, so a logit
+    depends on its own image alone and a gradient penalty is exact.
     """
 
     def __init__(
@@ -142,7 +136,7 @@ class MLPDiscriminator(nn.Module):
             labels: (N,) int64.
 
         Returns:
-            logits: (N,), large where an image looks real for its label.
+            logits (N,), large for images that look real for their label.
         """
         x = torch.cat([images.flatten(1), self.label_embedding(labels)], dim=1)
         x = self.main(x)  # (N, 1)
@@ -151,63 +145,69 @@ class MLPDiscriminator(nn.Module):
 
 
 class ConvDiscriminator(nn.Module):
-    """Images and labels to logits: strided convolutions and a projection of the class embedding.
+    """Convolutional network from images and labels to logits, with a class projection.
 
-    The class enters as an inner product with the features (Miyato & Koyama, arXiv 1802.05637). No
-    normalisation between samples, for the same reason as in `MLPDiscriminator`.
+    Strided convolutions, each followed by a residual block if `residual`. The class enters as an
+    inner product with the features (Miyato & Koyama, arXiv 1802.05637). No normalisation mixes
+    samples, as in `MLPDiscriminator`.
     """
 
     def __init__(
-        self, *, num_classes: int, channels: int, image_size: int, widths: tuple[int, ...]
+        self,
+        *,
+        num_classes: int,
+        channels: int,
+        image_size: int,
+        widths: tuple[int, ...],
+        residual: bool = False,
     ) -> None:
         super().__init__()
         *conv_widths, features = widths
         layers: list[nn.Module] = []
         fan_in, size = channels, image_size
         for fan_out in conv_widths:
-            layers += [nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            layers.append(nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1))
+            if residual:
+                layers.append(ResidualBlock(fan_out))
+            layers.append(nn.LeakyReLU(0.2))
             fan_in, size = fan_out, size // 2
         layers += [nn.Flatten(), nn.Linear(fan_in * size**2, features), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers)
         self.label_embedding = nn.Embedding(num_classes, features)
         self.out = nn.Linear(features, 1)
+        if residual:
+            _kaiming_init(self)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Score images against labels: `MLPDiscriminator.forward`, and `_project`."""
-        return _project(self, self.main(images), labels)
+        """Score images against labels, as `MLPDiscriminator.forward` does.
 
-
-def _project(
-    network: "ConvDiscriminator | ResidualDiscriminator", features: Tensor, labels: Tensor
-) -> Tensor:
-    """Logits (N,) of features (N, F): how real they are, plus how well they fit the label.
-
-    Of labels (N, K) each is scored against the image that it belongs to: logits (N, K).
-    """
-    unconditional = network.out(features).squeeze(1).float()  # (N,)
-    embedded = network.label_embedding(labels)  # (N, F) or (N, K, F)
-    if labels.ndim == 2:
-        features, unconditional = features[:, None], unconditional[:, None]
-    projected = (features.float() * embedded).sum(-1) / features.shape[-1] ** 0.5
-    logits: Tensor = unconditional + projected
-    return logits
+        Labels (N, K) score each image against K labels: logits (N, K).
+        """
+        features = self.main(images)  # (N, F)
+        realness = self.out(features).squeeze(1).float()  # (N,)
+        embedded = self.label_embedding(labels)  # (N, F) or (N, K, F)
+        if labels.ndim == 2:
+            features, realness = features[:, None], realness[:, None]
+        projected = (features.float() * embedded).sum(-1) / features.shape[-1] ** 0.5
+        logits: Tensor = realness + projected
+        return logits
 
 
 class ResidualBlock(nn.Module):
-    """Adds two 3x3 convolutions of a feature map to it.
+    """Two 3x3 convolutions of a feature map, added to it, without normalisation.
 
-    There is no normalisation, so the second convolution starts at zero: every block is the identity
-    at first, and a deep stack of them starts as a shallow network (Fixup, arXiv 1901.09321).
+    The second convolution starts at zero, so that every block starts as the identity and a deep
+    stack as a shallow network (Fixup, arXiv 1901.09321).
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(width, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
-        _keep_variance(self)
+        _kaiming_init(self)
 
     def forward(self, x: Tensor, style: Tensor | None = None) -> Tensor:
-        """(N, width, H, W) to the same shape; `style` (N, width) scales what enters."""
+        """Map (N, width, H, W) to the same shape; `style` (N, width) scales the input."""
         inner = F.leaky_relu(x, 0.2)
         if style is not None:
             inner = inner * (1.0 + style[:, :, None, None])
@@ -217,13 +217,12 @@ class ResidualBlock(nn.Module):
 
 
 class ConvGenerator(nn.Module):
-    """Latents and labels to images, by residual convolutions; see `ConvGeneratorConfig`.
+    """Residual convolutional network from latents and labels to images; see `ConvGeneratorConfig`.
 
-    An image depends on its own latent and label alone: nothing is normalised over the batch. Two
-    dense layers decide the image as a whole and its coarsest feature map; at each level a residual
-    block refines it, scaled channel by channel from the same dense layers (the modulation of
-    StyleGAN2, arXiv 1912.04958, without its demodulation). Every position of the finest map gives
-    2x2 pixels (arXiv 1609.05158), so that no convolution runs at full size.
+    An image depends on its own latent and label alone. Two dense layers give a style vector and the
+    coarsest feature map. At each level a residual block refines the map, scaled per channel by the
+    style (the modulation of StyleGAN2, arXiv 1912.04958, without its demodulation). Every position
+    of the finest map gives 2x2 pixels (arXiv 1609.05158), so no convolution runs at full size.
     """
 
     def __init__(self, config: ConvGeneratorConfig) -> None:
@@ -243,7 +242,7 @@ class ConvGenerator(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(w) for w in config.widths)
         self.widen = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairwise(config.widths))
         self.out = nn.Conv2d(fine, 4 * config.channels, 3, padding=1)
-        _keep_variance(self)
+        _kaiming_init(self)
         for style in self.styles.parameters():
             nn.init.zeros_(style)
 
@@ -252,9 +251,9 @@ class ConvGenerator(nn.Module):
         return self.synthesise(self.trunk(torch.cat([latents, self.label_embedding(labels)], 1)))
 
     def synthesise(self, style: Tensor, rows: int | None = None) -> Tensor:
-        """The trunk's output (N, style_dim) to images (N, C, H, W), or to the first `rows` of them.
+        """Map the trunk's output (N, style_dim) to images (N, C, H, W), or to the first `rows`.
 
-        Dense layers see all N: how their products round may depend on how many there are.
+        Dense layers see all N rows, because their rounding may depend on the number of rows.
         """
         size = self.sizes[0]
         x = self.start(style)[:rows].view(-1, size, size, self.config.widths[0])
@@ -269,42 +268,11 @@ class ConvGenerator(nn.Module):
         return images
 
 
-class ResidualDiscriminator(nn.Module):
-    """Images and labels to logits: residual convolutions and a projection of the class embedding.
+def _kaiming_init(network: nn.Module) -> None:
+    """Initialise layers so that a signal keeps its variance (He et al., arXiv 1502.01852).
 
-    Without normalisation, as `ResidualBlock` says; the class enters as in `ConvDiscriminator`.
-    """
-
-    def __init__(
-        self, *, num_classes: int, channels: int, image_size: int, widths: tuple[int, ...]
-    ) -> None:
-        super().__init__()
-        *conv_widths, features = widths
-        layers: list[nn.Module] = []
-        fan_in, size = channels, image_size
-        for fan_out in conv_widths:
-            layers += [
-                nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1),
-                ResidualBlock(fan_out),
-                nn.LeakyReLU(0.2),
-            ]
-            fan_in, size = fan_out, size // 2
-        layers += [nn.Flatten(), nn.Linear(fan_in * size**2, features), nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*layers)
-        self.label_embedding = nn.Embedding(num_classes, features)
-        self.out = nn.Linear(features, 1)
-        _keep_variance(self)
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Score images against labels: `MLPDiscriminator.forward`, and `_project`."""
-        return _project(self, self.main(images), labels)
-
-
-def _keep_variance(network: nn.Module) -> None:
-    """Initialise layers so that a signal keeps its strength (He et al., arXiv 1502.01852).
-
-    PyTorch's own initialisation weakens it at every layer. Where no batch norm restores it, all
-    latents give nearly the same image at first, and that is hard to leave.
+    PyTorch's default shrinks it at every layer. Without batch norm, all latents would then start
+    with nearly the same image, which training hardly leaves.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -317,16 +285,16 @@ def _keep_variance(network: nn.Module) -> None:
 
 
 def doubling_widths(image_size: int, finest: int) -> tuple[int, ...]:
-    """Channels from half the image's size, where there are `finest`, down to maps of at most 8x8.
+    """Return the channels per level, from half the image's size down to maps of at most 8x8.
 
-    Twice as many at each halving of the size, so that every level costs about the same.
+    `finest` at the first level, twice as many at each halving, so that all levels cost the same.
     """
     levels = max(1, ceil(log2(image_size / 8)))
     return tuple(finest * 2**level for level in range(levels))
 
 
 def _halvings(image_size: int, levels: int) -> tuple[int, ...]:
-    """The sizes of the feature maps, coarsest first; the finest is half the image's, rounded up."""
+    """Return the sizes of the feature maps, coarsest first; the finest is half the image's size."""
     sizes = []
     for _ in range(levels):
         image_size = -(-image_size // 2)
@@ -338,12 +306,12 @@ Generator = MLPGenerator | ConvGenerator
 
 
 def build_generator(config: GeneratorConfig) -> Generator:
-    """Build the generator that a configuration describes, freshly initialised."""
+    """Build a freshly initialised generator from its configuration."""
     if isinstance(config, ConvGeneratorConfig):
         return ConvGenerator(config)
     return MLPGenerator(config)
 
 
 def count_parameters(module: nn.Module) -> int:
-    """The number of trainable values in a module."""
+    """Return the number of trainable values in a module."""
     return sum(p.numel() for p in module.parameters())

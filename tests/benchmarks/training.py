@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from training.config import PRESETS, TrainingConfig
-from training.cuda_graph import make_stepper
+from training.cuda_graph import make_step
 from training.data.named import Dataset, default_data_dir, load_dataset
 from training.devices import describe, has_native_bfloat16, resolve_device
-from training.loop import Stepper, create_state, eager_stepper, generator_config
+from training.loop import make_eager_step
+from training.state import create_state, generator_config
 
 
 class PerImage(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -136,16 +137,12 @@ def our_loop(
 ) -> Callable[[float], float]:
     """This project's steps as a function: seconds to spend -> images per second."""
     state = create_state(config, generator_config(config, dataset), device, seed=0)
-    stepper: Stepper
-    if eager:
-        stepper = eager_stepper(state, dataset, config)
-    else:
-        stepper = make_stepper(state, dataset, config, print)
+    step = (make_eager_step if eager else make_step)(state, dataset, config)
 
     def run(seconds: float) -> float:
         began, first = time.perf_counter(), state.images_seen
         while time.perf_counter() - began < seconds:
-            report = stepper(0.0)
+            report = step(0.0)
         report.sum().item()  # waits for the device
         return (state.images_seen - first) / (time.perf_counter() - began)
 

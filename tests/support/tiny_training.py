@@ -22,7 +22,7 @@ from training.artifact import ArtifactInfo, save_artifact
 from training.config import TrainingConfig
 from training.data import named as data
 from training.data.named import DataFile, Dataset, DatasetSpec, SplitFiles
-from training.loop import TrainState, create_state, recompute_batch_norm, train_step
+from training.loop import recompute_batch_norm, train_step
 from training.networks import (
     ConvGeneratorConfig,
     GeneratorConfig,
@@ -31,6 +31,7 @@ from training.networks import (
 )
 from training.quality.certificate import certify
 from training.quality.classifier import FeatureClassifier, train_classifier
+from training.state import TrainState, create_state
 
 CPU = torch.device("cpu")
 CLASS_NAMES = ("left", "right")
@@ -53,18 +54,13 @@ CONV_NETWORK = ConvGeneratorConfig(
 )
 CONFIG = TrainingConfig(
     generator="mlp",
-    generator_width=0,
     discriminator="mlp",
-    discriminator_hidden=(32, 16),
-    objective="relativistic",
-    penalty=0.5,
+    discriminator_widths=(32, 16),
+    r1_gamma=0.5,
     penalty_interval=2,
     batch_size=16,
     images=640,
     lr=1e-3,
-    lr_schedule="cosine",
-    beta1=0.0,
-    beta2=0.99,
     precision="float32",
     ema_half_life=100.0,
 )
@@ -73,13 +69,13 @@ CONV = replace(
     generator="conv",
     generator_width=8,
     discriminator="residual",
-    discriminator_hidden=(8, 16),
-    mismatch=0.3,
+    discriminator_widths=(8, 16),
+    mismatch_weight=0.3,
 )
 PAPER = replace(
     CONFIG,
     objective="cross-entropy",
-    penalty=0.0,
+    r1_gamma=0.0,
     penalty_interval=1,
     lr_schedule="constant",
     ema_half_life=0.0,
@@ -108,7 +104,7 @@ def dataset(count: int = 256, seed: int = 0) -> Dataset:
 
 
 def network_of(training: TrainingConfig, _dataset: Dataset | None = None) -> GeneratorConfig:
-    """In the place of `training.loop.generator_config`."""
+    """Stand in for `training.state.generator_config`."""
     return CONV_NETWORK if training.generator == "conv" else NETWORK
 
 
@@ -124,7 +120,7 @@ def feature_classifier(train: Dataset, *_given: object, **_options: object) -> F
 def steps(
     state: TrainState, training: TrainingConfig, count: int, data: Dataset | None = None
 ) -> Tensor:
-    """Make `count` steps as a run would; returns what the last one reported."""
+    """Make `count` steps as a run would; return the report of the last one."""
     shown = data or dataset()
     report = torch.zeros(5)
     for _ in range(count):
@@ -133,8 +129,8 @@ def steps(
             state,
             shown,
             training,
-            used=min(1.0, state.images_seen / training.images),
-            penalise=bool(training.penalty) and step % training.penalty_interval == 0,
+            progress=min(1.0, state.images_seen / training.images),
+            penalise=bool(training.r1_gamma) and step % training.penalty_interval == 0,
         )
     return report
 
@@ -184,6 +180,5 @@ def install(patch: pytest.MonkeyPatch, folder: Path, *, images: int = CONFIG.ima
     patch.setattr("training.quality.evaluator.certify", partial(certify, images=200))
     patch.setattr("training.quality.certificate.GAN_TRAIN_IMAGES", 64)
     patch.setattr("training.quality.gan_train.IMAGES", 64)
-    for module in ("training.__main__", "training.run"):
-        patch.setattr(f"{module}.generator_config", network_of)
+    patch.setattr("training.prepare.generator_config", network_of)
     patch.setenv(data.DATA_DIR_VARIABLE, str(folder))

@@ -4,7 +4,7 @@ import hashlib
 import pickle
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.config import TrainingConfig
-from training.loop import TrainState, create_state, recompute_batch_norm
+from training.loop import recompute_batch_norm
+from training.state import TrainState, create_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-IDENTITY = RunMetadata(
+METADATA = RunMetadata(
     dataset="tiny", dataset_digest="ab12", preset="mlp", seed=3, config=tiny.CONFIG, minutes=None
 )
 
-BEST = {"glance": {"coverage": 0.25}, "contents": {"ema": {"weight": torch.arange(3.0)}}}
+BEST = {"metrics": {"coverage": 0.25}, "contents": {"ema": {"weight": torch.arange(3.0)}}}
 
 
 def everything(state: TrainState) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def saved(path: Path, count: int = 3, config: TrainingConfig = tiny.CONFIG) -> T
     """A state after some steps, and its checkpoint."""
     state = tiny.state(config, seed=3)
     tiny.steps(state, config, count)
-    save_checkpoint(path, state, replace(IDENTITY, config=config), BEST)
+    save_checkpoint(path, state, replace(METADATA, config=config), BEST)
     return state
 
 
@@ -152,35 +153,66 @@ def test_pictures_of_the_average_between_steps_change_nothing_that_is_trained(
 def test_a_checkpoint_says_whose_it_is_and_how_far_it_came(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    identity = replace(IDENTITY, minutes=2.5, probe={"0.2": 0.5, "1": 0.75})
+    metadata = replace(METADATA, minutes=2.5, gamma_scores={"0.2": 0.5, "1": 0.75})
     state = tiny.state()
     tiny.steps(state, tiny.CONFIG, 2)
-    monkeypatch.setattr(time, "perf_counter", lambda: state.began + 12.5)
-    save_checkpoint(tmp_path / "c.pt", state, identity, BEST)
+    monkeypatch.setattr(time, "perf_counter", lambda: state.started_at + 12.5)
+    save_checkpoint(tmp_path / "c.pt", state, metadata, BEST)
     monkeypatch.setattr(time, "perf_counter", lambda: 7000.0)  # of a later process
 
     checkpoint = read_checkpoint(tmp_path / "c.pt")
     fresh = tiny.state()
     checkpoint.restore(fresh)
 
-    assert checkpoint.identity == identity
+    assert checkpoint.metadata == metadata
     assert fresh.images_seen == 32
     assert fresh.elapsed_s == pytest.approx(12.5)
     assert checkpoint.best is not None
-    assert checkpoint.best["glance"] == BEST["glance"]
+    assert checkpoint.best["metrics"] == BEST["metrics"]
     assert torch.equal(checkpoint.best["contents"]["ema"]["weight"], torch.arange(3.0))
 
 
 def test_a_rate_that_was_scaled_down_survives(tmp_path: Path) -> None:
     state = tiny.state()
     state.lr_scale = 0.25
-    save_checkpoint(tmp_path / "c.pt", state, IDENTITY, None)
+    save_checkpoint(tmp_path / "c.pt", state, METADATA, None)
     checkpoint, fresh = read_checkpoint(tmp_path / "c.pt"), tiny.state()
     checkpoint.restore(fresh)
     assert checkpoint.best is None
     assert fresh.lr_scale == 0.25
     tiny.steps(fresh, tiny.CONFIG, 1)
     assert fresh.generator_optimizer.param_groups[0]["lr"] == 0.25 * tiny.CONFIG.lr
+
+
+def test_a_checkpoint_of_an_earlier_release_is_read(tmp_path: Path) -> None:
+    state = saved(tmp_path / "c.pt")
+    metadata = asdict(METADATA)
+    config = metadata.pop("config")
+    for old, new in (
+        ("penalty", "r1_gamma"),
+        ("mismatch", "mismatch_weight"),
+        ("discriminator_hidden", "discriminator_widths"),
+    ):
+        config[old] = config.pop(new)
+    metadata |= {"config": config, "probe": {"1": 0.5}, "began_with": {"seed": 4}}
+    del metadata["gamma_scores"], metadata["initialised_from"]
+    best = {"glance": {"coverage": 0.25}, "contents": {}, "last_look": 3}
+    contents = {"identity": metadata, "state": state.state_dict(), "best": best}
+    (tmp_path / "c.pt").write_bytes(with_header(torch_saved(contents)))
+
+    checkpoint = read_checkpoint(tmp_path / "c.pt")
+
+    assert checkpoint.metadata == replace(
+        METADATA, gamma_scores={"1": 0.5}, initialised_from={"seed": 4}
+    )
+    assert checkpoint.best == {
+        "metrics": {"coverage": 0.25},
+        "contents": {},
+        "last_evaluation": 3,
+    }
+    fresh = tiny.state()
+    checkpoint.restore(fresh)
+    assert differing(fresh, state) == []
 
 
 @pytest.mark.gpu
@@ -191,7 +223,7 @@ def test_a_resumed_state_lies_on_the_gpu_entirely(tmp_path: Path, config: Traini
     network = tiny.CONV_NETWORK if config.generator == "conv" else tiny.NETWORK
     state, fresh = (create_state(config, network, device, seed) for seed in (0, 1))
     tiny.steps(state, config, 3, tiny.dataset().to(device))
-    save_checkpoint(tmp_path / "c.pt", state, replace(IDENTITY, config=config), None)
+    save_checkpoint(tmp_path / "c.pt", state, replace(METADATA, config=config), None)
     read_checkpoint(tmp_path / "c.pt").restore(fresh)
     assert differing(fresh, state) == []
     places = {
@@ -206,7 +238,7 @@ def test_a_resumed_state_lies_on_the_gpu_entirely(tmp_path: Path, config: Traini
 def test_the_next_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
     state = saved(tmp_path / "c.pt")
     tiny.steps(state, tiny.CONFIG, 1)
-    save_checkpoint(tmp_path / "c.pt", state, IDENTITY, None)
+    save_checkpoint(tmp_path / "c.pt", state, METADATA, None)
 
     checkpoint = read_checkpoint(tmp_path / "c.pt")
     assert checkpoint.state["images_seen"] == 64
@@ -217,7 +249,7 @@ def test_the_next_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "c.pt") == "there is no checkpoint to resume from"
+    assert refusal(tmp_path / "c.pt") == "does not exist, so there is no run to resume"
 
 
 def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
@@ -230,7 +262,7 @@ def test_a_checkpoint_cut_short_is_refused(tmp_path: Path, kept: int) -> None:
     saved(path)
     path.write_bytes(path.read_bytes()[:kept])
     message = refusal(path)
-    assert ("is damaged" in message) if kept >= 27 or kept < 0 else ("is no checkpoint" in message)
+    assert ("damaged" in message) if kept >= 27 or kept < 0 else ("not a checkpoint" in message)
 
 
 def test_one_wrong_bit_anywhere_is_noticed(tmp_path: Path) -> None:
@@ -241,7 +273,7 @@ def test_one_wrong_bit_anywhere_is_noticed(tmp_path: Path) -> None:
         wrong = bytearray(whole)
         wrong[position] ^= 1 << position % 8
         path.write_bytes(wrong)
-        assert refusal(path).startswith(("is damaged", "is no checkpoint"))
+        assert refusal(path).startswith(("damaged", "not a checkpoint"))
 
 
 def with_header(payload: bytes) -> bytes:
@@ -262,7 +294,7 @@ def test_a_file_with_a_payload_is_refused_and_nothing_in_it_is_executed(
     trace.rmdir()
     path.write_bytes(wrap(hostile))
 
-    assert "is no checkpoint" in refusal(path)
+    assert "not a checkpoint" in refusal(path)
     assert not trace.exists()
 
 
@@ -274,23 +306,21 @@ def test_a_file_with_a_payload_is_refused_and_nothing_in_it_is_executed(
 def test_a_file_of_another_version_is_refused(tmp_path: Path, contents: object) -> None:
     path = tmp_path / "c.pt"
     path.write_bytes(with_header(torch_saved(contents)))
-    assert refusal(path) == "was written by another version of this code"
+    assert refusal(path) == "incompatible version; start a new run"
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        replace(tiny.CONFIG, discriminator_hidden=(32, 17)),
-        replace(tiny.CONFIG, discriminator_hidden=(32, 16, 8)),
-        replace(tiny.CONFIG, discriminator="conv", discriminator_hidden=(4, 8)),
+        replace(tiny.CONFIG, discriminator_widths=(32, 17)),
+        replace(tiny.CONFIG, discriminator_widths=(32, 16, 8)),
+        replace(tiny.CONFIG, discriminator="conv", discriminator_widths=(4, 8)),
     ],
 )
 def test_a_state_of_another_configuration_is_refused(tmp_path: Path, other: TrainingConfig) -> None:
     saved(tmp_path / "c.pt")
     checkpoint = read_checkpoint(tmp_path / "c.pt")
-    with pytest.raises(
-        CheckpointError, match=r"c\.pt: does not fit this configuration: ."
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"c\.pt: incompatible configuration: .") as caught:
         checkpoint.restore(tiny.state(other))
     assert "\n" not in str(caught.value)
 
@@ -311,18 +341,18 @@ import resource, signal, sys
 from pathlib import Path
 from dataclasses import replace
 from tests.support import tiny_training as tiny
-from tests.training.test_checkpoint import IDENTITY
+from tests.training.test_checkpoint import METADATA
 from training.checkpoint import CheckpointError, save_checkpoint
 
 path = Path(sys.argv[1])
 state = tiny.state()
 if sys.argv[2] == "again":
-    save_checkpoint(path, state, IDENTITY, None)
+    save_checkpoint(path, state, METADATA, None)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 state.images_seen = 16
 try:
-    save_checkpoint(path, state, IDENTITY, None)
+    save_checkpoint(path, state, METADATA, None)
 except CheckpointError as error:
     print(error)
 """
@@ -341,7 +371,7 @@ def test_where_a_checkpoint_cannot_be_written_the_one_before_survives(
         assert ended.stdout.strip() == message
         assert names_in(path.parent) == []
     else:
-        assert ended.stdout.strip() == f"{message}; the checkpoint before it is intact"
+        assert ended.stdout.strip() == f"{message}; the previous checkpoint is intact"
         assert names_in(path.parent) == ["c.pt"]
         checkpoint = read_checkpoint(path)
         assert checkpoint.state["images_seen"] == 0

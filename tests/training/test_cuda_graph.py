@@ -1,4 +1,4 @@
-"""Captured steps are the eager ones, and what cannot be captured is launched as ever."""
+"""Captured steps equal eager ones, and a step that cannot be captured stays eager."""
 
 import copy
 from dataclasses import replace
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.support import tiny_training as tiny
-from training import cuda_graph as capture
-from training import loop
+from training import cuda_graph, loop
 from training.config import TrainingConfig
-from training.cuda_graph import CUDAGraphStep, make_stepper
+from training.cuda_graph import CUDAGraphStep, make_step
 from training.data.named import Dataset
 from training.distributed import DistributedContext
-from training.loop import Stepper, TrainState, create_state, eager_stepper, train
+from training.loop import StepFn, make_eager_step, train
+from training.state import TrainState, create_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,22 +24,18 @@ BOTH = pytest.mark.parametrize("config", [tiny.CONFIG, tiny.CONV], ids=["mlp", "
 gpu = pytest.mark.gpu
 
 
-def silent(reason: str) -> None:
-    raise AssertionError(f"nothing to warn of: {reason}")
-
-
 # On the CPU
 
 
 @BOTH
 def test_on_the_cpu_every_step_is_launched_by_itself(config: TrainingConfig) -> None:
     state, plain = tiny.state(config), tiny.state(config)
-    stepper = make_stepper(state, DATA, config, silent)
-    assert not isinstance(stepper, CUDAGraphStep)
+    step_fn = make_step(state, DATA, config)
+    assert not isinstance(step_fn, CUDAGraphStep)
 
     for number in range(1, 4):
-        report = stepper(0.1)
-        expected = eager_stepper(plain, DATA, config)(0.1)
+        report = step_fn(0.1)
+        expected = make_eager_step(plain, DATA, config)(0.1)
         assert torch.equal(report, expected)
         assert state.images_seen == number * config.batch_size
 
@@ -58,9 +54,9 @@ def test_the_eager_stepper_penalises_every_interval_from_wherever_it_begins(
     config = replace(tiny.CONFIG, penalty_interval=3)
     state = tiny.state(config)
     state.images_seen = 2 * config.batch_size  # as a resumed run
-    stepper = make_stepper(state, DATA, config, silent)
+    step_fn = make_step(state, DATA, config)
     for _ in range(5):
-        stepper(0.0)
+        step_fn(0.0)
     assert chosen == [False, True, False, False, True]
 
 
@@ -72,31 +68,31 @@ def on_gpu(config: TrainingConfig) -> tuple[TrainState, Dataset]:
     return create_state(config, tiny.network_of(config), device, 0), DATA.to(device)
 
 
-def follow(state: TrainState, stepper: Stepper, steps: int, config: TrainingConfig) -> Tensor:
+def follow(state: TrainState, step_fn: StepFn, steps: int, config: TrainingConfig) -> Tensor:
     """Steps until at least so many are made; the sum of what they report."""
     total = torch.zeros(5, device="cuda")
     while state.images_seen < steps * config.batch_size:
-        total += stepper(0.25)
+        total += step_fn(0.25)
     return total
 
 
-def captured(stepper: Stepper) -> bool:
-    assert isinstance(stepper, CUDAGraphStep)
-    return stepper._captured is not None
+def captured(step_fn: StepFn) -> bool:
+    assert isinstance(step_fn, CUDAGraphStep)
+    return step_fn._captured is not None
 
 
 @gpu
 @BOTH
-@pytest.mark.parametrize("options", [{}, {"penalty": 0.0}, {"flip": True, "augment": True}])
+@pytest.mark.parametrize("options", [{}, {"r1_gamma": 0.0}, {"flip": True, "augment": True}])
 def test_captured_steps_are_the_eager_ones(config: TrainingConfig, options: dict[str, Any]) -> None:
     config = replace(config, **options)
     (state, data), (plain, _) = on_gpu(config), on_gpu(config)
-    stepper = make_stepper(state, data, config, silent)
+    step_fn = make_step(state, data, config)
 
-    total = follow(state, stepper, 60, config)
-    assert captured(stepper)
-    expected = follow(plain, eager_stepper(plain, data, config), 0, config)
-    eager = eager_stepper(plain, data, config)
+    total = follow(state, step_fn, 60, config)
+    assert captured(step_fn)
+    expected = follow(plain, make_eager_step(plain, data, config), 0, config)
+    eager = make_eager_step(plain, data, config)
     while plain.images_seen < state.images_seen:
         expected += eager(0.25)
 
@@ -113,14 +109,14 @@ def test_captured_steps_are_the_eager_ones(config: TrainingConfig, options: dict
 def test_a_replay_follows_the_schedule_of_its_moment(config: TrainingConfig) -> None:
     """Rates and weights lie in tensors: with a rate of nothing, the networks stand still."""
     state, data = on_gpu(config)
-    stepper = make_stepper(state, data, config, silent)
-    follow(state, stepper, 40, config)
-    assert captured(stepper)
+    step_fn = make_step(state, data, config)
+    follow(state, step_fn, 40, config)
+    assert captured(step_fn)
     before = copy.deepcopy(state.generator.state_dict())
-    stepper(1.0)  # the end of the cosine
+    step_fn(1.0)  # the end of the cosine
     for name, parameter in state.generator.named_parameters():
         assert torch.equal(parameter, before[name]), name
-    stepper(0.0)
+    step_fn(0.0)
     assert not torch.equal(state.generator.label_embedding.weight, before["label_embedding.weight"])
 
 
@@ -130,11 +126,11 @@ def test_penalised_steps_are_counted_in_a_replay_as_they_are_one_by_one() -> Non
     config = replace(tiny.CONFIG, penalty_interval=4, images=16 * 16 * 8)
     (state, data), (plain, _) = on_gpu(config), on_gpu(config)
     means = []
-    for each, stepper in (
-        (state, make_stepper(state, data, config, silent)),
-        (plain, eager_stepper(plain, data, config)),
+    for each, step_fn in (
+        (state, make_step(state, data, config)),
+        (plain, make_eager_step(plain, data, config)),
     ):
-        (point,) = train(each, config, stepper, log_every=2**40, stop=lambda: False)
+        (point,) = train(each, config, step_fn, log_every=2**40, stop=lambda: False)
         assert point.losses is not None
         means.append(point.losses.penalty)
     assert means[0] > 0
@@ -148,14 +144,14 @@ def test_a_stepper_made_anew_goes_on_after_other_weights_were_loaded(
 ) -> None:
     """As after a return to the best."""
     (state, data), (plain, _) = on_gpu(config), on_gpu(config)
-    stepper = make_stepper(state, data, config, silent)
-    follow(state, stepper, 40, config)
+    step_fn = make_step(state, data, config)
+    follow(state, step_fn, 40, config)
     contents = copy.deepcopy(state.state_dict())
-    follow(state, stepper, 80, config)
+    follow(state, step_fn, 80, config)
 
     for each in (state, plain):
         each.load_state_dict(contents)
-    again, eager = make_stepper(state, data, config, silent), eager_stepper(plain, data, config)
+    again, eager = make_step(state, data, config), make_eager_step(plain, data, config)
     follow(state, again, state.images_seen // config.batch_size + 40, config)
     assert captured(again)
     while plain.images_seen < state.images_seen:
@@ -170,35 +166,37 @@ def test_a_stepper_made_anew_goes_on_after_other_weights_were_loaded(
 
 @gpu
 @BOTH
-def test_steps_that_cannot_be_captured_are_launched_and_the_reason_is_told_once(
-    config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+def test_steps_that_cannot_be_captured_are_launched_and_the_reason_is_logged_once(
+    config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A read-back to the host is what a capture cannot hold."""
+    """A capture cannot contain a read-back to the host."""
 
     def read_back(*given: Any, **options: Any) -> Tensor:
-        report = loop.update(*given, **options)
+        report = loop.optimize(*given, **options)
         report.sum().item()
         return report
 
-    monkeypatch.setattr(capture, "update", read_back)
+    monkeypatch.setattr(cuda_graph, "optimize", read_back)
     (state, data), (plain, _) = on_gpu(config), on_gpu(config)
-    reasons: list[str] = []
-    stepper = make_stepper(state, data, config, reasons.append)
-    total = follow(state, stepper, 30, config)
-    (reason,) = reasons
-    assert reason.startswith("Steps are not captured: ")
+    step_fn = make_step(state, data, config)
+    total = follow(state, step_fn, 30, config)
+    (reason,) = caplog.messages
+    assert reason.startswith("training steps are not captured: ")
     assert "\n" not in reason
-    assert not captured(stepper)
-    expected = follow(plain, eager_stepper(plain, data, config), 30, config)
+    assert not captured(step_fn)
+    expected = follow(plain, make_eager_step(plain, data, config), 30, config)
     torch.testing.assert_close(total, expected, rtol=2e-2, atol=1e-2)
     assert all(p.requires_grad for p in state.discriminator.parameters())
 
 
 @gpu
-def test_steps_that_wait_for_other_processes_are_not_captured() -> None:
+def test_steps_that_wait_for_other_processes_are_not_captured(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     state, data = on_gpu(tiny.CONFIG)
     state.world = DistributedContext(0, 2)  # its networks are not shared; no step is made
-    reasons: list[str] = []
-    stepper = make_stepper(state, data, tiny.CONFIG, reasons.append)
-    assert not isinstance(stepper, CUDAGraphStep)
-    assert reasons == ["Steps are not captured: they wait for other processes."]
+    step_fn = make_step(state, data, tiny.CONFIG)
+    assert not isinstance(step_fn, CUDAGraphStep)
+    assert caplog.messages == [
+        "training steps are not captured: they synchronise with other processes"
+    ]

@@ -22,9 +22,9 @@ from tests.support.processes import REPOSITORY
 from training.__main__ import main
 from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint
-from training.distributed import SINGLE_PROCESS, DistributedContext, join, local_device
+from training.distributed import SINGLE_PROCESS, DistributedContext, init_distributed, local_device
 from training.loop import sample_batch
-from training.run import RunFolder
+from training.run_log import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +41,7 @@ PATIENCE_S = 180.0  # a hung test fails by it; no test passes by it
 @given(size=st.integers(1, 6), each=st.integers(1, 8))
 def test_shares_are_disjoint_and_make_up_the_batch(size: int, each: int) -> None:
     whole = torch.arange(size * each)
-    shares = [DistributedContext(rank, size).share(whole) for rank in range(size)]
+    shares = [DistributedContext(rank, size).shard(whole) for rank in range(size)]
     assert [len(share) for share in shares] == [each] * size
     assert sorted(torch.cat(shares).tolist()) == whole.tolist()
 
@@ -60,15 +60,15 @@ def test_processes_that_draw_alike_show_each_image_of_a_batch_once(size: int, se
     assert sorted(shown) == sorted(draw(SINGLE_PROCESS))
 
 
-def test_exactly_one_process_writes() -> None:
-    assert [DistributedContext(rank, 3).writes for rank in range(3)] == [True, False, False]
-    assert SINGLE_PROCESS.writes
+def test_exactly_one_process_is_the_main_process() -> None:
+    assert [DistributedContext(rank, 3).is_main_process for rank in range(3)] == [True, False, False]
+    assert SINGLE_PROCESS.is_main_process
 
 
 def test_alone_everything_is_as_it_is_given() -> None:
     network, values = nn.Linear(2, 2), torch.tensor([1.0, 2.0])
     assert SINGLE_PROCESS.parallel(network) is network
-    assert SINGLE_PROCESS.agree(1.5, 2.5) == [1.5, 2.5]
+    assert SINGLE_PROCESS.broadcast(1.5, 2.5) == [1.5, 2.5]
     assert (SINGLE_PROCESS.any(True), SINGLE_PROCESS.any(False)) == (True, False)
     assert torch.equal(SINGLE_PROCESS.mean(values), values)
 
@@ -80,7 +80,7 @@ def test_where_torchrun_started_no_others_a_process_is_alone(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with join() as world:
+    with init_distributed() as world:
         assert world == SINGLE_PROCESS
     assert not torch.distributed.is_initialized()
 
@@ -243,7 +243,7 @@ def test_a_signal_to_the_launcher_stops_all_processes_with_one_checkpoint(
     assert not any("Traceback" in errors for errors in ended.errors)
     images_seen = read_checkpoint(folder.checkpoint).state["images_seen"]
     assert images_seen in (26 * 16, 27 * 16)
-    said = f"Stopped after {images_seen:,} images; go on with --resume."
+    said = f"Stopped after {images_seen:,} images; continue with --resume."
     assert [said in errors for errors in ended.errors] == [True, False]
     assert load_artifact(folder.artifact).info.images_seen <= images_seen
 
@@ -294,7 +294,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr("training.__main__.join", Joined)
+    monkeypatch.setattr("training.__main__.init_distributed", Joined)
     out = tmp_path / "run"
     result = CliRunner().invoke(
         main, ["train", "mnist", "--device", "cpu", "--out", str(out)], catch_exceptions=False

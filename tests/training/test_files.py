@@ -84,7 +84,7 @@ def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["file", "file/deeper"])
 def test_a_folder_that_cannot_be_made_is_named_with_the_cause(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(OSError, match=rf"{place}: cannot hold files: (File exists|Not a direct)"):
+    with pytest.raises(OSError, match=rf"to the folder .*{place}: (File exists|Not a dir)"):
         prepare_folder(tmp_path / place)
 
 
@@ -95,7 +95,7 @@ def test_a_folder_that_takes_no_files_is_named_with_the_cause(
         raise OSError(errno.EROFS, "Read-only file system", dir)
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(OSError, match=f"{tmp_path}: cannot hold files: Read-only file system"):
+    with pytest.raises(OSError, match=f"to the folder {tmp_path}: Read-only file system"):
         prepare_folder(tmp_path)
 
 

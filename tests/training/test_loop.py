@@ -21,27 +21,25 @@ from training.data.named import Dataset
 from training.loop import (
     DivergedError,
     LogPoint,
-    TrainState,
     _other_labels,
-    create_state,
-    eager_stepper,
-    generator_config,
+    apply_schedules,
+    make_eager_step,
+    measure_progress,
     recompute_batch_norm,
     sample_batch,
-    schedule,
     train,
     train_step,
     update_ema,
-    used_fraction,
 )
 from training.networks import (
     ConvDiscriminator,
     ConvGeneratorConfig,
     MLPDiscriminator,
     MLPGeneratorConfig,
-    ResidualDiscriminator,
+    ResidualBlock,
     build_generator,
 )
+from training.state import TrainState, create_state, generator_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,16 +121,17 @@ def test_the_average_starts_as_the_generator_and_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "network"),
-    [("paper", MLPDiscriminator), ("mlp", ConvDiscriminator), ("conv", ResidualDiscriminator)],
+    ("preset", "network", "blocks"),
+    [("paper", MLPDiscriminator, 0), ("mlp", ConvDiscriminator, 0), ("conv", ConvDiscriminator, 1)],
 )
 def test_a_preset_builds_its_discriminator_and_optimisers(
-    preset: str, network: type[nn.Module]
+    preset: str, network: type[nn.Module], blocks: int
 ) -> None:
     config = PRESETS[preset]
     state = create_state(config, generator_config(config, DATA), tiny.CPU, 0)
 
     assert isinstance(state.discriminator, network)
+    assert sum(isinstance(m, ResidualBlock) for m in state.discriminator.modules()) == blocks
     for optimizer, trained in (
         (state.generator_optimizer, state.generator),
         (state.discriminator_optimizer, state.discriminator),
@@ -179,7 +178,7 @@ def test_a_step_runs_the_generator_once_and_shows_its_images_to_both_phases(
     calls = len(watcher.judged) // rounds
     for step in range(rounds):
         both, fakes, *_ = watcher.judged[step * calls : (step + 1) * calls]
-        own_labels = both[1][:, 0] if config.mismatch else both[1]
+        own_labels = both[1][:, 0] if config.mismatch_weight else both[1]
         assert both[0].shape == (2 * config.batch_size, 1, 8, 8)
         assert torch.equal(both[0][config.batch_size :], fakes[0])
         assert torch.equal(own_labels[config.batch_size :], fakes[1])
@@ -189,15 +188,15 @@ def test_a_step_runs_the_generator_once_and_shows_its_images_to_both_phases(
 @pytest.mark.parametrize("penalise", [True, False])
 def test_a_step_takes_the_gradients_of_the_formulas(config: TrainingConfig, penalise: bool) -> None:
     """Against the same step written out plainly, with whole graphs and a frozen nothing."""
-    config = replace(config, penalty=0.5, penalty_interval=3)
+    config = replace(config, r1_gamma=0.5, penalty_interval=3)
     state, watcher = tiny.state(config), Watcher()
     generator, discriminator = copy.deepcopy(state.generator), copy.deepcopy(state.discriminator)
     watcher.watch(state)
 
-    report = train_step(state, DATA, config, used=0.0, penalise=penalise)
+    report = train_step(state, DATA, config, progress=0.0, penalise=penalise)
 
     (latents, fake_labels), (images, labels) = watcher.generated[0], watcher.judged[0]
-    if config.mismatch:
+    if config.mismatch_weight:
         labels, others = labels.unbind(1)
         assert not (labels == others).any()
     real, real_labels = images[: config.batch_size], labels[: config.batch_size]
@@ -210,9 +209,9 @@ def test_a_step_takes_the_gradients_of_the_formulas(config: TrainingConfig, pena
     else:
         d_loss = (softplus(-real_logits) + softplus(fake_logits)).mean()
     total = d_loss
-    if config.mismatch:
+    if config.mismatch_weight:
         mismatched = discriminator(real, others[: config.batch_size])
-        total = total + config.mismatch * softplus(mismatched - real_logits).mean()
+        total = total + config.mismatch_weight * softplus(mismatched - real_logits).mean()
     if penalise:  # gamma / 2 times R1 + R2, and three times that for two steps left out
         slopes = torch.autograd.grad(
             real_logits.sum() + fake_logits.sum(), inputs, create_graph=True
@@ -250,7 +249,7 @@ def test_a_step_moves_both_networks_and_leaves_the_discriminator_trainable(
     parts = ["generator", "discriminator", *(["ema"] if config.ema_half_life else [])]
     before = {n: copy.deepcopy(getattr(state, n)) for n in parts}
 
-    train_step(state, DATA, config, used=0.0, penalise=False)
+    train_step(state, DATA, config, progress=0.0, penalise=False)
 
     for name, old in before.items():
         was = dict(old.named_parameters())
@@ -372,15 +371,15 @@ def test_nothing_is_read_back_during_a_step(config: TrainingConfig, precision: A
     config = replace(config, precision=precision)
     state = tiny.state(config)
     with ForbidReadBack():
-        report = train_step(state, DATA, config, used=0.3, penalise=bool(config.penalty))
+        report = train_step(state, DATA, config, progress=0.3, penalise=bool(config.r1_gamma))
     assert report.isfinite().all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_makes_finite_steps_in_its_own_precision(preset: str) -> None:
-    widths = PRESETS[preset].discriminator_hidden
+    widths = PRESETS[preset].discriminator_widths
     config = replace(
-        PRESETS[preset], batch_size=8, penalty=1.0, discriminator_hidden=(8,) * len(widths)
+        PRESETS[preset], batch_size=8, r1_gamma=1.0, discriminator_widths=(8,) * len(widths)
     )
     network = tiny.CONV_NETWORK if config.generator == "conv" else tiny.NETWORK
     state = create_state(config, network, tiny.CPU, 0)
@@ -394,11 +393,11 @@ def test_every_preset_makes_finite_steps_in_its_own_precision(preset: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("used", "factor"), [(0.0, 1.0), (0.25, 0.5 + 0.5**1.5), (0.5, 0.5), (1.0, 0.0)]
+    ("progress", "factor"), [(0.0, 1.0), (0.25, 0.5 + 0.5**1.5), (0.5, 0.5), (1.0, 0.0)]
 )
-def test_the_cosine_schedule_falls_to_nothing(used: float, factor: float) -> None:
+def test_the_cosine_schedule_falls_to_nothing(progress: float, factor: float) -> None:
     state = tiny.state()
-    train_step(state, DATA, tiny.CONFIG, used=used, penalise=False)
+    train_step(state, DATA, tiny.CONFIG, progress=progress, penalise=False)
     for optimizer in (state.generator_optimizer, state.discriminator_optimizer):
         lr = optimizer.param_groups[0]["lr"]
         assert lr == pytest.approx(tiny.CONFIG.lr * factor, abs=1e-12)
@@ -406,7 +405,7 @@ def test_the_cosine_schedule_falls_to_nothing(used: float, factor: float) -> Non
 
 def test_the_constant_schedule_stays() -> None:
     state = tiny.state(tiny.PAPER)
-    train_step(state, DATA, tiny.PAPER, used=0.99, penalise=False)
+    train_step(state, DATA, tiny.PAPER, progress=0.99, penalise=False)
     assert state.generator_optimizer.param_groups[0]["lr"] == tiny.PAPER.lr
 
 
@@ -429,7 +428,7 @@ def averaged(state: TrainState, config: TrainingConfig, images_seen: int) -> flo
             average.fill_(1.0)
             parameter.fill_(3.0)
     state.images_seen = images_seen - config.batch_size
-    schedule(state, config, used=0.0, steps=1)
+    apply_schedules(state, config, progress=0.0, steps=1)
     assert state.images_seen == images_seen
     update_ema(state)
     moved = {value for p in state.ema.parameters() for value in p.unique().tolist()}
@@ -562,7 +561,7 @@ def test_every_class_has_the_same_share_in_the_statistics(classes: int, batches:
 
 
 def follow(state: TrainState, config: TrainingConfig, **options: Any) -> Iterator[LogPoint]:
-    return train(state, config, eager_stepper(state, DATA, config), **options)
+    return train(state, config, make_eager_step(state, DATA, config), **options)
 
 
 def run_to_end(state: TrainState, config: TrainingConfig, **options: Any) -> list[LogPoint]:
@@ -577,9 +576,9 @@ def test_a_run_reports_at_the_asked_for_images_and_finishes_exactly_at_its_budge
         points.append(point)
 
     assert seen == [160, 320, 480, 640]
-    assert [p.used for p in points] == [0.25, 0.5, 0.75, 1.0]
+    assert [p.progress for p in points] == [0.25, 0.5, 0.75, 1.0]
     assert [p.finished for p in points] == [False, False, False, True]
-    assert all(p.regular for p in points)
+    assert all(p.is_scheduled for p in points)
     assert all(p.images_per_s > 0 for p in points)
 
 
@@ -593,7 +592,7 @@ def test_points_stay_on_their_grid_where_the_batch_does_not_divide_them() -> Non
 def test_a_budget_that_the_batch_does_not_divide_is_met_by_the_next_whole_batch() -> None:
     state = tiny.state()
     (point,) = run_to_end(state, replace(tiny.CONFIG, images=33), log_every=1000)
-    assert (state.images_seen, point.used, point.finished) == (48, 1.0, True)
+    assert (state.images_seen, point.progress, point.finished) == (48, 1.0, True)
 
 
 def test_a_point_holds_the_means_since_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -633,7 +632,7 @@ def test_the_penalty_is_computed_every_interval(monkeypatch: pytest.MonkeyPatch)
     assert chosen == [True, False, False, True, False, False, True]
 
     chosen.clear()
-    run_to_end(tiny.state(), replace(config, penalty=0.0), log_every=32)
+    run_to_end(tiny.state(), replace(config, r1_gamma=0.0), log_every=32)
     assert chosen == [False] * 7
 
 
@@ -647,8 +646,8 @@ def test_a_run_stops_before_the_next_step_when_asked_to() -> None:
     (point,) = points
     assert state.images_seen == 3 * tiny.CONFIG.batch_size
     assert not point.finished
-    assert not point.regular
-    assert point.used == state.images_seen / tiny.CONFIG.images
+    assert not point.is_scheduled
+    assert point.progress == state.images_seen / tiny.CONFIG.images
     assert point.losses is not None
 
 
@@ -699,13 +698,13 @@ def test_a_budget_in_time_counts_all_of_it_and_not_the_images(
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
     state = tiny.state()
-    state.began = clock.now_s
+    state.started_at = clock.now_s
     clock.now_s += 45.0
     state.images_seen = 10**9
     assert state.elapsed_s == 45.0
-    assert used_fraction(state, tiny.CONFIG, seconds=180.0) == 0.25
-    assert used_fraction(state, tiny.CONFIG, seconds=30.0) == 1.0
-    assert used_fraction(state, tiny.CONFIG, seconds=None) == 1.0
+    assert measure_progress(state, tiny.CONFIG, seconds=180.0) == 0.25
+    assert measure_progress(state, tiny.CONFIG, seconds=30.0) == 1.0
+    assert measure_progress(state, tiny.CONFIG, seconds=None) == 1.0
 
 
 def test_a_budget_in_time_drives_the_schedule_and_ends_the_run(
@@ -714,12 +713,12 @@ def test_a_budget_in_time_drives_the_schedule_and_ends_the_run(
     used: list[float] = []
 
     def remember(*given: Any, **options: Any) -> Tensor:
-        used.append(options["used"])
+        used.append(options["progress"])
         return train_step(*given, **options)
 
     monkeypatch.setattr(loop, "train_step", remember)
     state = tiny.state()
-    state.began = -20.0  # before a resumption
+    state.started_at = -20.0  # before a resumption
     clock = Clock(now_s=-2.0, step_s=1.0)
     monkeypatch.setattr(time, "perf_counter", clock)
     points = run_to_end(state, replace(tiny.CONFIG, images=1), seconds=30.0, log_every=10_000)
@@ -728,7 +727,7 @@ def test_a_budget_in_time_drives_the_schedule_and_ends_the_run(
     assert used == pytest.approx([(20 + second) / 30 for second in range(10)])
     assert state.images_seen == 10 * tiny.CONFIG.batch_size
     assert points[-1].finished
-    assert points[-1].used == 1.0
+    assert points[-1].progress == 1.0
     expected = tiny.CONFIG.lr * 0.5 * (1 + math.cos(math.pi * 29 / 30))
     assert state.generator_optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
@@ -737,10 +736,10 @@ def test_a_rate_that_was_scaled_down_stays_so_on_every_schedule() -> None:
     for config in (tiny.CONFIG, tiny.PAPER):
         whole, half = tiny.state(config), tiny.state(config)
         half.lr_scale = 0.5
-        for used in (0.0, 0.3, 0.9):
+        for progress in (0.0, 0.3, 0.9):
             rates = []
             for state in (whole, half):
-                schedule(state, config, used=used, steps=1)
+                apply_schedules(state, config, progress=progress, steps=1)
                 for optimizer in (state.generator_optimizer, state.discriminator_optimizer):
                     rates.append(optimizer.param_groups[0]["lr"])
             assert rates[2:] == pytest.approx([rates[0] / 2] * 2, rel=1e-12)
@@ -750,9 +749,9 @@ def test_a_rate_that_was_scaled_down_stays_so_on_every_schedule() -> None:
 def test_several_steps_at_once_count_all_of_their_images() -> None:
     """A replayed graph makes many steps; the average is weighted as at the last of them."""
     together, apart = tiny.state(), tiny.state()
-    schedule(together, tiny.CONFIG, used=0.5, steps=8)
+    apply_schedules(together, tiny.CONFIG, progress=0.5, steps=8)
     for _ in range(8):
-        schedule(apart, tiny.CONFIG, used=0.5, steps=1)
+        apply_schedules(apart, tiny.CONFIG, progress=0.5, steps=1)
     assert together.images_seen == apart.images_seen == 8 * tiny.CONFIG.batch_size
     assert together.ema_weight == apart.ema_weight
 
@@ -768,7 +767,7 @@ def test_several_steps_at_once_count_all_of_their_images() -> None:
         replace(
             tiny.CONFIG,
             discriminator="conv",
-            discriminator_hidden=(8, 16, 32),
+            discriminator_widths=(8, 16, 32),
             batch_size=32,
             images=32 * 300,
             ema_half_life=1000.0,
@@ -808,7 +807,7 @@ def test_a_run_whose_losses_are_no_longer_numbers_ends_with_that_said() -> None:
     with torch.no_grad():
         state.generator.label_embedding.weight.fill_(float("nan"))
     points = follow(state, tiny.CONFIG, log_every=32, stop=lambda: False)
-    with pytest.raises(DivergedError, match="no longer finite after 32 images"):
+    with pytest.raises(DivergedError, match="not finite after 32 images"):
         next(points)
 
 
@@ -878,7 +877,7 @@ def test_augment_distorts_real_and_fake_images_before_every_forward_of_the_discr
         return -images
 
     plain = seen_by_the_discriminator(tiny.CONFIG)
-    monkeypatch.setattr(loop, "augment", invert)
+    monkeypatch.setattr(loop, "diff_augment", invert)
     config = replace(tiny.CONFIG, augment=True)
     state, watcher = tiny.state(config), Watcher()
     watcher.watch(state)
@@ -896,10 +895,10 @@ def test_augment_distorts_real_and_fake_images_before_every_forward_of_the_discr
 def test_the_gradient_of_the_generator_goes_through_the_distortion(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loop, "augment", lambda images, rng: images * 0.0)
+    monkeypatch.setattr(loop, "diff_augment", lambda images, rng: images * 0.0)
     config = replace(tiny.CONFIG, augment=True)
     state = tiny.state(config)
-    train_step(state, DATA, config, used=0.0, penalise=False)
+    train_step(state, DATA, config, progress=0.0, penalise=False)
     assert all(not gradient.any() for gradient in gradients(state.generator).values())
 
 
@@ -921,7 +920,7 @@ def test_what_is_shown_differs_with_the_option_and_not_between_runs_of_one_seed(
 @EVERY
 def test_the_gpu_computes_the_same_step_as_the_cpu(config: TrainingConfig) -> None:
     """Its random draws are others, so both are given the CPU's."""
-    config = replace(config, penalty=0.5, penalty_interval=1)
+    config = replace(config, r1_gamma=0.5, penalty_interval=1)
     draw, reports = torch.Generator().manual_seed(5), {}
     indices = torch.randint(len(DATA.labels), (config.batch_size,), generator=draw)
     latents = torch.randn((config.batch_size, 9), generator=draw)
@@ -935,7 +934,7 @@ def test_the_gpu_computes_the_same_step_as_the_cpu(config: TrainingConfig) -> No
             draws = iter([indices.to(device), classes.to(device)])
             patch.setattr(torch, "randint", lambda *_, draws=draws, **__: next(draws))
             patch.setattr(torch, "randn", lambda *_, device=device, **__: latents.to(device))
-            report = train_step(state, DATA.to(device), config, used=0.2, penalise=True)
+            report = train_step(state, DATA.to(device), config, progress=0.2, penalise=True)
         reports[name] = report.cpu()
         after[name] = {n: g.cpu() for n, g in gradients(state.generator).items()}
     torch.testing.assert_close(reports["cuda"], reports["cpu"], rtol=1e-3, atol=1e-5)

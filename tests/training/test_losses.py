@@ -16,7 +16,7 @@ from training.losses import (
     gradient_penalty,
     mismatch_loss,
 )
-from training.networks import ConvDiscriminator, MLPDiscriminator, ResidualDiscriminator
+from training.networks import ConvDiscriminator, MLPDiscriminator
 
 OBJECTIVES: list[Objective] = ["cross-entropy", "relativistic"]
 REAL = [2.5, -1.0, 0.0, 0.3]
@@ -145,7 +145,9 @@ def conv(channels: int, size: int) -> nn.Module:
 
 
 def residual(channels: int, size: int) -> nn.Module:
-    return ResidualDiscriminator(num_classes=3, channels=channels, image_size=size, widths=(4, 6))
+    return ConvDiscriminator(
+        num_classes=3, channels=channels, image_size=size, widths=(4, 6), residual=True
+    )
 
 
 EVERY = pytest.mark.parametrize("build", [mlp, conv, residual])

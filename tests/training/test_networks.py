@@ -21,7 +21,6 @@ from training.networks import (
     MLPGenerator,
     MLPGeneratorConfig,
     ResidualBlock,
-    ResidualDiscriminator,
     build_generator,
     count_parameters,
     doubling_widths,
@@ -268,11 +267,14 @@ def conv_discriminator() -> ConvDiscriminator:
     return ConvDiscriminator(num_classes=10, channels=1, image_size=28, widths=(8, 16, 32))
 
 
-def residual_discriminator() -> ResidualDiscriminator:
-    return ResidualDiscriminator(num_classes=10, channels=1, image_size=28, widths=(8, 16, 32))
+def residual_discriminator() -> ConvDiscriminator:
+    return ConvDiscriminator(
+        num_classes=10, channels=1, image_size=28, widths=(8, 16, 32), residual=True
+    )
 
 
-Build = Callable[[], MLPDiscriminator | ConvDiscriminator | ResidualDiscriminator]
+Build = Callable[[], MLPDiscriminator | ConvDiscriminator]
+RESIDUAL = pytest.mark.parametrize("residual", [False, True])
 EVERY = pytest.mark.parametrize(
     "build", [mlp_discriminator, conv_discriminator, residual_discriminator]
 )
@@ -295,7 +297,7 @@ def test_the_documents_discriminator_has_two_hidden_layers_and_no_sigmoid() -> N
     ],
 )
 def test_a_convolutional_discriminator_halves_its_maps_and_projects_the_label(
-    build: Callable[[], ConvDiscriminator | ResidualDiscriminator], level: tuple[str, ...]
+    build: Callable[[], ConvDiscriminator], level: tuple[str, ...]
 ) -> None:
     discriminator = build()
 
@@ -310,11 +312,13 @@ def test_a_convolutional_discriminator_halves_its_maps_and_projects_the_label(
 
 @pytest.mark.parametrize("size", [4, 5, 7, 32])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("network", [ConvDiscriminator, ResidualDiscriminator])
+@RESIDUAL
 def test_a_convolutional_discriminator_takes_images_of_any_size(
-    network: type[ConvDiscriminator | ResidualDiscriminator], size: int, channels: int
+    residual: bool, size: int, channels: int
 ) -> None:
-    discriminator = network(num_classes=2, channels=channels, image_size=size, widths=(4, 8, 16))
+    discriminator = ConvDiscriminator(
+        num_classes=2, channels=channels, image_size=size, widths=(4, 8, 16), residual=residual
+    )
     logits = discriminator(torch.randn(3, channels, size, size), torch.tensor([0, 1, 0]))
     assert logits.shape == (3,)
 
@@ -382,12 +386,13 @@ def test_the_initial_signal_keeps_its_strength_through_the_residual_discriminato
     """At the width and depth of the preset, on images of unit variance."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        finest, features = PRESETS["conv"].discriminator_hidden
-        discriminator = ResidualDiscriminator(
+        finest, features = PRESETS["conv"].discriminator_widths
+        discriminator = ConvDiscriminator(
             num_classes=10,
             channels=1,
             image_size=64,
             widths=(*doubling_widths(64, finest), features),
+            residual=True,
         )
         strength = discriminator.main(torch.randn(16, 1, 64, 64)).square().mean().sqrt()
     assert 0.3 < strength < 3
@@ -401,12 +406,12 @@ def test_counting_parameters_counts_every_value_once() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", [ConvDiscriminator, ResidualDiscriminator])
-def test_several_labels_of_an_image_are_scored_as_each_alone(
-    kind: type[ConvDiscriminator] | type[ResidualDiscriminator],
-) -> None:
+@RESIDUAL
+def test_several_labels_of_an_image_are_scored_as_each_alone(residual: bool) -> None:
     torch.manual_seed(0)
-    network = kind(num_classes=4, channels=1, image_size=8, widths=(4, 8))
+    network = ConvDiscriminator(
+        num_classes=4, channels=1, image_size=8, widths=(4, 8), residual=residual
+    )
     images = torch.randn(5, 1, 8, 8)
     labels = torch.randint(4, (5, 3))
     together = network(images, labels)

@@ -28,27 +28,27 @@ from training.__main__ import main
 from training.artifact import load_artifact
 from training.checkpoint import CheckpointError, RunMetadata, read_checkpoint, save_checkpoint
 from training.config import TrainingConfig
-from training.distributed import SINGLE_PROCESS
-from training.gamma_search import Look
-from training.loop import DivergedError, Stepper, TrainState, eager_stepper
+from training.gamma_search import EvaluateFn
+from training.loop import DivergedError, StepFn, make_eager_step
 from training.networks import Generator
+from training.prepare import resume_run
 from training.quality.evaluator import Evaluator, QuickMetrics
 from training.run import (
-    LOOK_SHARE,
-    LOOKS,
+    EVALUATION_BUDGET,
+    EVALUATIONS,
     MAX_ROLLBACKS,
     Run,
-    RunFolder,
     StopFlag,
-    resume_run,
     source_commit,
     stop_on_signals,
 )
+from training.run_log import RunFolder
+from training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = tiny.dataset()
-IDENTITY = RunMetadata(
+METADATA = RunMetadata(
     dataset="tiny", dataset_digest="ab", preset="mlp", seed=3, config=tiny.CONFIG, minutes=None
 )
 LOSSES = ("discriminator", "generator", "real_logit", "fake_logit", "penalty")
@@ -59,7 +59,7 @@ PATIENCE_S = 120.0  # a hung test fails by it; no test passes by it
 def _small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "LOG_EVERY_IMAGES", 160)
     monkeypatch.setattr(run_module, "SAMPLE_GRIDS", 2)
-    monkeypatch.setattr(run_module, "generator_config", tiny.network_of)
+    monkeypatch.setattr("training.prepare.generator_config", tiny.network_of)
     monkeypatch.setattr("training.quality.evaluator.QUICK_IMAGES", 100)
 
 
@@ -69,7 +69,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 @pytest.fixture(scope="module")
-def real_look() -> Look:
+def real_evaluate() -> EvaluateFn:
     """What a run is looked at with, on the tiny data set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.quality.evaluator.get_classifier", tiny.feature_classifier)
@@ -94,11 +94,8 @@ NEVER = StopFlag()
 
 
 @dataclass
-class Told:
-    """In the judge's place: sees the coverage that it is told to, and remembers what it was shown.
-
-    The last coverage is seen for ever.
-    """
+class FakeEvaluator:
+    """Returns the given coverages, the last one repeatedly, and keeps the weights it was shown."""
 
     coverages: list[float] = field(default_factory=lambda: [0.5])
     shown: list[dict[str, Tensor]] = field(default_factory=list)
@@ -110,17 +107,20 @@ class Told:
 
 
 def fresh(
-    folder: RunFolder, look: Look | None = None, config: TrainingConfig = tiny.CONFIG, **given: Any
+    folder: RunFolder,
+    evaluate: EvaluateFn = None,
+    config: TrainingConfig = tiny.CONFIG,
+    **given: Any,
 ) -> Run:
-    identity = replace(IDENTITY, config=config)
-    return Run(folder, tiny.state(config), DATA, identity, look=look or Told(), **given)
-
-
-def resumed(folder: RunFolder, look: Look | None = None) -> Run:
-    checkpoint = read_checkpoint(folder.checkpoint)
-    return resume_run(
-        folder, DATA, checkpoint, look=look or Told(), world=SINGLE_PROCESS, seconds=None
+    metadata = replace(METADATA, config=config)
+    return Run(
+        folder, tiny.state(config), DATA, metadata, evaluate=evaluate or FakeEvaluator(), **given
     )
+
+
+def resumed(folder: RunFolder, evaluate: EvaluateFn = None) -> Run:
+    checkpoint = read_checkpoint(folder.checkpoint)
+    return resume_run(folder, DATA, checkpoint, evaluate or FakeEvaluator())
 
 
 def log_of(folder: RunFolder) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def losses_of(folder: RunFolder) -> list[dict[str, Any]]:
     return [line for line in log_of(folder) if "generator" in line]
 
 
-def looks_of(folder: RunFolder) -> list[dict[str, Any]]:
+def metrics_of(folder: RunFolder) -> list[dict[str, Any]]:
     return [line for line in log_of(folder) if "coverage" in line]
 
 
@@ -164,7 +164,7 @@ def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
 
 
 def assert_same_parameters(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """All but the batch-norm statistics, which an export measures with more images than a look."""
+    """Compare all but the batch-norm statistics, which an export measures with more images."""
     parameters = [name for name in one if "running" not in name and "num_batches" not in name]
     assert len(parameters) > 5
     for name in parameters:
@@ -180,7 +180,7 @@ def test_a_run_leaves_its_artifact_checkpoint_log_pictures_and_events(folder: Ru
     assert sorted(path.name for path in folder.path.iterdir()) == [
         *("checkpoint.pt", "generator.safetensors", "log.jsonl", "samples", "tensorboard")
     ]
-    assert seen(losses_of(folder)) == seen(looks_of(folder)) == [160, 320, 480, 640]
+    assert seen(losses_of(folder)) == seen(metrics_of(folder)) == [160, 320, 480, 640]
     for line in log_of(folder):
         told = LOSSES if "generator" in line else ("gan_test", "coverage", "frechet_distance")
         extra = "images_per_s" if "generator" in line else "score"
@@ -194,8 +194,8 @@ def test_the_artifact_is_the_averaged_generator_with_its_circumstances(folder: R
         folder,
         tiny.state(),
         DATA,
-        replace(IDENTITY, dataset_digest=DATA.digest, probe={"1": 0.5}),
-        look=Told([0.1, 0.2, 0.3, 0.4]),
+        replace(METADATA, dataset_digest=DATA.digest, gamma_scores={"1": 0.5}),
+        evaluate=FakeEvaluator([0.1, 0.2, 0.3, 0.4]),
     )
     run.finish(NEVER)
 
@@ -209,7 +209,7 @@ def test_the_artifact_is_the_averaged_generator_with_its_circumstances(folder: R
     assert recorded["config"]["batch_size"] == tiny.CONFIG.batch_size
     assert (recorded["dataset"], recorded["preset"], recorded["seed"]) == ("tiny", "mlp", 3)
     assert (recorded["dataset_sha256"], recorded["device"]) == (DATA.digest, "cpu")
-    assert (recorded["probe"], recorded["processes"]) == ({"1": 0.5}, 1)
+    assert (recorded["gamma_scores"], recorded["processes"]) == ({"1": 0.5}, 1)
     averages = run.state.ema.parameters()
     for stored, averaged in zip(loaded.generator.parameters(), averages, strict=True):
         assert torch.equal(stored, averaged)
@@ -228,13 +228,13 @@ def test_pictures_are_readable_and_named_by_progress(folder: RunFolder) -> None:
 
 
 def test_tensorboard_shows_what_the_log_says_and_the_pictures(folder: RunFolder) -> None:
-    fresh(folder, Told([0.1, 0.4, 0.3, 0.5])).finish(NEVER)
+    fresh(folder, FakeEvaluator([0.1, 0.4, 0.3, 0.5])).finish(NEVER)
 
     board = board_of(folder)
     qualities = ("gan_test", "coverage", "frechet_distance", "score")
     shown_as = {
         **{f"losses/{name}": losses_of(folder) for name in LOSSES},
-        **{f"quality/{name}": looks_of(folder) for name in qualities},
+        **{f"quality/{name}": metrics_of(folder) for name in qualities},
     }
     assert set(board.Tags()["scalars"]) == {*shown_as, "images_per_s"}
     for tag, lines in shown_as.items():
@@ -253,44 +253,44 @@ def test_tensorboard_shows_what_the_log_says_and_the_pictures(folder: RunFolder)
 def test_an_artifact_exists_from_the_first_log_point_on(folder: RunFolder) -> None:
     served: list[int | None] = []
 
-    def look(generator: Generator) -> QuickMetrics:
+    def evaluate(generator: Generator) -> QuickMetrics:
         there = folder.artifact.exists()
         served.append(load_artifact(folder.artifact).info.images_seen if there else None)
-        return Told([0.1 * len(served)])(generator)
+        return FakeEvaluator([0.1 * len(served)])(generator)
 
-    fresh(folder, look).finish(NEVER)
+    fresh(folder, evaluate).finish(NEVER)
     assert served == [None, 160, 320, 480]
     assert load_artifact(folder.artifact).info.images_seen == 640
 
 
 def test_a_run_that_gets_worse_keeps_what_it_made_before(folder: RunFolder) -> None:
-    look = Told([0.5, 0.8, 0.7, 0.6])
-    fresh(folder, look).finish(NEVER)
+    evaluate = FakeEvaluator([0.5, 0.8, 0.7, 0.6])
+    fresh(folder, evaluate).finish(NEVER)
 
     assert load_artifact(folder.artifact).info.images_seen == 320
-    assert_same_parameters(weights_in(folder.artifact), look.shown[1])
-    assert not torch.equal(look.shown[1]["main.0.weight"], look.shown[3]["main.0.weight"])
+    assert_same_parameters(weights_in(folder.artifact), evaluate.shown[1])
+    assert not torch.equal(evaluate.shown[1]["main.0.weight"], evaluate.shown[3]["main.0.weight"])
 
 
 def test_of_two_equal_looks_the_later_one_is_kept(folder: RunFolder) -> None:
-    fresh(folder, Told([0.5, 0.8, 0.8, 0.6])).finish(NEVER)
+    fresh(folder, FakeEvaluator([0.5, 0.8, 0.8, 0.6])).finish(NEVER)
     assert load_artifact(folder.artifact).info.images_seen == 480
 
 
 def test_the_best_so_far_is_still_the_best_after_an_interruption(folder: RunFolder) -> None:
-    look = Told([0.5, 0.8, 0.7])
-    fresh(folder, look).finish(StopAfter(3 * 11 + 4))
-    resumed(folder, Told([0.75])).finish(NEVER)
+    evaluate = FakeEvaluator([0.5, 0.8, 0.7])
+    fresh(folder, evaluate).finish(StopAfter(3 * 11 + 4))
+    resumed(folder, FakeEvaluator([0.75])).finish(NEVER)
     assert load_artifact(folder.artifact).info.images_seen == 320
-    assert_same_parameters(weights_in(folder.artifact), look.shown[1])
+    assert_same_parameters(weights_in(folder.artifact), evaluate.shown[1])
 
 
 def test_a_look_sees_the_average_with_statistics_of_its_own(folder: RunFolder) -> None:
-    look = Told()
-    run = fresh(folder, look)
+    evaluate = FakeEvaluator()
+    run = fresh(folder, evaluate)
     run.finish(NEVER)
-    assert_same_parameters(look.shown[-1], run.state.ema.state_dict())
-    assert [int(it["main.3.num_batches_tracked"]) for it in look.shown] == [20] * 4
+    assert_same_parameters(evaluate.shown[-1], run.state.ema.state_dict())
+    assert [int(it["main.3.num_batches_tracked"]) for it in evaluate.shown] == [20] * 4
 
 
 def test_looks_come_at_the_first_log_point_at_the_last_and_so_many_times_between(
@@ -299,8 +299,8 @@ def test_looks_come_at_the_first_log_point_at_the_last_and_so_many_times_between
     monkeypatch.setattr(run_module, "LOG_EVERY_IMAGES", 16)
     fresh(folder, config=replace(tiny.CONFIG, images=1600)).finish(NEVER)
     assert len(losses_of(folder)) == 100
-    assert seen(looks_of(folder)) == [16, *range(80, 1601, 80)]
-    assert len(looks_of(folder)) == LOOKS + 1
+    assert seen(metrics_of(folder)) == [16, *range(80, 1601, 80)]
+    assert len(metrics_of(folder)) == EVALUATIONS + 1
 
 
 @pytest.mark.parametrize("questions", [5, 24, 37, 50, 53, 54])
@@ -309,13 +309,13 @@ def test_an_interruption_neither_adds_a_look_nor_leaves_one_out(
 ) -> None:
     """Else another generator could be the best than without it. Points are 2 or 3 steps apart."""
     monkeypatch.setattr(run_module, "LOG_EVERY_IMAGES", 40)
-    monkeypatch.setattr(run_module, "LOOKS", 5)
+    monkeypatch.setattr(run_module, "EVALUATIONS", 5)
     whole = RunFolder(folder.path / "whole")
     fresh(whole).finish(NEVER)
     parts = RunFolder(folder.path / "parts")
     assert not fresh(parts).finish(StopAfter(questions))
     assert resumed(parts).finish(NEVER)
-    assert seen(looks_of(parts)) == seen(looks_of(whole)) == [48, 128, 288, 400, 528, 640]
+    assert seen(metrics_of(parts)) == seen(metrics_of(whole)) == [48, 128, 288, 400, 528, 640]
 
 
 # A run that is given time
@@ -328,40 +328,40 @@ class Clock:
         self.now_s = 0.0
         monkeypatch.setattr(time, "perf_counter", lambda: self.now_s)
 
-        def timed(state: TrainState, *given: Any) -> Stepper:
-            step = eager_stepper(state, *given[:-1])
+        def timed(state: TrainState, *given: Any) -> StepFn:
+            step = make_eager_step(state, *given)
 
-            def take_time(used: float) -> Tensor:
+            def take_time(progress: float) -> Tensor:
                 self.now_s += step_s
-                return step(used)
+                return step(progress)
 
             return take_time
 
-        monkeypatch.setattr(run_module, "make_stepper", timed)
+        monkeypatch.setattr(run_module, "make_step", timed)
 
 
 def begun_now(config: TrainingConfig = tiny.CONFIG) -> TrainState:
     state = tiny.state(config)
-    state.began = time.perf_counter()
+    state.started_at = time.perf_counter()
     return state
 
 
 def test_looking_takes_a_small_share_of_a_run_that_is_given_time(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, look_s, budget_s, told = Clock(monkeypatch, step_s=0.5), 5.0, 400.0, Told()
+    clock, look_s, budget_s, told = Clock(monkeypatch, step_s=0.5), 5.0, 400.0, FakeEvaluator()
 
-    def look(generator: Generator) -> QuickMetrics:
+    def evaluate(generator: Generator) -> QuickMetrics:
         clock.now_s += look_s
         return told(generator)
 
-    run = Run(folder, begun_now(), DATA, IDENTITY, look=look, seconds=budget_s)
+    run = Run(folder, begun_now(), DATA, METADATA, evaluate=evaluate, seconds=budget_s)
     assert run.finish(NEVER)
 
-    moments = [line["elapsed_s"] for line in looks_of(folder)]
+    moments = [line["elapsed_s"] for line in metrics_of(folder)]
     assert len(moments) >= 4  # few, and yet it is looked at
-    assert all(b - a >= look_s / LOOK_SHARE for a, b in pairwise(moments[:-1]))
-    assert look_s * (len(moments) - 2) <= LOOK_SHARE * budget_s
+    assert all(b - a >= look_s / EVALUATION_BUDGET for a, b in pairwise(moments[:-1]))
+    assert look_s * (len(moments) - 2) <= EVALUATION_BUDGET * budget_s
     assert moments[-1] >= budget_s
 
 
@@ -370,15 +370,17 @@ def test_quick_looks_are_as_many_in_a_run_that_is_given_time(
 ) -> None:
     monkeypatch.setattr(run_module, "LOG_EVERY_IMAGES", 16)
     Clock(monkeypatch, step_s=1.0)
-    assert Run(folder, begun_now(), DATA, IDENTITY, look=Told(), seconds=100.0).finish(NEVER)
-    assert [line["elapsed_s"] for line in looks_of(folder)] == [1.0, *range(5, 101, 5)]
+    assert Run(folder, begun_now(), DATA, METADATA, evaluate=FakeEvaluator(), seconds=100.0).finish(
+        NEVER
+    )
+    assert [line["elapsed_s"] for line in metrics_of(folder)] == [1.0, *range(5, 101, 5)]
 
 
 def test_a_run_that_is_given_time_ends_on_time_and_schedules_by_it(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, step_s=2.0)
-    run = Run(folder, begun_now(), DATA, IDENTITY, look=Told(), seconds=60.0)
+    run = Run(folder, begun_now(), DATA, METADATA, evaluate=FakeEvaluator(), seconds=60.0)
     assert run.finish(NEVER)
 
     assert clock.now_s == 60.0
@@ -392,22 +394,15 @@ def test_time_that_was_used_before_an_interruption_counts(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, step_s=2.0)
-    run = Run(folder, begun_now(), DATA, IDENTITY, look=Told(), seconds=60.0)
+    run = Run(folder, begun_now(), DATA, METADATA, evaluate=FakeEvaluator(), seconds=60.0)
     assert not run.finish(StopAfter(14))
     used_s = clock.now_s
     clock.now_s = 5000.0  # another process, much later
     checkpoint = read_checkpoint(folder.checkpoint)
-    again = resume_run(folder, DATA, checkpoint, look=Told(), world=SINGLE_PROCESS, seconds=60.0)
+    again = resume_run(folder, DATA, checkpoint, FakeEvaluator(), seconds=60.0)
     assert again.finish(NEVER)
     assert 0 < used_s < 60.0
     assert clock.now_s == 5000.0 + 60.0 - used_s
-
-
-def test_seconds_of_real_time_end_a_run_with_an_artifact(folder: RunFolder) -> None:
-    began = time.perf_counter()
-    assert Run(folder, tiny.state(), DATA, IDENTITY, look=Told(), seconds=0.5).finish(NEVER)
-    assert 0.4 < time.perf_counter() - began < PATIENCE_S
-    assert load_artifact(folder.artifact).info.images_seen > 0
 
 
 # Going back
@@ -424,18 +419,18 @@ class Returns:
     ) -> "Returns":
         """`spoil` is let at the state before every step."""
 
-        def make(state: TrainState, *given: Any) -> Stepper:
+        def make(state: TrainState, *given: Any) -> StepFn:
             self.states.append(deepcopy(state.state_dict()))
-            step = eager_stepper(state, *given[:-1])
+            step = make_eager_step(state, *given)
 
-            def spoiled(used: float) -> Tensor:
+            def spoiled(progress: float) -> Tensor:
                 if spoil is not None:
                     spoil(state)
-                return step(used)
+                return step(progress)
 
             return spoiled
 
-        monkeypatch.setattr(run_module, "make_stepper", make)
+        monkeypatch.setattr(run_module, "make_step", make)
         return self
 
 
@@ -468,58 +463,58 @@ def assert_went_back(returns: Returns, run: Run, *, images_seen: int, scale: flo
 
 
 def test_a_collapse_goes_back_to_the_best_and_on_at_half_the_rate(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     returns = Returns().watch(monkeypatch)
-    look = Told([0.5, 0.8, 0.3, 0.7])
-    run = fresh(folder, look)
+    evaluate = FakeEvaluator([0.5, 0.8, 0.3, 0.7])
+    run = fresh(folder, evaluate)
 
     assert run.finish(NEVER)
 
     assert len(returns.states) == 2
     assert_went_back(returns, run, images_seen=480, scale=0.5)
     assert seen(losses_of(folder)) == [160, 320, 480, 640]
-    assert seen(looks_of(folder)) == [160, 320, 480, 640]
+    assert seen(metrics_of(folder)) == [160, 320, 480, 640]
     (event,) = events_of(folder)
     assert event == (
-        "collapsed: coverage is 0.300 after 480 images, and was 0.800; "
-        "back to the best, at 0.5 of the rate"
+        "coverage collapsed from 0.800 to 0.300 after 480 images; "
+        "rolled back to the best state, at 0.5 of the learning rate"
     )
-    assert event in capsys.readouterr().err
+    assert caplog.messages == [event]
     # The last of its steps went on from the best, at half of the rate.
-    assert not torch.equal(look.shown[3]["main.0.weight"], look.shown[1]["main.0.weight"])
+    assert not torch.equal(evaluate.shown[3]["main.0.weight"], evaluate.shown[1]["main.0.weight"])
     rate = run.state.generator_optimizer.param_groups[0]["lr"]
     assert rate == pytest.approx(0.5 * tiny.CONFIG.lr * 0.5 * (1 + np.cos(np.pi * 624 / 640)))
     assert load_artifact(folder.artifact).info.images_seen == 320
 
 
 def test_a_coverage_of_just_half_is_no_collapse(folder: RunFolder) -> None:
-    run = fresh(folder, Told([0.8, 0.4]))
+    run = fresh(folder, FakeEvaluator([0.8, 0.4]))
     assert run.finish(NEVER)
     assert events_of(folder) == []
     assert run.state.lr_scale == 1.0
 
 
 def test_a_collapse_at_the_very_end_still_exports_the_best(folder: RunFolder) -> None:
-    look = Told([0.5, 0.8, 0.7, 0.1])
-    assert fresh(folder, look).finish(NEVER)
+    evaluate = FakeEvaluator([0.5, 0.8, 0.7, 0.1])
+    assert fresh(folder, evaluate).finish(NEVER)
     assert len(events_of(folder)) == 1
-    assert_same_parameters(weights_in(folder.artifact), look.shown[1])
+    assert_same_parameters(weights_in(folder.artifact), evaluate.shown[1])
 
 
 def test_losses_that_are_no_numbers_go_back_as_well(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     returns = Returns().watch(monkeypatch, SpoilAt(400))
-    run = fresh(folder, Told([0.5, 0.8, 0.9]))
+    run = fresh(folder, FakeEvaluator([0.5, 0.8, 0.9]))
 
     assert run.finish(NEVER)
 
     assert len(returns.states) == 2
     assert seen(losses_of(folder)) == [160, 320, 640]
     (event,) = events_of(folder)
-    assert event.startswith("the losses are no longer finite after 480 images; back to the best")
-    assert event in capsys.readouterr().err
+    assert event.startswith("the losses are not finite after 480 images; rolled back to the best")
+    assert caplog.messages == [event]
     assert returns.states[1]["lr_scale"] == 0.5
     assert returns.states[1]["images_seen"] == 480
     for network in (run.state.generator, run.state.discriminator, run.state.ema):
@@ -531,7 +526,7 @@ def test_with_nothing_to_go_back_to_a_breakdown_ends_the_run(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Returns().watch(monkeypatch, SpoilAt(0))
-    with pytest.raises(DivergedError, match="finite after 160 images; nothing had been learnt"):
+    with pytest.raises(DivergedError, match="finite after 160 images, before the first evaluation"):
         fresh(folder).finish(NEVER)
     assert not folder.artifact.exists()
 
@@ -542,10 +537,10 @@ def test_after_too_many_returns_the_run_ends_and_its_best_is_there(
 ) -> None:
     spoil = SpoilAt(*range(170, 2000, 160)) if kind == "not a number" else None
     returns = Returns().watch(monkeypatch, spoil)
-    look = Told([0.8, 0.1] if kind == "collapse" else [0.8])
-    run = fresh(folder, look, replace(tiny.CONFIG, images=3200))
+    evaluate = FakeEvaluator([0.8, 0.1] if kind == "collapse" else [0.8])
+    run = fresh(folder, evaluate, replace(tiny.CONFIG, images=3200))
 
-    with pytest.raises(DivergedError, match=f"after {MAX_ROLLBACKS} returns to the best") as caught:
+    with pytest.raises(DivergedError, match=f"after {MAX_ROLLBACKS} rollbacks") as caught:
         run.finish(NEVER)
 
     assert str(folder.artifact) in str(caught.value)
@@ -554,26 +549,26 @@ def test_after_too_many_returns_the_run_ends_and_its_best_is_there(
     assert_went_back(returns, run, images_seen=640, scale=0.125)
     assert len(events_of(folder)) == MAX_ROLLBACKS == 3
     assert load_artifact(folder.artifact).info.images_seen == 160
-    assert_same_parameters(weights_in(folder.artifact), look.shown[0])
+    assert_same_parameters(weights_in(folder.artifact), evaluate.shown[0])
 
 
 def test_a_return_survives_a_checkpoint(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(tiny.CONFIG, images=3200)
-    look = Told([0.8, 0.1, 0.7])
-    assert not fresh(folder, look, config).finish(StopAfter(3 * 11 + 5))
+    evaluate = FakeEvaluator([0.8, 0.1, 0.7])
+    assert not fresh(folder, evaluate, config).finish(StopAfter(3 * 11 + 5))
     stored = read_checkpoint(folder.checkpoint).state
     assert stored["lr_scale"] == 0.5
 
     returns = Returns().watch(monkeypatch)
-    run = resumed(folder, Told([0.1]))
+    run = resumed(folder, FakeEvaluator([0.1]))
     assert run.best is not None
-    assert run.best.glance.coverage == 0.8
-    with pytest.raises(DivergedError, match="returns to the best"):
+    assert run.best.metrics.coverage == 0.8
+    with pytest.raises(DivergedError, match="3 rollbacks"):
         run.finish(NEVER)
 
     # What is left of the three; and the best is what it was.
     assert [it["lr_scale"] for it in returns.states] == [0.5, 0.25, 0.125]
-    assert_same_parameters(returns.states[-1]["ema"], look.shown[0])
+    assert_same_parameters(returns.states[-1]["ema"], evaluate.shown[0])
     assert load_artifact(folder.artifact).info.images_seen == 160
 
 
@@ -611,19 +606,19 @@ def test_a_stop_at_any_moment_leaves_a_checkpoint_of_the_present_state(
     ids=["mlp", "conv", "distorted"],
 )
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(
-    tmp_path: Path, real_look: Look, config: TrainingConfig
+    tmp_path: Path, real_evaluate: EvaluateFn, config: TrainingConfig
 ) -> None:
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
-    fresh(whole, real_look, config).finish(NEVER)
+    fresh(whole, real_evaluate, config).finish(NEVER)
 
-    fresh(parts, real_look, config).finish(StopAfter(14))
-    resumed(parts, real_look).finish(NEVER)
+    fresh(parts, real_evaluate, config).finish(StopAfter(14))
+    resumed(parts, real_evaluate).finish(NEVER)
 
     assert_same_weights(weights_in(whole.artifact), weights_in(parts.artifact))
     images_seen = seen(losses_of(parts))
     assert images_seen == sorted(set(images_seen))
     assert images_seen[-4:] == [208, 320, 480, 640]
-    assert timeless(looks_of(parts)) == timeless(looks_of(whole))
+    assert timeless(metrics_of(parts)) == timeless(metrics_of(whole))
 
 
 def test_what_was_logged_after_the_checkpoint_is_dropped_when_it_is_gone_on_from(
@@ -655,7 +650,7 @@ def test_tensorboard_keeps_every_point_of_an_interrupted_run_once(folder: RunFol
     board = board_of(folder)
     for tag, lines in (
         ("losses/generator", losses_of(folder)),
-        ("quality/coverage", looks_of(folder)),
+        ("quality/coverage", metrics_of(folder)),
     ):
         assert [event.step for event in board.Scalars(tag)] == seen(lines)
 
@@ -688,10 +683,10 @@ def test_a_finished_run_that_is_gone_on_from_makes_the_same_artifact(folder: Run
     fresh(folder).finish(NEVER)
     before = weights_in(folder.artifact)
     folder.artifact.unlink()
-    look = Told()
-    assert resumed(folder, look).finish(NEVER)
+    evaluate = FakeEvaluator()
+    assert resumed(folder, evaluate).finish(NEVER)
     assert_same_weights(weights_in(folder.artifact), before)
-    assert look.shown == []
+    assert evaluate.shown == []
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_its_cause(
@@ -700,18 +695,6 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_its_cause(
     folder.checkpoint.mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt: cannot be written: Is a directory"):
         fresh(folder).finish(NEVER)
-
-
-def test_a_folder_is_made_ready_and_left_empty(folder: RunFolder) -> None:
-    folder.prepare()
-    folder.prepare()
-    assert [path.name for path in folder.path.rglob("*")] == ["samples"]
-
-
-def test_a_folder_that_takes_no_files_is_named_before_time_is_spent(folder: RunFolder) -> None:
-    folder.path.write_text("a file")
-    with pytest.raises(OSError, match="run"):
-        folder.prepare()
 
 
 # Signals
@@ -792,7 +775,7 @@ def test_a_signal_ends_the_command_with_a_checkpoint_and_the_shells_status(
     assert process.returncode == status
     images_seen = read_checkpoint(folder.checkpoint).state["images_seen"]
     assert images_seen >= 160
-    assert f"Stopped after {images_seen:,} images; go on with --resume." in errors
+    assert f"Stopped after {images_seen:,} images; continue with --resume." in errors
     assert "Traceback" not in errors
     assert 160 <= load_artifact(folder.artifact).info.images_seen <= images_seen
 
@@ -849,8 +832,8 @@ def test_the_source_commit_says_whether_files_differ_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def git(*arguments: str) -> str:
-        identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
-        command = ["git", *identity, *arguments]
+        metadata = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+        command = ["git", *metadata, *arguments]
         ended = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
         return ended.stdout.strip()
 
