@@ -163,7 +163,7 @@ def test_what_the_training_container_publishes_is_served_without_a_restart(
             "--minutes",
             "1",
         ),
-        *("--publish", "weights/trained.safetensors"),
+        *("--export-to", "weights/trained.safetensors"),
         CGAN_DATA_DIR=str(tmp_path),
     )
     deadline = time.monotonic() + 60

@@ -109,7 +109,7 @@ def model(name: str, *what: str) -> Callable[[Options], dict[str, Command]]:
         source = what or (str(options.folder),)
         run = train(options, name, source)
         if options.rehearse:
-            return {name: [*run, "--images", "1280", "--gamma", "1"]}
+            return {name: [*run, "--images", "1280", "--r1-gamma", "1"]}
         return {name: [*run, "--minutes", f"{options.minutes:g}", "--certify"]}
 
     return commands

@@ -39,7 +39,7 @@ def test_a_training_publishes_into_the_folder_that_is_served(name: str) -> None:
     assert served == SERVICES["api-cpu"]["volumes"][0] == "weights:/app/weights:ro"
     assert "weights:/app/weights" in train["volumes"]
     command = train["command"]
-    assert command[command.index("--publish") + 1] == "weights/trained.safetensors"
+    assert command[command.index("--export-to") + 1] == "weights/trained.safetensors"
     assert train["restart"] == "no"
     # Only a name, or the profile on a GPU host, starts one.
     assert train["profiles"] == (["training"] if name == "train" else ["cpu"])

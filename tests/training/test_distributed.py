@@ -61,7 +61,8 @@ def test_processes_that_draw_alike_show_each_image_of_a_batch_once(size: int, se
 
 
 def test_exactly_one_process_is_the_main_process() -> None:
-    assert [DistributedContext(rank, 3).is_main_process for rank in range(3)] == [True, False, False]
+    main = [DistributedContext(rank, 3).is_main_process for rank in range(3)]
+    assert main == [True, False, False]
     assert SINGLE_PROCESS.is_main_process
 
 

@@ -403,7 +403,7 @@ def test_missing_data_is_named_with_what_to_do(out: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "mps", ""])
 def test_an_unknown_device_is_answered_with_the_ones_there_are(out: Path, name: str) -> None:
     result = invoke("train", "mnist", "--device", name, "--out", out)
-    refused(result, repr(name), "allowed are auto, cpu, cuda, cuda:N")
+    refused(result, repr(name), "expected auto, cpu, cuda or cuda:N")
 
 
 def test_a_device_that_is_not_there_is_not_replaced_by_another(out: Path) -> None:
@@ -415,7 +415,7 @@ def test_a_device_that_is_not_there_is_not_replaced_by_another(out: Path) -> Non
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_by_name_is_not_replaced_by_the_cpu(out: Path) -> None:
     result = invoke("train", "mnist", "--device", "cuda", "--out", out)
-    refused(result, "cuda was asked for, but PyTorch", "sees 0 CUDA devices here")
+    refused(result, "device cuda is missing: PyTorch", "sees 0 CUDA devices")
 
 
 # train --dry-run

@@ -295,8 +295,8 @@ def _one_size(path: Path, files: Sequence[_File]) -> int:
     rare = next(file.path for file in files if file.original == (width, height))
     raise DataError(
         f"{path}: the sizes of the images are {shown}; that of {rare.relative_to(path)} is "
-        f"{width}x{height}. They must be one square size from {MIN_SIZE} to {MAX_SIZE}: --size 32 "
-        "crops and resizes them."
+        f"{width}x{height}. They must be one square size from {MIN_SIZE} to {MAX_SIZE}: "
+        "--image-size 32 crops and resizes them."
     )
 
 

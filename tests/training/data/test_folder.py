@@ -487,7 +487,7 @@ def test_a_class_of_a_single_image_is_named(pets: Path) -> None:
 
 def test_mixed_sizes_are_listed_with_the_way_out(pets: Path) -> None:
     fill(pets / "cat", 2, seed=9, size=32)
-    refused(pets, "28x28 (48), 32x32 (2)", "one square size from 28 to 64", "--size 32")
+    refused(pets, "28x28 (48), 32x32 (2)", "one square size from 28 to 64", "--image-size 32")
     fill(pets / "dog", 1, seed=9, size=40)
     refused(pets, f"that of {Path('dog') / '000.png'} is 40x40")
 
@@ -500,7 +500,7 @@ def test_sizes_that_are_not_allowed_are_listed(tmp_path: Path, shape: tuple[int,
             pixels = np.full(shape, 10 * i + j, np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{j}.png")
     height, width = shape
-    refused(tmp_path, f"are {width}x{height} (6)", "from 28 to 64", "--size 32")
+    refused(tmp_path, f"are {width}x{height} (6)", "from 28 to 64", "--image-size 32")
 
 
 def test_no_usable_image_at_all_is_said(tmp_path: Path) -> None:
