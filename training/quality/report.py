@@ -20,30 +20,8 @@ _INTRODUCTION = """\
 # Models
 
 Each `*.safetensors` file here is a generator that the service serves under the file's name. The
-metrics come from the certificate inside the file. `python -m training evaluate FILE --report`
-writes this page.
-"""
-
-_EXPLANATION = """\
-## Metrics
-
-A classifier that was trained on real training images only provides labels and features. All metrics
-compare with the real test images, which neither the classifier nor the generator ever saw. The
-column of real images shows the metrics of equally many real training images: the best values to
-expect.
-
-- **GAN-test**: share of generated images that are classified as the label they were generated for.
-- **GAN-train**: accuracy on the real test images of a classifier trained on generated images only;
-  mean and standard deviation of several. It is high only where images are correct *and* varied.
-- **Precision, recall**: share of generated images that lie among the real ones, and the reverse.
-- **Density, coverage**: how densely real images surround the generated ones, and the share of real
-  images that have a generated one as a near neighbour. A collapsed generator has a low coverage.
-- **Fréchet distance, KID**: distances of the two sets in the classifier's features; 0 is equal.
-- **Nearest training image**: the distance of an image's pixels, in [0, 1], to the nearest training
-  image, for generated images and for real test images. A generator that repeats its training images
-  comes closer than test images do; *close* is the share that is closer than 99 % of test images.
-- **Parzen window**: the log-likelihood, in nats, that the papers of 2014 report, with their values.
-  It prefers averages to images (arXiv 1511.01844): real training images do not score best by it.
+metrics come from the certificate inside the file; [training](../training/README.md#metrics)
+explains them. `python -m training evaluate FILE --report` writes this page.
 """
 
 
@@ -126,9 +104,7 @@ def picture_path(artifact: Artifact) -> Path:
 
 def render_page(artifacts: list[Artifact]) -> str:
     """Return the page in Markdown: a table of all models, then a section per model."""
-    return "\n".join(
-        [_INTRODUCTION, _overview(artifacts), "", *map(_section, artifacts), _EXPLANATION]
-    )
+    return "\n".join([_INTRODUCTION, _overview(artifacts), "", *map(_section, artifacts)])
 
 
 def _overview(artifacts: list[Artifact]) -> str:
