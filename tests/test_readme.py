@@ -13,8 +13,6 @@ import pytest
 from PIL import Image
 
 from service.__main__ import COMMANDS as SERVICE
-from service.api.datasets import DataSetQuery
-from service.api.parameters import GenerateQuery
 from service.encoding.images import MEDIA_TYPES
 from service.settings import RENAMED, Settings, parse
 from tests import faults
@@ -168,15 +166,22 @@ def test_every_option_is_listed_with_its_default() -> None:
             assert listed[option] == str(field.default), option
 
 
+@pytest.fixture(scope="module")
+def schema(service: ServiceProcess) -> Any:
+    return service.client.get("/openapi.json").json()["paths"]
+
+
 @pytest.mark.parametrize(
-    ("heading", "model"), [("Parameters", GenerateQuery), ("Data sets", DataSetQuery)]
+    ("heading", "path"), [("Parameters", "/generate"), ("Data sets", "/dataset")]
 )
-def test_every_parameter_is_listed_with_what_is_allowed(heading: str, model: Any) -> None:
+def test_every_parameter_is_listed_with_what_is_allowed(
+    schema: Any, heading: str, path: str
+) -> None:
     table = rows(section("service/README.md", heading), "parameter")
     listed = {plain(name): (allowed, plain(default)) for name, allowed, default, _ in table}
-    schema = model.model_json_schema()["properties"]
-    assert listed.keys() == schema.keys()
-    for name, described in schema.items():
+    parameters = {each["name"]: each["schema"] for each in schema[path]["get"]["parameters"]}
+    assert listed.keys() == parameters.keys()
+    for name, described in parameters.items():
         allowed, default = listed[name]
         for kind in (described, *described.get("anyOf", [])):
             bounds = {kind[each] for each in ("minimum", "maximum") if each in kind}
@@ -192,17 +197,21 @@ def numbers(cell: str) -> set[int]:
     return powers | {int(each) for each in re.findall(r"\b\d+\b", cell)}
 
 
-def test_every_format_is_listed() -> None:
+def test_every_format_is_listed(schema: Any) -> None:
     table = rows(section("service/README.md", "Formats"), "`format`")
     assert {plain(name): plain(media_type) for name, media_type, _ in table} == MEDIA_TYPES
     sets = rows(section("service/README.md", "Data sets"), "`format`")
-    schema = DataSetQuery.model_json_schema()["properties"]["format"]
-    assert [plain(name) for name, *_ in sets] == schema["enum"]
+    (described,) = [
+        each["schema"]
+        for each in schema["/dataset"]["get"]["parameters"]
+        if each["name"] == "format"
+    ]
+    assert [plain(name) for name, *_ in sets] == described["enum"]
 
 
-def test_every_status_of_an_error_is_listed(service: ServiceProcess) -> None:
+def test_every_status_of_an_error_is_listed(schema: Any) -> None:
     listed = {status for status, *_ in rows(section("service/README.md", "Errors"), "status")}
-    for path, methods in service.client.get("/openapi.json").json()["paths"].items():
+    for path, methods in schema.items():
         for method in methods.values():
             errors = {status for status in method["responses"] if status >= "400"}
             assert errors <= listed, path
