@@ -446,23 +446,23 @@ async def neighbours() -> Findings:
             (await client.ask(each)).body for client, each in zip(clients, targets, strict=True)
         ]
         rows, batches = await _batches(port)
-        same = left = 0
+        same = answered = 0
         for _ in range(20):
             leavers = [leave(port, "/generate?label=3&n=1024", after_s=0.3) for _ in targets]
             leaving = asyncio.gather(*leavers)
             while not leaving.done():
                 answers = await asyncio.gather(*map(Client.ask, clients, targets))
                 same += sum(a.body == b for a, b in zip(answers, quiet, strict=True))
-                left += len(answers)
+                answered += len(answers)
             await leaving
-        left = metric(await scrape(port), "cgan_requests_total", 'status="499"')
+        departed = metric(await scrape(port), "cgan_requests_total", 'status="499"')
         more_rows, more_batches = await _batches(port)
         mean = (more_rows - rows) / (more_batches - batches)
         for client in clients:
             client.close()
         return [
-            (f"{same:,} of {left:,} answers are the same bytes", same == left > 0),
-            (f"{left:.0f} of 320 left before their answer", left > 0),
+            (f"{same:,} of {answered:,} answers are the same bytes", same == answered > 0),
+            (f"{departed:.0f} of 320 left before their answer", departed > 0),
             (f"{mean:.0f} images in a batch, on average", mean > 16),
         ]
 

@@ -25,7 +25,12 @@ from training.data.named import default_data_dir
 from training.devices import DeviceError, resolve_device
 
 LIMIT_S = 590.0  # of a part
-SERVICES = ("end_to_end", "readiness", "reload", "workers")
+SERVICES = (
+    "tests/test_end_to_end.py",
+    "tests/service/inference/test_health.py",
+    "tests/service/inference/test_reload.py",
+    "tests/service/server/test_workers.py",
+)
 FAULTS = ("not_a_number", "out_of_memory", "lost_device")
 
 
@@ -51,9 +56,7 @@ Command = list[str]
 def tests(options: Options) -> dict[str, Command]:
     """Return the tests marked `gpu`, and services as users start them."""
     marked = ["pytest", "-m", "gpu", "tests"]
-    files = [f"tests/test_{name}.py" for name in SERVICES]
-    if options.rehearse:
-        files = files[:1]
+    files = SERVICES[:1] if options.rehearse else SERVICES
     return {
         "marked": marked,
         "services": ["pytest", *files],

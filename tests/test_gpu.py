@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests import gpu
-from tests.gpu import PARTS, Options
+from tests.gpu import PARTS, SERVICES, Options
+from tests.support.processes import REPOSITORY
 
 
 def options(out: Path, *, rehearse: bool) -> Options:
@@ -20,6 +21,11 @@ def test_every_command_is_a_module_that_there_is(part: str, tmp_path: Path) -> N
         commands = PARTS[part](options(tmp_path, rehearse=rehearse))
         for module, *_ in commands.values():
             assert importlib.util.find_spec(module) is not None
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_file_of_tests_exists(name: str) -> None:
+    assert (REPOSITORY / name).is_file()
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part != "tests"])
