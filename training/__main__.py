@@ -13,27 +13,24 @@ from typing import Any
 
 import click
 import torch
-from tqdm import tqdm
 
 from training.artifact import ArtifactError, ArtifactInfo, load_artifact, save_artifact
-from training.checkpoint import CheckpointError
+from training.cli import Commands
 from training.config import PRESETS, TrainingConfig
 from training.cuda_graph import make_step
 from training.data.folder import MAX_SIZE, MIN_SIZE, is_folder
 from training.data.named import DATASETS, DataError, Dataset
-from training.devices import DeviceError, limit_threads
 from training.distributed import init_distributed
 from training.files import prepare_folder, write_atomically
 from training.gamma_search import DEFAULT_GAMMA
 from training.images import class_grid, grid, save_png
 from training.importing import ForeignCheckpointError, describe_foreign, load_foreign
 from training.inspection import render_picture, render_summary, summary
-from training.loop import DivergedError, train
+from training.loop import train
 from training.networks import Generator, GeneratorConfig, count_parameters
 from training.prepare import (
     DEFAULT_PRESET,
     SMALL_DATASET,
-    SettingsError,
     TrainSettings,
     load_splits,
     prepare_run,
@@ -52,67 +49,13 @@ from training.quality.report import render_table, write_report
 from training.run import Run, StopFlag, stop_on_signals
 from training.sampling import generate
 
-# Errors that a user can fix. Any other exception is a defect of this code, with its traceback.
-EXPECTED = (
-    ArtifactError,
-    CheckpointError,
-    DataError,
-    DeviceError,
-    DivergedError,
-    ForeignCheckpointError,
-    ClassifierError,
-    OSError,
-)
-# Names of earlier releases, which work until the next one.
-RENAMED_COMMANDS = {"judge": "train-classifier"}
-RENAMED_OPTIONS = {
-    "--gamma": "--r1-gamma",
-    "--mismatch": "--mismatch-weight",
-    "--publish": "--export-to",
-    "--from": "--init-from",
-    "--size": "--image-size",
-}
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 
 logger = logging.getLogger("training")
 
 
-class _TerminalHandler(logging.Handler):
-    """Prints information on stdout and warnings on stderr, above a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        tqdm.write(self.format(record), file=stream)
-
-
-class _Commands(click.Group):
-    """A group of commands that accepts renamed ones and reports expected errors in one line."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        limit_threads()
-        logger.setLevel(logging.INFO)
-        logger.handlers = [_TerminalHandler()]
-        command = [_current_name(RENAMED_COMMANDS, name) for name in args[:1]]
-        options = [_current_name(RENAMED_OPTIONS, argument) for argument in args[1:]]
-        return super().parse_args(ctx, command + options)
-
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except SettingsError as error:
-            raise click.UsageError(str(error)) from error
-        except EXPECTED as error:
-            raise click.ClickException(str(error)) from error
-
-
-def _current_name(renamed: dict[str, str], argument: str) -> str:
-    name, separator, value = argument.partition("=")
-    if name not in renamed:
-        return argument
-    logger.warning("%s is deprecated; use %s", name, renamed[name])
-    return renamed[name] + separator + value
-
-
-@click.group(cls=_Commands, context_settings={"show_default": True, "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 100})
 @click.version_option(package_name="cgan-service", prog_name="cgan-train")
 def main() -> None:
     """Train class-conditional image generators, evaluate them, and sample from them."""
@@ -125,7 +68,7 @@ device_option = click.option(
 )
 data_dir_option = click.option(
     "--data-dir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     default=None,
     help="Folder of the named data sets, which are downloaded if missing: "
     "DIR/mnist/train-images-idx3-ubyte.gz … [default: $CGAN_DATA_DIR, else a cache folder]",
@@ -153,7 +96,7 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
 @data_dir_option
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     help="Folder of the run: checkpoint.pt, log.jsonl, samples, tensorboard, and the best "
     "generator so far, generator.safetensors. [default: runs/DATASET-PRESET]",
 )
@@ -210,13 +153,13 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
 @click.option("--certify", is_flag=True, help="Evaluate the generator at the end of the run.")
 @click.option(
     "--export-to",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Copy the finished artifact to this path, NAME.safetensors. A service that watches the "
     "folder serves it as NAME.",
 )
 @click.option(
     "--init-from",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     help="Start with the networks of the run in this folder, which has the same preset.",
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out exactly where it stopped.")
@@ -356,21 +299,12 @@ def _shape(images: GeneratorConfig | Dataset) -> str:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--label", multiple=True, required=True, help="Class index or name; repeatable.")
 @click.option("--n", type=click.IntRange(1, 10_000), default=16, help="Images per label.")
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG file."
-)
+@click.option("--out", type=FILE, required=True, help="The PNG file.")
 @seed_option
 @click.option("--scale", type=click.IntRange(1, 16), default=1, help="Integer enlargement.")
 @device_option
 def sample_command(
-    *,
-    artifact: Path,
-    label: tuple[str, ...],
-    n: int,
-    out: Path,
-    seed: int,
-    scale: int,
-    device: str,
+    *, artifact: Path, label: tuple[str, ...], n: int, out: Path, seed: int, scale: int, device: str
 ) -> None:
     """Generate images with ARTIFACT and write them as one PNG sheet."""
     if out.suffix.lower() != ".png":
@@ -389,12 +323,7 @@ def sample_command(
 
 @main.command("train-classifier")
 @dataset_argument
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    required=True,
-    help="The safetensors file to write.",
-)
+@click.option("--out", type=FILE, required=True, help="The safetensors file to write.")
 @click.option(
     "--epochs", type=click.IntRange(1), default=EPOCHS, help="Passes over the training images."
 )
@@ -436,13 +365,7 @@ _UNMEASURED = "To import it without an evaluation, give --no-certify."
 @device_option
 @data_dir_option
 def import_command(
-    *,
-    checkpoint: Path,
-    out: Path,
-    dataset: str,
-    certify: bool,
-    device: str,
-    data_dir: Path | None,
+    *, checkpoint: Path, out: Path, dataset: str, certify: bool, device: str, data_dir: Path | None
 ) -> None:
     """Convert CHECKPOINT, a generator's state dict of CGAN-PyTorch, to an artifact."""
     if out.suffix != ".safetensors":
@@ -472,7 +395,7 @@ def import_command(
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
     "--picture",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="A PNG file to write, one row per class. [default: a small picture in the terminal]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from training.config import TrainingConfig
-from training.files import write_atomically
+from training.files import FileError, write_atomically
 from training.state import TrainState
 
 _MAGIC = b"cgan checkpoint, version 3\n"
@@ -35,8 +35,8 @@ _RENAMED = {
 }
 
 
-class CheckpointError(Exception):
-    """A checkpoint cannot be written, read or resumed; names the path and the cause."""
+class CheckpointError(FileError):
+    """A checkpoint that cannot be written, read or resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def save_checkpoint(
         write_atomically(path, _MAGIC + hashlib.sha256(payload).digest() + payload)
     except OSError as error:
         kept = "; the previous checkpoint is intact" if path.exists() else ""
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}{kept}") from error
+        raise CheckpointError(path, f"cannot be written: {error.strerror}{kept}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class Checkpoint:
             state.load_state_dict(self.state)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             cause = str(error).splitlines()[0]
-            raise CheckpointError(f"{self.path}: incompatible configuration: {cause}") from error
+            raise CheckpointError(self.path, f"incompatible configuration: {cause}") from error
 
     def initialise(self, state: TrainState) -> None:
         """Load only the networks and optimisers, as the start of another run.
@@ -143,7 +143,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         contents = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint; no code in it was executed") from error
+        raise CheckpointError(path, "not a checkpoint; no code in it was executed") from error
     try:
         contents = _with_current_names(contents)
         stored = _with_current_names(contents["metadata"])
@@ -152,7 +152,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         best = contents["best"] and _with_current_names(contents["best"])
         return Checkpoint(path=path, metadata=metadata, state=contents["state"], best=best)
     except (AttributeError, KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"{path}: incompatible version; start a new run") from error
+        raise CheckpointError(path, "incompatible version; start a new run") from error
 
 
 def _with_current_names(values: dict[str, Any]) -> dict[str, Any]:
@@ -163,13 +163,13 @@ def _read_payload(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: does not exist, so there is no run to resume") from error
+        raise CheckpointError(path, "does not exist, so there is no run to resume") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
     if not data.startswith(_MAGIC):
-        raise CheckpointError(f"{path}: not a checkpoint, or of an incompatible version")
+        raise CheckpointError(path, "not a checkpoint, or of an incompatible version")
     start = len(_MAGIC) + _DIGEST_BYTES
     payload = data[start:]
     if hashlib.sha256(payload).digest() != data[len(_MAGIC) : start]:
-        raise CheckpointError(f"{path}: damaged: the contents do not match their SHA-256")
+        raise CheckpointError(path, "damaged: the contents do not match their SHA-256")
     return payload

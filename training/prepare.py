@@ -194,7 +194,7 @@ def _read_source(run: Path, preset: str) -> Checkpoint:
     source = read_checkpoint(RunFolder(run).checkpoint)
     have = source.metadata.preset
     if have != preset:
-        raise CheckpointError(f"{source.path}: its preset is {have!r}, but {preset!r} was given")
+        raise CheckpointError(source.path, f"its preset is {have!r}, but {preset!r} was given")
     return source
 
 
@@ -211,15 +211,16 @@ def _read_resumed(folder: RunFolder, wanted: RunMetadata, settings: TrainSetting
         if have != want:
             option = "DATASET" if name == "dataset" else f"--{name.replace('_', '-')}"
             raise CheckpointError(
-                f"{folder.checkpoint}: {option} of this run is "
-                f"{'not set' if have is None else repr(have)}, but {want!r} was given; give the "
-                "same value, or start a new run in another --out"
+                checkpoint.path,
+                f"{option} of this run is {'not set' if have is None else repr(have)}, but "
+                f"{want!r} was given; give the same value, or start a new run in another --out",
             )
     if stored.dataset_digest != wanted.dataset_digest:
         raise CheckpointError(
-            f"{folder.checkpoint}: the images of {stored.dataset} have changed: their SHA-256 was "
+            checkpoint.path,
+            f"the images of {stored.dataset} have changed: their SHA-256 was "
             f"{stored.dataset_digest[:12]}… and is {wanted.dataset_digest[:12]}… now; restore "
-            "them, or start a new run in another --out"
+            "them, or start a new run in another --out",
         )
     return checkpoint
 

@@ -29,10 +29,9 @@ from training.run_log import RunFolder
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = tiny.dataset()
-IMAGES = 640
 # No batch norm, which normalises each share by itself, and no distortions, which each share draws.
 TRAIN = ("train", "mnist", "--preset", "conv", "--device", "cpu", "--no-augment")
-PATIENCE_S = 180.0  # a hung test fails by it; no test passes by it
+TIMEOUT_S = 180.0  # a hung test fails; no test passes by it
 
 
 # One process
@@ -98,46 +97,51 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.Mo
 # Two processes
 
 SCRIPT = """
-import os, signal, sys, time
+import os, shutil, signal, sys
 from pathlib import Path
 import pytest
 from tests.support import tiny_training as tiny
 from training import loop
 from training.__main__ import main
 
-folder, images, last_step = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
-tiny.install(pytest.MonkeyPatch(), folder / os.environ["RANK"], images=images)
-train_step, made = loop.train_step, 0
+scratch, rank = Path(sys.argv.pop(1)), os.environ["RANK"]
+out = sys.argv[sys.argv.index("--out") + 1]
+tiny.install(pytest.MonkeyPatch(), scratch / rank)
+train_step = loop.train_step
 
-def step(*given, **options):
-    global made
-    made += 1
-    if made == last_step and os.environ["RANK"] == "0":
-        handler = signal.getsignal(signal.SIGTERM)
-        os.kill(os.getppid(), signal.SIGTERM)  # the launcher, which tells all of its processes
-        while signal.getsignal(signal.SIGTERM) is handler:  # until it has reached this one
-            time.sleep(0.01)
-    return train_step(*given, **options)
+def step(state, *given, **options):
+    if state.images_seen == 26 * 16 and rank == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(state, *given, **options)
 
 loop.train_step = step
-main(prog_name="training")
+try:
+    main(prog_name="training")
+except SystemExit as error:
+    (scratch / f"status{rank}").write_text(str(error.code))
+loop.train_step = train_step
+if rank == "0":
+    shutil.copytree(out, scratch / "stopped")
+print("resumed", flush=True)
+main([*sys.argv[1:], "--resume"], prog_name="training")
 """
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What two processes printed and how their launcher ended."""
+    """Two processes: the folder when they stopped and at the end, their statuses and outputs."""
 
-    status: int
+    stopped: RunFolder
+    resumed: RunFolder
+    statuses: list[str]
     errors: list[str]
     outputs: list[str]
 
 
-def launch(
-    folder: RunFolder, scratch: Path, *options: str, images: int = IMAGES, last_step: int = 0
-) -> Ended:
-    """The real command in two processes on the loopback; SIGTERM comes during `last_step`."""
-    scratch.mkdir()
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The command in two processes: SIGTERM to the second stops both at step 27; they resume."""
+    scratch = tmp_path_factory.mktemp("pair")
     (scratch / "script.py").write_text(SCRIPT)
     environment = {
         **os.environ,
@@ -149,15 +153,14 @@ def launch(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "2", "--redirects", "3", "--log-dir", str(scratch / "logs")),
-            *(str(scratch / "script.py"), str(scratch / "data"), str(images), str(last_step)),
-            *(*TRAIN, "--out", str(folder.path), *options),
+            *(str(scratch / "script.py"), str(scratch), *TRAIN, "--out", str(scratch / "run")),
         ],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
     )
 
     def printed(name: str) -> list[str]:
@@ -165,7 +168,11 @@ def launch(
         assert len(found) == 2, ended.stderr
         return [path.read_text() for path in found]
 
-    return Ended(ended.returncode, printed("stderr"), printed("stdout"))
+    errors = printed("stderr")
+    assert ended.returncode == 0, errors
+    statuses = [(scratch / f"status{rank}").read_text() for rank in (0, 1)]
+    folders = RunFolder(scratch / "stopped"), RunFolder(scratch / "run")
+    return Ended(*folders, statuses, errors, printed("stdout"))
 
 
 Command = Callable[..., None]
@@ -177,7 +184,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
     def train(folder: RunFolder, *options: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            tiny.install(patch, tmp_path_factory.mktemp("alone"), images=IMAGES)
+            tiny.install(patch, tmp_path_factory.mktemp("alone"))
             main([*TRAIN, "--out", str(folder.path), *options], standalone_mode=False)
 
     return train
@@ -189,23 +196,6 @@ def single(tmp_path_factory: pytest.TempPathFactory, alone: Command) -> RunFolde
     folder = RunFolder(tmp_path_factory.mktemp("single") / "run")
     alone(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Ended]:
-    """What two processes leave that were told to end at their 27th step of 40."""
-    folder = RunFolder(tmp_path_factory.mktemp("stopped") / "run")
-    return folder, launch(folder, tmp_path_factory.mktemp("first") / "run", last_step=27)
-
-
-@pytest.fixture(scope="module")
-def resumed(
-    tmp_path_factory: pytest.TempPathFactory, stopped: tuple[RunFolder, Ended]
-) -> tuple[RunFolder, Ended]:
-    """The same, gone on with by two processes to the end."""
-    folder = RunFolder(tmp_path_factory.mktemp("resumed") / "run")
-    copytree(stopped[0].path, folder.path)
-    return folder, launch(folder, tmp_path_factory.mktemp("second") / "run", "--resume")
 
 
 LOSSES = ("discriminator", "generator", "penalty")
@@ -223,40 +213,29 @@ def losses_of(folder: RunFolder) -> dict[int, dict[str, float]]:
     }
 
 
-def test_two_processes_report_the_losses_of_one(
-    single: RunFolder,
-    stopped: tuple[RunFolder, Ended],
-    resumed: tuple[RunFolder, Ended],
-) -> None:
-    """Sums in another order differ in their last bits, and training makes a little more of it."""
-    expected, early, late = losses_of(single), losses_of(stopped[0]), losses_of(resumed[0])
+def test_two_processes_report_the_losses_of_one(single: RunFolder, pair: Ended) -> None:
+    """Sums in another order differ in their last bits, and training amplifies the difference."""
+    expected, found = losses_of(single), losses_of(pair.resumed)
     assert list(expected) == [160, 320, 480, 640]
     for images_seen in (160, 320):
-        assert early[images_seen] == pytest.approx(expected[images_seen], rel=1e-4)
-    assert late[640] == pytest.approx(expected[640], rel=1e-3)
+        assert found[images_seen] == pytest.approx(expected[images_seen], rel=1e-4)
+    assert found[640] == pytest.approx(expected[640], rel=1e-3)
 
 
-def test_a_signal_to_the_launcher_stops_all_processes_with_one_checkpoint(
-    stopped: tuple[RunFolder, Ended],
-) -> None:
-    folder, ended = stopped
-    assert ended.status != 0
-    assert not any("Traceback" in errors for errors in ended.errors)
-    images_seen = read_checkpoint(folder.checkpoint).state["images_seen"]
-    assert images_seen in (26 * 16, 27 * 16)
+def test_a_signal_to_one_process_stops_all_with_one_checkpoint(pair: Ended) -> None:
+    images_seen = read_checkpoint(pair.stopped.checkpoint).state["images_seen"]
+    assert images_seen == 27 * 16
     said = f"Stopped after {images_seen:,} images; continue with --resume."
-    assert [said in errors for errors in ended.errors] == [True, False]
-    assert load_artifact(folder.artifact).info.images_seen <= images_seen
+    assert [said in errors for errors in pair.errors] == [True, False]
+    assert pair.statuses[0] == "128"  # the signal was received by the other process
+    assert load_artifact(pair.stopped.artifact).info.images_seen <= images_seen
 
 
-def test_two_processes_go_on_to_the_end_and_leave_the_files_of_one(
-    single: RunFolder, resumed: tuple[RunFolder, Ended]
-) -> None:
-    folder, ended = resumed
-    assert ended.status == 0, ended.errors
-    assert not any("Traceback" in errors for errors in ended.errors)
-    assert str(folder.artifact) in ended.outputs[0]
-    assert ended.outputs[1] == ""  # one of them speaks
+def test_two_processes_resume_and_leave_the_files_of_one(single: RunFolder, pair: Ended) -> None:
+    folder = pair.resumed
+    assert not any("Traceback" in errors for errors in pair.errors)
+    assert str(folder.artifact) in pair.outputs[0]
+    assert pair.outputs[1] == "resumed\n"  # only the main process prints
 
     def files(of: RunFolder) -> list[str]:
         return sorted(
@@ -265,19 +244,19 @@ def test_two_processes_go_on_to_the_end_and_leave_the_files_of_one(
             if path.parent.name != "tensorboard"
         )
 
-    assert files(folder) == files(single)
-    # Every resumption begins a file of its own, in the one process that writes.
+    assert set(files(folder)) == set(files(single))
+    # Every resumption starts a file of its own, in the main process.
     assert len(list(folder.tensorboard.iterdir())) == 2
     info = load_artifact(folder.artifact).info
     assert info.training["processes"] == 2
     assert list(losses_of(folder))[-2:] == [480, 640]
 
 
-def test_one_process_goes_on_with_what_two_began(
-    tmp_path: Path, stopped: tuple[RunFolder, Ended], single: RunFolder, alone: Command
+def test_one_process_resumes_a_run_of_two(
+    tmp_path: Path, pair: Ended, single: RunFolder, alone: Command
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    copytree(stopped[0].path, folder.path)
+    copytree(pair.stopped.path, folder.path)
     alone(folder, "--resume")
     assert load_artifact(folder.artifact).info.training["processes"] == 1
     losses = losses_of(folder)
@@ -301,5 +280,5 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(
         main, ["train", "mnist", "--device", "cpu", "--out", str(out)], catch_exceptions=False
     )
     assert result.exit_code == 2
-    assert "3 processes cannot share a batch of 16 images evenly." in result.stderr
+    assert "--batch-size 16 is not divisible by the 3 processes" in result.stderr
     assert not out.exists()

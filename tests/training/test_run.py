@@ -1,4 +1,4 @@
-"""One run in one folder: what it leaves there, how it keeps its best, and how it goes on."""
+"""A run: its files, its best generator, rollbacks and resumption."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from tests.support import processes
 from tests.support import tiny_training as tiny
+from training import loop
 from training import run as run_module
 from training.__main__ import main
 from training.artifact import load_artifact
@@ -52,7 +54,6 @@ METADATA = RunMetadata(
     dataset="tiny", dataset_digest="ab", preset="mlp", seed=3, config=tiny.CONFIG, minutes=None
 )
 LOSSES = ("discriminator", "generator", "real_logit", "fake_logit", "penalty")
-PATIENCE_S = 120.0  # a hung test fails by it; no test passes by it
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def real_evaluate() -> EvaluateFn:
-    """What a run is looked at with, on the tiny data set."""
+    """The quick evaluation of a run, on the tiny data set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.quality.evaluator.get_classifier", tiny.feature_classifier)
         return Evaluator.create(DATA, DATA).evaluate_quick
@@ -182,9 +183,9 @@ def test_a_run_leaves_its_artifact_checkpoint_log_pictures_and_events(folder: Ru
     ]
     assert seen(losses_of(folder)) == seen(metrics_of(folder)) == [160, 320, 480, 640]
     for line in log_of(folder):
-        told = LOSSES if "generator" in line else ("gan_test", "coverage", "frechet_distance")
+        names = LOSSES if "generator" in line else ("gan_test", "coverage", "frechet_distance")
         extra = "images_per_s" if "generator" in line else "score"
-        assert set(line) == {"images_seen", "elapsed_s", extra, *told}
+        assert set(line) == {"images_seen", "elapsed_s", extra, *names}
         assert all(np.isfinite(value) for value in line.values())
     assert resumed(folder).state.images_seen == 640
 
@@ -272,7 +273,7 @@ def test_a_run_that_gets_worse_keeps_what_it_made_before(folder: RunFolder) -> N
     assert not torch.equal(evaluate.shown[1]["main.0.weight"], evaluate.shown[3]["main.0.weight"])
 
 
-def test_of_two_equal_looks_the_later_one_is_kept(folder: RunFolder) -> None:
+def test_of_two_equal_evaluations_the_later_one_is_kept(folder: RunFolder) -> None:
     fresh(folder, FakeEvaluator([0.5, 0.8, 0.8, 0.6])).finish(NEVER)
     assert load_artifact(folder.artifact).info.images_seen == 480
 
@@ -285,7 +286,7 @@ def test_the_best_so_far_is_still_the_best_after_an_interruption(folder: RunFold
     assert_same_parameters(weights_in(folder.artifact), evaluate.shown[1])
 
 
-def test_a_look_sees_the_average_with_statistics_of_its_own(folder: RunFolder) -> None:
+def test_an_evaluation_measures_the_average_with_statistics_of_its_own(folder: RunFolder) -> None:
     evaluate = FakeEvaluator()
     run = fresh(folder, evaluate)
     run.finish(NEVER)
@@ -293,7 +294,7 @@ def test_a_look_sees_the_average_with_statistics_of_its_own(folder: RunFolder) -
     assert [int(it["main.3.num_batches_tracked"]) for it in evaluate.shown] == [20] * 4
 
 
-def test_looks_come_at_the_first_log_point_at_the_last_and_so_many_times_between(
+def test_evaluations_come_at_the_first_and_last_log_point_and_regularly_between(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "LOG_EVERY_IMAGES", 16)
@@ -304,10 +305,10 @@ def test_looks_come_at_the_first_log_point_at_the_last_and_so_many_times_between
 
 
 @pytest.mark.parametrize("questions", [5, 24, 37, 50, 53, 54])
-def test_an_interruption_neither_adds_a_look_nor_leaves_one_out(
+def test_an_interruption_neither_adds_nor_omits_an_evaluation(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, questions: int
 ) -> None:
-    """Else another generator could be the best than without it. Points are 2 or 3 steps apart."""
+    """Otherwise the best generator could be another one. Points are 2 or 3 steps apart."""
     monkeypatch.setattr(run_module, "LOG_EVERY_IMAGES", 40)
     monkeypatch.setattr(run_module, "EVALUATIONS", 5)
     whole = RunFolder(folder.path / "whole")
@@ -346,26 +347,31 @@ def begun_now(config: TrainingConfig = tiny.CONFIG) -> TrainState:
     return state
 
 
-def test_looking_takes_a_small_share_of_a_run_that_is_given_time(
+def test_evaluation_takes_a_small_share_of_a_time_budget(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, look_s, budget_s, told = Clock(monkeypatch, step_s=0.5), 5.0, 400.0, FakeEvaluator()
+    clock, evaluation_s, budget_s, fake = (
+        Clock(monkeypatch, step_s=0.5),
+        5.0,
+        400.0,
+        FakeEvaluator(),
+    )
 
     def evaluate(generator: Generator) -> QuickMetrics:
-        clock.now_s += look_s
-        return told(generator)
+        clock.now_s += evaluation_s
+        return fake(generator)
 
     run = Run(folder, begun_now(), DATA, METADATA, evaluate=evaluate, seconds=budget_s)
     assert run.finish(NEVER)
 
     moments = [line["elapsed_s"] for line in metrics_of(folder)]
-    assert len(moments) >= 4  # few, and yet it is looked at
-    assert all(b - a >= look_s / EVALUATION_BUDGET for a, b in pairwise(moments[:-1]))
-    assert look_s * (len(moments) - 2) <= EVALUATION_BUDGET * budget_s
+    assert len(moments) >= 4
+    assert all(b - a >= evaluation_s / EVALUATION_BUDGET for a, b in pairwise(moments[:-1]))
+    assert evaluation_s * (len(moments) - 2) <= EVALUATION_BUDGET * budget_s
     assert moments[-1] >= budget_s
 
 
-def test_quick_looks_are_as_many_in_a_run_that_is_given_time(
+def test_quick_evaluations_are_as_many_in_a_run_with_a_time_budget(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "LOG_EVERY_IMAGES", 16)
@@ -376,7 +382,7 @@ def test_quick_looks_are_as_many_in_a_run_that_is_given_time(
     assert [line["elapsed_s"] for line in metrics_of(folder)] == [1.0, *range(5, 101, 5)]
 
 
-def test_a_run_that_is_given_time_ends_on_time_and_schedules_by_it(
+def test_a_time_budget_ends_a_run_and_drives_its_schedules(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, step_s=2.0)
@@ -584,7 +590,9 @@ def test_a_stopped_run_leaves_a_checkpoint_and_the_best_so_far(folder: RunFolder
     assert log_of(folder)[-1]["images_seen"] == run.state.images_seen
 
 
-def test_a_run_that_is_stopped_before_its_first_look_leaves_no_artifact(folder: RunFolder) -> None:
+def test_a_run_stopped_before_its_first_evaluation_leaves_no_artifact(
+    folder: RunFolder,
+) -> None:
     assert not fresh(folder).finish(StopAfter(4))
     assert not folder.artifact.exists()
     assert resumed(folder).finish(NEVER)
@@ -722,7 +730,43 @@ def test_the_first_signal_sets_the_flag_and_the_second_acts_as_always(
         signal.signal(number, before)
 
 
-COMMAND = """
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The command line in this process, on the tiny data set; returns its exit status."""
+    tiny.install(monkeypatch, tmp_path / "data")
+
+    def train(folder: RunFolder, *options: str) -> int:
+        arguments = ["train", "mnist", "--device", "cpu", "--out", str(folder.path), *options]
+        return CliRunner(catch_exceptions=False).invoke(main, arguments).exit_code
+
+    return train
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_command_with_a_checkpoint_and_the_shells_status(
+    folder: RunFolder,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    status: int,
+) -> None:
+    train_step = loop.train_step
+
+    def step(state: TrainState, *given: Any, **options: Any) -> Tensor:
+        if state.images_seen == 320:
+            os.kill(os.getpid(), number)
+        return train_step(state, *given, **options)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    assert command(folder, "--preset", "mlp") == status
+    assert read_checkpoint(folder.checkpoint).state["images_seen"] == 336
+    assert load_artifact(folder.artifact).info.images_seen in (160, 320)
+
+
+KILLED = """
 import os, signal, sys
 from pathlib import Path
 import pytest
@@ -731,79 +775,35 @@ from training import loop
 from training import run
 from training.__main__ import main
 
-folder, images, deadly_step = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
-tiny.install(pytest.MonkeyPatch(), Path(folder), images=int(images))
+tiny.install(pytest.MonkeyPatch(), Path(sys.argv.pop(1)))
 run.CHECKPOINT_EVERY_S = 0.0
-train_step, made = loop.train_step, 0
+train_step = loop.train_step
 
-def step(*given, **options):
-    global made
-    made += 1
-    if made == deadly_step:
+def step(state, *given, **options):
+    if state.images_seen == 416:
         os.kill(os.getpid(), signal.SIGKILL)
-    return train_step(*given, **options)
+    return train_step(state, *given, **options)
 
 loop.train_step = step
 main(prog_name="training")
 """
 
 
-def start(
-    folder: RunFolder, data: Path, *options: str, images: int, deadly_step: int = 0
-) -> processes.Running:
-    """The real command on the tiny data set; it kills itself in the middle of `deadly_step`."""
-    return processes.start(
-        *("-c", COMMAND, str(data), str(images), str(deadly_step)),
-        *("train", "mnist", "--device", "cpu", "--out", str(folder.path), *options),
-        environment={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_command_with_a_checkpoint_and_the_shells_status(
-    tmp_path: Path, folder: RunFolder, number: signal.Signals, status: int
-) -> None:
-    process = start(folder, tmp_path / "data", "--preset", "mlp", images=10**9)
-    deadline = time.monotonic() + PATIENCE_S
-    while not (folder.log.exists() and "\n" in folder.log.read_text()):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=PATIENCE_S)
-
-    assert process.returncode == status
-    images_seen = read_checkpoint(folder.checkpoint).state["images_seen"]
-    assert images_seen >= 160
-    assert f"Stopped after {images_seen:,} images; continue with --resume." in errors
-    assert "Traceback" not in errors
-    assert 160 <= load_artifact(folder.artifact).info.images_seen <= images_seen
-
-
-@pytest.fixture
-def tiny_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """The command line in this process, on the data that `start` was given."""
-    tiny.install(monkeypatch, tmp_path / "same data")
-
-    def train(folder: RunFolder, *options: str) -> None:
-        arguments = ["train", "mnist", "--device", "cpu", "--out", str(folder.path), *options]
-        main(arguments, standalone_mode=False)
-
-    return train
-
-
-def test_a_killed_command_that_is_gone_on_with_ends_as_one_that_never_was(
-    tmp_path: Path, tiny_command: Callable[..., None]
+def test_a_killed_command_that_is_resumed_ends_as_one_that_never_was(
+    tmp_path: Path, command: Command
 ) -> None:
     killed, whole = RunFolder(tmp_path / "killed"), RunFolder(tmp_path / "whole")
     options = ("--preset", "conv", "--seed", "5", "--flip")
-    process = start(killed, tmp_path / "data", *options, images=640, deadly_step=27)
-    _, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == -signal.SIGKILL, errors
+    ended = processes.run(
+        *("-c", KILLED, str(tmp_path / "same data")),
+        *("train", "mnist", "--device", "cpu", "--out", str(killed.path), *options),
+        environment={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert read_checkpoint(killed.checkpoint).state["images_seen"] == 320
 
-    tiny_command(killed, "--resume", *options)
-    tiny_command(whole, *options)
+    assert command(killed, "--resume", *options) == 0
+    assert command(whole, *options) == 0
 
     assert_same_weights(weights_in(whole.artifact), weights_in(killed.artifact))
     infos = [load_artifact(it.artifact).info for it in (whole, killed)]

@@ -1,0 +1,65 @@
+"""The behaviour that all commands share: messages, expected errors and renamed options."""
+
+import logging
+import sys
+
+import click
+from tqdm import tqdm
+
+from training.data.named import DataError
+from training.devices import DeviceError, limit_threads
+from training.files import FileError
+from training.loop import DivergedError
+from training.prepare import SettingsError
+
+# Errors that a user can fix. Any other exception is a defect of this code, with its traceback.
+EXPECTED = (DataError, DeviceError, DivergedError, FileError, OSError)
+# Names of the previous release; the next one drops them.
+RENAMED_COMMANDS = {"judge": "train-classifier"}
+RENAMED_OPTIONS = {
+    "--gamma": "--r1-gamma",
+    "--mismatch": "--mismatch-weight",
+    "--publish": "--export-to",
+    "--from": "--init-from",
+    "--size": "--image-size",
+}
+
+logger = logging.getLogger("training")
+
+
+class _TerminalHandler(logging.Handler):
+    """A handler that prints warnings on stderr and the rest on stdout, above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        tqdm.write(self.format(record), file=stream)
+
+
+class Commands(click.Group):
+    """A group of commands that accepts renamed ones and reports expected errors in one line."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Prepare logging and threads, and replace renamed commands and options."""
+        limit_threads()
+        logger.setLevel(logging.INFO)
+        logger.handlers = [_TerminalHandler()]
+        command = [_current_name(RENAMED_COMMANDS, name) for name in args[:1]]
+        options = [_current_name(RENAMED_OPTIONS, argument) for argument in args[1:]]
+        return super().parse_args(ctx, command + options)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; turn expected errors into one line on stderr."""
+        try:
+            return super().invoke(ctx)
+        except SettingsError as error:
+            raise click.UsageError(str(error)) from error
+        except EXPECTED as error:
+            raise click.ClickException(str(error)) from error
+
+
+def _current_name(renamed: dict[str, str], argument: str) -> str:
+    name, separator, value = argument.partition("=")
+    if name not in renamed:
+        return argument
+    logger.warning("%s is deprecated; use %s", name, renamed[name])
+    return renamed[name] + separator + value
