@@ -182,8 +182,8 @@ def _surround(
     app.front_door = AccessLogMiddleware(front_door, metrics)
     app.add_middleware(AccessLogMiddleware, metrics=metrics)
     if tracing is not None:
-        app.front_door = tracing.around(app.front_door)
-        app.add_middleware(tracing.around)
+        app.front_door = tracing.wrap(app.front_door)
+        app.add_middleware(tracing.wrap)
 
 
 def _create_tracing(endpoint: str | None) -> "Tracing | None":

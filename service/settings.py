@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.keys import Key, parse_keys, read_keys, require_distinct
+from service.keys import APIKey, parse_keys, read_keys, require_distinct
 
 S = TypeVar("S", bound=BaseSettings)
 MAX_IMAGES = 1024  # of one request
@@ -114,12 +114,12 @@ class AppSettings(ModelSettings):
     """Maximum duration of a request in seconds; requests that cannot finish in time are rejected"""
     self_test_interval_s: float = Field(10.0, ge=0.1, le=3600.0)
     """Seconds between self-tests, which generate known images again and compare them"""
-    api_keys: Annotated[tuple[Key, ...], NoDecode, PlainValidator(parse_keys)] = Field(
+    api_keys: Annotated[tuple[APIKey, ...], NoDecode, PlainValidator(parse_keys)] = Field(
         (), validate_default=False
     )
     """API keys with commas between them, each name:secret or name:secret:images-per-second. A list
     of processes shows flags: prefer the environment variable or a file."""
-    api_keys_file: Annotated[tuple[Key, ...], NoDecode, PlainValidator(read_keys)] = Field(
+    api_keys_file: Annotated[tuple[APIKey, ...], NoDecode, PlainValidator(read_keys)] = Field(
         (), validate_default=False
     )
     """File with one API key a line, in the same form; # starts a comment"""
@@ -134,7 +134,7 @@ class AppSettings(ModelSettings):
     """Lowest severity to log: debug, info (one line per request), warning or error"""
 
     @property
-    def keys(self) -> tuple[Key, ...]:
+    def keys(self) -> tuple[APIKey, ...]:
         """All API keys. Authentication is disabled if there are none."""
         return self.api_keys + self.api_keys_file
 

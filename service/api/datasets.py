@@ -30,7 +30,7 @@ from service.encoding.datasets import (
 )
 from service.errors import Problem, answers, wrong_value
 from service.generation import CLIENT, Client, GeneratedImages, Generation, GenerationRequest, Steps
-from service.middleware.auth import burst_of, charge
+from service.rate_limit import burst_limit, consume
 
 log = logging.getLogger("service")
 
@@ -220,7 +220,7 @@ class _Download:
         self._generation, self._scope = generation, request.scope
         self._dataset, self._layout = dataset, layout
         self._client: Client = request.scope.get(CLIENT) or Client()
-        at_once = min(_AT_ONCE, burst_of(request.scope))
+        at_once = min(_AT_ONCE, burst_limit(request.scope))
         self._blocks = max(1, int(at_once) // dataset.classes)
 
     async def begin(self, start: int, stop: int) -> AsyncIterator[bytes]:
@@ -234,7 +234,7 @@ class _Download:
         order = self._order(first)
         pixels = _NO_PIXELS
         if order is not None:
-            charge(self._scope, len(order.labels))
+            consume(self._scope, len(order.labels))
             pixels = (await self._generation.fulfil(order, self._client)).pixels
         return self._stream(_Drawn(first, order, pixels), parts, start, stop)
 
@@ -327,7 +327,7 @@ class _Stream(StreamingResponse):
 
 
 async def _charge(scope: Scope, images: int) -> None:
-    charge(scope, images)
+    consume(scope, images)
 
 
 def _join(pieces: Iterator[bytes]) -> Steps:

@@ -31,7 +31,7 @@ from service.generation import (
     GenerationRequest,
 )
 from service.inference.repository import Model
-from service.middleware.auth import charge
+from service.rate_limit import consume
 from service.settings import MAX_PIXELS
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -172,7 +172,7 @@ class GenerateEndpoint:
             caching = _caching(scope, asked, tag)
             if tag is not None and is_known(head.if_none_match, tag):
                 return 304, [*caching, (b"x-model", order.model.identity)], b""
-        charge(scope, len(order.labels))
+        consume(scope, len(order.labels))
         client: Client = scope.get(CLIENT) or Client()
         timeout_s = None if asked.timeout_ms is None else asked.timeout_ms / 1e3
         images = await generation.fulfil(order, client, timeout_s)
@@ -261,7 +261,7 @@ async def _verify(generation: Generation, request: Request) -> VerificationResul
     # On other threads: a small file may hold a large picture.
     found = await run_in_threadpool(read_png, await request.body())
     order = repeat(found.recipe, generation.registry)
-    charge(request.scope, len(order.labels))
+    consume(request.scope, len(order.labels))
     client: Client = request.scope.get(CLIENT) or Client()
     images = await generation.fulfil(order, client)
     generation.count(order, client)

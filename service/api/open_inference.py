@@ -25,7 +25,7 @@ from service.errors import answers, inline
 from service.generation import CLIENT, Client, Disconnected, Generation
 from service.inference.health import Readiness
 from service.inference.repository import Model
-from service.middleware.auth import charge
+from service.rate_limit import consume
 
 PREFIX = "/v2"
 LIVE_PATH = f"{PREFIX}/health/live"
@@ -265,7 +265,7 @@ async def _infer(generation: Generation, request: Request, name: str) -> Respons
     order = generation.rows(
         generation.find(name), asked.labels, asked.seeds, asked.indices, parameters.truncation
     )
-    charge(request.scope, len(order.labels))
+    consume(request.scope, len(order.labels))
     client: Client = request.scope.get(CLIENT) or Client()
     timeout_s = None if parameters.timeout is None else parameters.timeout / 1e6
     images = await generation.fulfil(order, client, timeout_s)

@@ -23,7 +23,7 @@ from service.generation import (
     Steps,
 )
 from service.inference.repository import Model
-from service.middleware.auth import charge
+from service.rate_limit import consume
 from service.settings import MAX_IMAGES
 
 PREFIX = "/v1"
@@ -144,7 +144,7 @@ async def _generate(generation: Generation, request: Request, asked: ImageReques
         model=model.identity.decode(),
     )
     pixels = count_pixels(order, scale, "size")
-    charge(request.scope, len(order.labels))
+    consume(request.scope, len(order.labels))
     client: Client = request.scope.get(CLIENT) or Client()
     images = await generation.fulfil(order, client)
     body, encode_s = await generation.encode(_encode(order, images, scale), pixels=pixels)

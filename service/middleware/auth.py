@@ -1,185 +1,94 @@
-"""Who is let in, and how much of the service each of them gets."""
+"""Authentication by API keys."""
 
 import base64
-import fcntl
 import hashlib
 import hmac
-import math
-import mmap
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from prometheus_client import Counter
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import Problem, respond, wrong_value
-from service.keys import Key
+from service.errors import Problem, respond
+from service.keys import APIKey
+from service.rate_limit import TokenBucket
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
-# They say nothing but that the process answers, to whoever has to restart it.
-PUBLIC_PATHS = frozenset({"/livez", "/v2/health/live"})
-_NEEDED = "A valid API key is needed, as `Authorization: Bearer KEY`."
-# A browser that opens a page asks its user where it is challenged so, and nothing else does.
-_CHALLENGES = {
-    True: 'Basic realm="API key as the password", charset="UTF-8"',
-    False: "Bearer",
-}
+PUBLIC_PATHS = frozenset({"/livez", "/v2/health/live"})  # they reveal only that the process runs
 
-
-class TokenBucket:
-    """A bucket of images that refills at a constant rate, for one key.
-
-    Its whole state is the time at which it will be full again, so it fits into eight bytes that
-    several workers share: a limit of each worker would not be the limit of the key, and libraries
-    share their buckets through a database or not at all.
-
-    Args:
-        rate: images a second.
-        burst: images that it holds when full.
-        rejected: counts refusals.
-        path: a file of the workers that share it; None for a single process.
-
-    Attributes:
-        burst: images that it holds when full.
-    """
-
-    def __init__(self, rate: float, burst: int, rejected: Counter, path: Path | None) -> None:
-        self._rate, self.burst, self._rejected = rate, burst, rejected
-        self._file = None if path is None else path.open("a+b")
-        if self._file is not None:
-            self._file.truncate(8)
-        memory = mmap.mmap(-1 if self._file is None else self._file.fileno(), 8)
-        self._full_at = memoryview(memory).cast("d")  # of the clock that all processes share
-
-    def take(self, images: int) -> None:
-        """Take images out.
-
-        Raises:
-            Problem: 429, they are not there yet; 422, they will never be.
-        """
-        if images > self.burst:
-            message = f"{images} images in all; the limit of this key allows {self.burst} at once"
-            raise wrong_value("n", images, message)
-        wait_s = self._take(images)
-        if wait_s > 0:
-            self._rejected.inc()
-            seconds = max(1, math.ceil(wait_s))
-            raise Problem(
-                429,
-                "rate-limited",
-                f"This key may have {self._rate:g} images a second; try again in {seconds} s.",
-                headers={"Retry-After": str(seconds)},
-            )
-
-    def _take(self, images: int) -> float:
-        """Take images out if they are there; returns the seconds until they are."""
-        if self._file is None:
-            return self._take_alone(images)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        try:
-            return self._take_alone(images)
-        finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-
-    def _take_alone(self, images: int) -> float:
-        now = time.monotonic()
-        filling_s = max(0.0, self._full_at[0] - now) + images / self._rate
-        wait_s = filling_s - self.burst / self._rate
-        if wait_s <= 0:
-            self._full_at[0] = now + filling_s
-        return max(0.0, wait_s)
+_KEY_REQUIRED = "This path requires an API key, sent as `Authorization: Bearer KEY`."
+_BEARER = "Bearer"
+_BASIC = 'Basic realm="API key as the password", charset="UTF-8"'
 
 
 @dataclass(frozen=True, slots=True)
 class APIKeyGrant:
-    """A key and what it may have; an allowance of None is no limit."""
+    """An API key and its rate limit; None means no limit."""
 
-    key: Key
-    allowance: TokenBucket | None = None
+    key: APIKey
+    bucket: TokenBucket | None = None
 
 
 def create_grants(settings: Settings, metrics: Metrics, folder: Path | None) -> list[APIKeyGrant]:
-    """What every key of the settings may have; empty where none is set.
+    """Return a grant for every key of the settings.
 
     Args:
         settings: hold the keys and the limits.
-        metrics: count what is refused.
-        folder: where several workers share how much is used; None for a single process.
+        metrics: count rejections.
+        folder: where several workers share their token buckets; None for a single process.
     """
+    rejected = metrics.rejections.labels("rate-limited")
     grants = []
     for key in settings.keys:
         rate = key.images_per_second or settings.images_per_second
-        path = None if folder is None else folder / f"{key.name}.allowance"
-        if rate is None:
-            grants.append(APIKeyGrant(key))
-        else:
-            rejected = metrics.rejections.labels("rate-limited")
-            grants.append(
-                APIKeyGrant(key, TokenBucket(rate, settings.burst_images, rejected, path))
-            )
+        path = None if folder is None else folder / f"{key.name}.bucket"
+        bucket = TokenBucket(rate, settings.burst_images, rejected, path) if rate else None
+        grants.append(APIKeyGrant(key, bucket))
     return grants
 
 
-def charge(scope: Scope, images: int) -> None:
-    """Take the images of a request from what its key may have.
-
-    Raises:
-        Problem: 429 over the limit, 422 more than it ever allows at once.
-    """
-    allowance = scope["state"].get("allowance")
-    if allowance is not None:
-        allowance.take(images)
-
-
-def burst_of(scope: Scope) -> float:
-    """How many images the key of a request may have at once."""
-    allowance = scope["state"].get("allowance")
-    return math.inf if allowance is None else allowance.burst
-
-
 class APIKeyMiddleware:
-    """ASGI middleware that lets in who sends a key.
+    """ASGI middleware that admits requests with a valid API key.
 
-    Whether it is missing, malformed or wrong, the answer is the same and takes as long. A browser
-    cannot send a bearer token when it opens a page, so it may send the key as a password, under any
-    name; but not on behalf of another site, which could otherwise spend it.
+    A missing, a malformed and a wrong key get the same response after the same time. A browser
+    cannot send a bearer token when it opens a page, so it may send the key as the password of any
+    user name, but not from another site, which could otherwise spend the key.
     """
 
     def __init__(self, app: ASGIApp, grants: Sequence[APIKeyGrant]) -> None:
         self._app, self._grants = app, grants
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, with the name and the allowance of its key, or refuse it."""
+        """Pass a request on with the name and the token bucket of its key, or answer 401."""
         if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS:
             await self._app(scope, receive, send)
             return
-        grant = self._find(scope)
+        grant = self._authenticate(scope)
         if grant is None:
-            challenge = _CHALLENGES[_header(scope, b"sec-fetch-mode") == b"navigate"]
-            headers = {"WWW-Authenticate": challenge}
-            problem = Problem(401, "unauthorized", _NEEDED, headers=headers)
+            # `Basic` makes a browser ask its user for a password, so only navigation gets it.
+            navigates = _header(scope, b"sec-fetch-mode") == b"navigate"
+            headers = {"WWW-Authenticate": _BASIC if navigates else _BEARER}
+            problem = Problem(401, "unauthorized", _KEY_REQUIRED, headers=headers)
             await respond(Request(scope), problem)(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        state["key"], state["allowance"] = grant.key.name, grant.allowance
+        state["key"], state["token_bucket"] = grant.key.name, grant.bucket
         await self._app(scope, receive, send)
 
-    def _find(self, scope: Scope) -> APIKeyGrant | None:
+    def _authenticate(self, scope: Scope) -> APIKeyGrant | None:
         digest = hashlib.sha256(_token(scope)).digest()
-        found = None
-        for grant in self._grants:  # all of them, whichever it is
+        authenticated = None
+        for grant in self._grants:  # all of them, so that the time does not depend on the key
             if hmac.compare_digest(digest, grant.key.digest):
-                found = grant
-        return found
+                authenticated = grant
+        return authenticated
 
 
 def _token(scope: Scope) -> bytes:
-    """The key that a request sends; empty where there is none, or more than one."""
+    """Return the key that a request sends; empty if it sends none or more than one."""
     scheme, _, token = _header(scope, b"authorization").partition(b" ")
     if scheme.lower() == b"bearer":
         return token.strip(b" ")
@@ -190,6 +99,6 @@ def _token(scope: Scope) -> bytes:
 
 
 def _header(scope: Scope, name: bytes) -> bytes:
-    """The value of a header; empty where there is none, or more than one."""
+    """Return the value of a header; empty if it is sent never or more than once."""
     sent: list[bytes] = [value for each, value in scope["headers"] if each == name]
     return sent[0] if len(sent) == 1 else b""

@@ -1,8 +1,8 @@
-"""Traces for OpenTelemetry: where the time of a request went, and with whom it shared a batch.
+"""OpenTelemetry traces.
 
-A request is one span, with a child for each time that it queued, was computed and was encoded.
-Every batch is a span of its own, without a parent, since it belongs to all the requests with rows
-in it; the forward of each of these links to it.
+A request is one span, with a child for each time that it was queued, computed and encoded. A batch
+is a span without a parent, since it belongs to every request with rows in it; the forward span of
+each of these requests links to it.
 """
 
 import time
@@ -26,13 +26,13 @@ _propagator = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """Makes spans, and sends them to a collector in the background.
+    """A source of spans, which are sent to a collector in the background.
 
-    What the SDK reads from the environment holds here, too: OTEL_SERVICE_NAME,
-    OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, and so on.
+    The environment variables of the SDK apply: OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER,
+    OTEL_EXPORTER_OTLP_HEADERS and so on.
 
     Args:
-        endpoint: a collector for OTLP over HTTP, as `http://localhost:4318`.
+        endpoint: a collector for OTLP over HTTP, such as `http://localhost:4318`.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -46,7 +46,7 @@ class Tracing:
         self._batches: WeakKeyDictionary[BatchRecord, SpanContext] = WeakKeyDictionary()
 
     def begin(self, scope: Scope) -> Span:
-        """The span of a request, which goes on with the caller's trace where it sent one."""
+        """Start the span of a request, in the client's trace if it sent one."""
         headers = {
             name.decode("latin-1"): value.decode("latin-1")
             for name, value in scope["headers"]
@@ -60,7 +60,7 @@ class Tracing:
         )
 
     def end(self, span: Span, scope: Scope, status: int, took: list[Stage]) -> None:
-        """Complete the span of a request with its stages."""
+        """End the span of a request, with a child for each stage."""
         route = getattr(scope.get("route"), "path", None)
         if route is not None:
             span.update_name(f"{scope['method']} {route}")
@@ -72,51 +72,54 @@ class Tracing:
         parent = trace.set_span_in_context(span)
         since_epoch = time.time() - time.perf_counter()
         for stage in took:
-            links = [Link(self._batch(forward, since_epoch)) for forward in stage.forwards]
+            links = [Link(self._batch_span(forward, since_epoch)) for forward in stage.forwards]
             child = self._tracer.start_span(
                 stage.name, parent, links=links, start_time=_nanoseconds(since_epoch + stage.began)
             )
             child.end(_nanoseconds(since_epoch + stage.ended))
         span.end()
 
-    def _batch(self, forward: BatchRecord, since_epoch: float) -> SpanContext:
-        """The span of a batch, which the first of its requests to be answered makes."""
-        known = self._batches.get(forward)
-        if known is None:
+    def _batch_span(self, batch: BatchRecord, since_epoch: float) -> SpanContext:
+        """Return the span of a batch; the first request of it to end creates the span."""
+        context = self._batches.get(batch)
+        if context is None:
             span = self._tracer.start_span(
                 "batch",
                 context=trace.set_span_in_context(trace.INVALID_SPAN),
-                attributes={"cgan.batch.images": forward.rows},
-                start_time=_nanoseconds(since_epoch + forward.started_at),
+                attributes={"cgan.batch.images": batch.rows},
+                start_time=_nanoseconds(since_epoch + batch.started_at),
             )
-            span.end(_nanoseconds(since_epoch + forward.done_at))
-            known = self._batches[forward] = span.get_span_context()
-        return known
+            span.end(_nanoseconds(since_epoch + batch.done_at))
+            context = self._batches[batch] = span.get_span_context()
+        return context
 
-    def around(self, app: ASGIApp) -> ASGIApp:
-        """An app whose requests are traced."""
+    def wrap(self, app: ASGIApp) -> ASGIApp:
+        """Return an app that traces the requests of another."""
         return TracingMiddleware(app, self)
 
     def close(self) -> None:
-        """Send what has not been sent; gives up after some seconds where nobody takes it."""
+        """Send the remaining spans; give up after some seconds if the collector does not answer."""
         self._provider.shutdown()
 
 
 class TracingMiddleware:
-    """ASGI middleware around `AccessLogMiddleware`, of every request but probes and scrapes."""
+    """ASGI middleware that traces every request except probes and scrapes.
+
+    It wraps `AccessLogMiddleware`, which logs the trace id.
+    """
 
     def __init__(self, app: ASGIApp, tracing: Tracing) -> None:
         self._app = app
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on within a span."""
+        """Pass a request on inside a span."""
         if scope["type"] != "http" or scope["path"] in PROBE_PATHS:
             await self._app(scope, receive, send)
             return
         status = 500
 
-        async def watched_send(message: Message) -> None:
+        async def observed_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -128,7 +131,7 @@ class TracingMiddleware:
         took: list[Stage] = []
         before = stages.set(took if span.is_recording() else None)
         try:
-            await self._app(scope, receive, watched_send)
+            await self._app(scope, receive, observed_send)
         finally:
             stages.reset(before)
             self._tracing.end(span, scope, status, took)

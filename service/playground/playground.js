@@ -142,7 +142,7 @@ async function ask(path, options = {}) {
   const problem = await answer.json().catch(() => ({}));
   const words = new Error(problem.detail ?? `The service answered with status ${answer.status}.`);
   words.retryAfterS = answer.status === 429 ? Number(answer.headers.get("Retry-After") ?? 1) : 0;
-  if (words.retryAfterS) words.message = words.message.replace(/[;,.]? ?try again in \d+ s\.?$/i, ".");
+  if (words.retryAfterS) words.message = words.message.replace(/[;,.]? ?(try again|retry) in \d+ s\.?$/i, ".");
   throw words;
 }
 

@@ -18,7 +18,6 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.inference.repository import ModelRepository, load_repository
-from service.middleware.access_log import configure_logging
 from service.server.accepting import Acceptor, Occupancy
 from service.server.metrics_port import open_metrics_port
 from service.server.protocol import (
@@ -30,6 +29,7 @@ from service.server.protocol import (
 )
 from service.settings import Settings
 from service.startup import Address, ServiceError, address_of, serving
+from service.telemetry.logging import configure_logging
 from service.telemetry.metrics import Metrics
 from training.artifact import ArtifactError
 from training.devices import DeviceError, describe, limit_threads

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.middleware.access_log import configure_logging
 from service.server.accepting import Occupancy
 from service.settings import Settings
 from service.startup import ServiceError, address_of, serving
+from service.telemetry.logging import configure_logging
 from service.telemetry.metrics import SupervisorMetrics
 from service.telemetry.multiprocess import mark_worker_dead
 

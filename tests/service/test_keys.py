@@ -74,7 +74,7 @@ def test_a_wrong_key_is_refused_by_number_without_its_secret(
 def test_a_file_without_a_key_is_refused(content: str, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(content)
-    with pytest.raises(ValueError, match="holds no key"):
+    with pytest.raises(ValueError, match="there is no API key"):
         read_keys(file)
 
 
@@ -96,7 +96,7 @@ def test_a_service_does_not_start_with_a_wrong_file_and_says_where_it_is_wrong(
     ("keys", "cause"),
     [
         (f"alice:{SECRET},alice:{OTHER}", "two API keys have the name 'alice'"),
-        (f"alice:{SECRET},bob:{SECRET}", "the API keys 'alice' and 'bob' are the same"),
+        (f"alice:{SECRET},bob:{SECRET}", "the API keys 'alice' and 'bob' have the same secret"),
     ],
 )
 def test_two_keys_are_told_apart(keys: str, cause: str) -> None:

@@ -1,52 +1,28 @@
+import asyncio
 import json
 import logging
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
-from service.middleware.access_log import JSONFormatter
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from service.middleware.access_log import AccessLogMiddleware
+from service.telemetry.logging import JSONFormatter, configure_logging
+from service.telemetry.metrics import Metrics
 from tests.support.serving import ServiceProcess, refused
 
-
-def test_a_request_is_one_line_with_its_id() -> None:
-    with ServiceProcess() as service:
-        answer = service.client.post("/generate?label=7&n=2", headers={"X-Request-ID": "abc-1.2_3"})
-        service.client.get("/nothing", headers={"X-Request-ID": "mine"})
-        service.signal()
-        assert service.wait() == 0
-    assert answer.headers["X-Request-ID"] == "abc-1.2_3"
-    lines = [json.loads(line) for line in service.errors]
-    access = {
-        line["request_id"]: line for line in lines if line["logger"] == "service.middleware.auth"
-    }
-    line = access["abc-1.2_3"]
-    assert (line["method"], line["path"], line["query"]) == ("POST", "/generate", "label=7&n=2")
-    assert (line["status"], line["bytes"]) == (200, len(answer.content))
-    assert line["duration_ms"] > 0
-    assert line["client"] == "127.0.0.1"
-    assert access["mine"]["status"] == 404
+PROBES = {"/livez", "/readyz", "/metrics"}
 
 
-def test_an_unsafe_id_is_replaced(service: ServiceProcess) -> None:
-    for unsafe in (b"a b", b'x"}', b"a" * 65, "é".encode("latin-1"), b""):
-        answer = service.client.get("/livez", headers={b"X-Request-ID": unsafe})
-        assert len(answer.headers["X-Request-ID"]) == 16
-
-
-def test_requests_get_ids_of_their_own(service: ServiceProcess) -> None:
-    ids = {service.client.get("/livez").headers["X-Request-ID"] for _ in range(20)}
-    assert len(ids) == 20
-
-
-def test_a_log_line_cannot_be_forged() -> None:
-    with ServiceProcess() as service:
-        service.client.get("/x%0a%7B%22level%22:%22error%22%7D?q=%0a\u2028")
-        service.signal()
-        service.wait()
-    assert all(json.loads(line)["level"] == "info" for line in service.errors)
-
-
-def test_raw_bytes_in_a_request_stay_on_their_line(bundled: Path) -> None:
-    """Past a client that would escape them."""
+@pytest.fixture(scope="module")
+def logged(bundled: Path) -> list[str]:
+    """The log of a service at level debug, after requests that try to forge a line of it."""
     forged = b'\n{"level": "error", "message": "forged"}\n'
     requests = [
         b"GET /a\x1b[31mb\x7f HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -59,6 +35,13 @@ def test_raw_bytes_in_a_request_stay_on_their_line(bundled: Path) -> None:
         b"\x16\x03\x01" + forged,
     ]
     with ServiceProcess("--models", str(bundled), "--log-level", "debug") as service:
+        headers = {"X-Request-ID": "abc-1.2_3"}
+        answer = service.client.post("/generate?label=7&n=2", headers=headers)
+        assert answer.headers["X-Request-ID"] == "abc-1.2_3"
+        service.client.get("/nothing", headers={"X-Request-ID": f"{len(answer.content)}-bytes"})
+        service.client.get("/x%0a%7B%22level%22:%22error%22%7D?q=%0a\u2028")
+        for path in PROBES:
+            assert service.client.get(path).status_code == 200
         address = (service.client.base_url.host, service.client.base_url.port or 0)
         for each in requests:
             with socket.create_connection(address, timeout=60) as connection:
@@ -66,13 +49,44 @@ def test_raw_bytes_in_a_request_stay_on_their_line(bundled: Path) -> None:
                 assert connection.recv(1 << 16).startswith(b"HTTP/1.1 4")
         service.signal()
         assert service.wait() == 0
-    lines = [json.loads(line) for line in service.errors]
+    return service.errors
+
+
+def test_a_request_is_one_line_with_its_id(logged: list[str]) -> None:
+    access = {line["request_id"]: line for line in map(json.loads, logged)}
+    line = access["abc-1.2_3"]
+    assert (line["method"], line["path"], line["query"]) == ("POST", "/generate", "label=7&n=2")
+    assert (line["level"], line["status"]) == ("info", 200)
+    assert access[f"{line['bytes']}-bytes"]["status"] == 404
+    assert line["duration_ms"] > 0
+    assert line["client"] == "127.0.0.1"
+
+
+def test_no_request_forges_a_line(logged: list[str]) -> None:
+    lines = [json.loads(line) for line in logged]
+    assert len(lines) == 3 + len(PROBES) + 8
     assert {line["level"] for line in lines} <= {"debug", "info", "warning"}
-    assert {line["logger"] for line in lines} == {"service.middleware.auth"}
-    for line in service.errors:
+    assert {line["logger"] for line in lines} == {"service.access"}
+    for line in logged:
         assert line.endswith("}\n")
         assert line[:-1].isascii()
         assert line[:-1].isprintable()
+
+
+def test_probes_and_scrapes_are_logged_at_debug(logged: list[str]) -> None:
+    debug = [line["path"] for line in map(json.loads, logged) if line["level"] == "debug"]
+    assert sorted(debug) == sorted(PROBES)
+
+
+def test_an_unsafe_id_is_replaced(service: ServiceProcess) -> None:
+    for unsafe in (b"a b", b'x"}', b"a" * 65, "é".encode("latin-1"), b""):
+        answer = service.client.get("/livez", headers={b"X-Request-ID": unsafe})
+        assert len(answer.headers["X-Request-ID"]) == 16
+
+
+def test_requests_get_ids_of_their_own(service: ServiceProcess) -> None:
+    ids = {service.client.get("/livez").headers["X-Request-ID"] for _ in range(20)}
+    assert len(ids) == 20
 
 
 def test_a_path_with_a_newline_does_not_make_a_second_line(tmp_path: Path) -> None:
@@ -87,25 +101,65 @@ def test_a_path_with_a_newline_does_not_make_a_second_line(tmp_path: Path) -> No
         )
 
 
-def test_probes_and_scrapes_are_logged_at_debug_only() -> None:
-    for level, expected in (("info", set()), ("debug", {"/livez", "/readyz", "/metrics"})):
-        with ServiceProcess("--log-level", level) as service:
-            for path in ("/livez", "/readyz", "/metrics"):
-                assert service.client.get(path).status_code == 200
-            service.signal()
-            service.wait()
-        lines = [json.loads(line) for line in service.errors]
-        assert {
-            each["path"] for each in lines if each["logger"] == "service.middleware.auth"
-        } == expected
+# In this process ---------------------------------------------------------------------------------
 
 
-def test_log_level_warning_is_silent_about_requests() -> None:
-    with ServiceProcess("--log-level", "warning") as service:
-        assert service.client.get("/models").status_code == 200
-        service.signal()
-        service.wait()
-    assert service.errors == []
+@pytest.fixture
+def _logging() -> Iterator[None]:
+    """Restore the log of the tests after `configure_logging`."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def ask(path: str) -> httpx.Response:
+    def fail(_request: Request) -> PlainTextResponse:
+        raise RuntimeError("a defect\nof two lines")
+
+    def succeed(_request: Request) -> PlainTextResponse:
+        return PlainTextResponse("ok")
+
+    routes = [Route("/livez", succeed), Route("/models", succeed), Route("/fail", fail)]
+    app = AccessLogMiddleware(Starlette(routes=routes).router, Metrics())
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get(path)
+
+    return asyncio.run(send())
+
+
+@pytest.mark.usefixtures("_logging")
+@pytest.mark.parametrize(
+    ("level", "paths"), [("debug", ["/livez", "/models"]), ("info", ["/models"]), ("warning", [])]
+)
+def test_the_level_selects_the_requests_that_are_logged(
+    level: str, paths: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging(level)
+    for path in ("/livez", "/models"):
+        assert ask(path).status_code == 200
+    lines = map(json.loads, capfd.readouterr().err.splitlines())
+    assert [line["path"] for line in lines if line["logger"] == "service.access"] == paths
+
+
+@pytest.mark.usefixtures("_logging")
+def test_a_defect_is_a_500_and_one_line_with_its_traceback(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    configure_logging("info")
+    answer = ask("/fail")
+    assert answer.status_code == 500
+    assert "a defect" not in answer.text
+    lines = map(json.loads, capfd.readouterr().err.splitlines())
+    defect, access = (line for line in lines if line["logger"].startswith("service"))
+    assert "RuntimeError: a defect\nof two lines" in defect["traceback"]
+    assert defect["request_id"] == access["request_id"] == answer.headers["X-Request-ID"]
+    assert access["status"] == 500
 
 
 def test_a_traceback_stays_on_its_line() -> None:
