@@ -1,4 +1,4 @@
-"""What docker-compose.yml promises, as far as it can be read without an engine."""
+"""The guarantees of docker-compose.yml, as far as they can be read without an engine."""
 
 import re
 import tomllib
@@ -46,7 +46,7 @@ def test_a_training_publishes_into_the_folder_that_is_served(name: str) -> None:
     assert ("deploy" in train) is (name == "train")
 
 
-def test_images_say_the_version_of_the_project() -> None:
+def test_images_state_the_version_of_the_project() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     found = re.findall(r'image\.version="(.*?)"', (REPOSITORY / "Dockerfile").read_text())
     assert found == 2 * [project["version"]]

@@ -19,7 +19,7 @@ LABELS = {"app.kubernetes.io/name": "cgan"}
 
 
 def closed(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
-    """The schema of an object that has nothing else."""
+    """Return the schema of an object that has no other property."""
     return {
         "type": "object",
         "properties": properties,
@@ -31,7 +31,7 @@ def closed(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
 TEXT = {"type": "string"}
 NUMBER = {"type": "integer", "minimum": 0}
 SELECTOR = closed(("matchLabels",), matchLabels={"type": "object", "additionalProperties": TEXT})
-# What is used of the definitions of the Prometheus Operator and of KEDA.
+# The part of the definitions of the Prometheus Operator and KEDA that the manifests use.
 CUSTOM = {
     "ServiceMonitor": closed(
         ("selector", "endpoints"),
@@ -75,7 +75,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def resources() -> dict[str, dict[str, Any]]:
-    """Every resource of the base, by its kind."""
+    """Return every resource of the base by its kind."""
     (kustomization,) = read(BASE / "kustomization.yaml")
     found = [each for name in kustomization["resources"] for each in read(BASE / name)]
     assert sorted(kustomization["resources"]) == sorted(
@@ -85,7 +85,7 @@ def resources() -> dict[str, dict[str, Any]]:
 
 
 def check(resource: dict[str, Any]) -> None:
-    """Strictly: a field that is misspelt is wrong, too."""
+    """Validate strictly: a misspelt field is an error, too."""
     kind = resource["kind"]
     if kind in CUSTOM:
         jsonschema.validate(resource["spec"], CUSTOM[kind])
@@ -94,14 +94,14 @@ def check(resource: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(resources()))
-def test_a_resource_is_what_its_schema_says(kind: str) -> None:
+def test_a_resource_matches_its_schema(kind: str) -> None:
     resource = resources()[kind]
     check(resource)
     if kind != "Namespace":
         assert resource["metadata"]["labels"] == LABELS
 
 
-def test_what_is_misspelt_would_be_found() -> None:
+def test_a_misspelt_field_is_found() -> None:
     for kind, resource in resources().items():
         if "spec" in resource:
             resource["spec"]["replica"] = 1
