@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def parse_keys(text: object) -> tuple[APIKey, ...]:
     """Parse keys separated by commas.
 
     Raises:
-        ValueError: there is no key, or one is malformed; it is named by its number.
+        ValueError: the text holds no key, or a malformed one, which is named by its number.
     """
     parts = text.split(",") if isinstance(text, str) and text.strip() else []
     return _parse("key", enumerate(parts, start=1))
@@ -51,12 +52,10 @@ def read_keys(path: object) -> tuple[APIKey, ...]:
     try:
         # Invalid UTF-8 is replaced, and the replacement is then rejected with its line number.
         text = Path(str(path)).read_text(encoding="utf-8-sig", errors="replace")
+        lines = enumerate(map(str.strip, text.split("\n")), start=1)
+        return _parse("line", (each for each in lines if each[1] and each[1][0] != "#"))
     except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    lines = enumerate(map(str.strip, text.split("\n")), start=1)
-    keys = ((number, line) for number, line in lines if line and not line.startswith("#"))
-    try:
-        return _parse("line", keys)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from error
 
@@ -72,10 +71,9 @@ def require_distinct(keys: Iterable[APIKey]) -> None:
     for key in keys:
         if key.name in by_name:
             raise ValueError(f"two API keys have the name {key.name!r}")
-        if key.digest in by_digest:
-            raise ValueError(
-                f"the API keys {by_digest[key.digest].name!r} and {key.name!r} have the same secret"
-            )
+        other = by_digest.get(key.digest)
+        if other is not None:
+            raise ValueError(f"the API keys {other.name!r} and {key.name!r} have the same secret")
         by_name[key.name] = by_digest[key.digest] = key
 
 
@@ -83,37 +81,34 @@ def _parse(unit: str, numbered: Iterable[tuple[int, str]]) -> tuple[APIKey, ...]
     keys = []
     for number, text in numbered:
         try:
-            keys.append(_parse_key(text.strip()))
+            keys.append(_parse_key(*text.strip().split(":")))
         except ValueError as error:
             raise ValueError(f"{unit} {number}: {error}") from None
     if not keys:
-        raise ValueError(f"there is no API key; each {_FORM}")
+        raise ValueError(f"found no API key; each {_FORM}")
     return tuple(keys)
 
 
-def _parse_key(text: str) -> APIKey:
-    name, *rest = text.split(":")
-    if len(rest) not in (1, 2):
+def _parse_key(name: str, secret: str = "", *rates: str) -> APIKey:
+    if not secret or len(rates) > 1:
         raise ValueError(_FORM)
     if not _NAME.fullmatch(name):  # not repeated: it may be a misplaced secret
         raise ValueError(
             "the name must be 1 to 64 letters (A-Z, a-z), digits, '.', '_' or '-', and begin with "
             "a letter or digit"
         )
-    if len(rest[0]) < MIN_LENGTH or not _SECRET.fullmatch(rest[0]):
+    if len(secret) < MIN_LENGTH or not _SECRET.fullmatch(secret):
         raise ValueError(
             f"the secret of {name!r} must be at least {MIN_LENGTH} letters (A-Z, a-z), digits or "
             "characters of ._~+/-, optionally followed by ="
         )
-    digest = hashlib.sha256(rest[0].encode()).digest()
-    return APIKey(name, digest, _parse_rate(rest[1]) if len(rest) == 2 else None)
+    digest = hashlib.sha256(secret.encode()).digest()
+    return APIKey(name, digest, _parse_rate(rates[0]) if rates else None)
 
 
 def _parse_rate(text: str) -> float:
-    try:
+    with suppress(ValueError):
         rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if not 0 < rate < math.inf:
-        raise ValueError("images-per-second must be a number above 0")
-    return rate
+        if 0 < rate < math.inf:
+            return rate
+    raise ValueError("images-per-second must be a number above 0")

@@ -19,14 +19,13 @@ QUALITY_METRICS = (
     "frechet_distance",
 )
 _SECONDS = (
-    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
-    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+    *(0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 _IMAGES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 # Several workers report the same value of these; other gauges are summed.
 _MAX_GAUGES = {
-    *("cgan_model_info", "cgan_model_quality", "cgan_device_memory_bytes"),
-    "cgan_workers",
+    *("cgan_model_info", "cgan_model_quality", "cgan_device_memory_bytes", "cgan_workers"),
 }
 _DEPRECATED_NAMES = {
     "cgan_batch_images": "cgan_batch_rows",
@@ -34,7 +33,6 @@ _DEPRECATED_NAMES = {
     "cgan_queue_limit_images": "cgan_queue_limit_rows",
     "cgan_model_quality": "cgan_certificate",
 }
-_DEPRECATED_LABELS = {"metric": "measure"}
 
 
 class ModelLabels(NamedTuple):
@@ -76,7 +74,7 @@ def _deprecated(family: Metric, old_name: str) -> Metric:
     """Return a family under its old name."""
     copy = Metric(old_name, f"Deprecated: use {family.name}.", family.type)
     for sample in family.samples:
-        labels = {_DEPRECATED_LABELS.get(name, name): each for name, each in sample.labels.items()}
+        labels = {"measure" if k == "metric" else k: v for k, v in sample.labels.items()}
         copy.add_sample(old_name + sample.name.removeprefix(family.name), labels, sample.value)
     return copy
 
@@ -104,45 +102,32 @@ class Metrics:
         counter = partial(Counter, registry=registry)
         gauge = partial(Gauge, registry=registry)
         histogram = partial(Histogram, registry=registry)
+        seconds = partial(histogram, buckets=_SECONDS)
         self.requests = counter(
-            "cgan_requests_total",
-            "Requests answered, by route template, method and status.",
-            ["route", "method", "status"],
+            "cgan_requests_total", "Requests answered.", ["route", "method", "status"]
         )
-        self.request_seconds = histogram(
-            "cgan_request_duration_seconds",
-            "Time from the arrival of a request to the last byte of its response.",
-            ["route"],
-            buckets=_SECONDS,
+        self.request_seconds = seconds(
+            "cgan_request_duration_seconds", "Time from arrival to the last byte sent.", ["route"]
         )
         self.requests_in_progress = gauge(
             "cgan_requests_in_progress", "Requests being answered, without probes and scrapes."
         )
-        self.stage_seconds = histogram(
-            "cgan_stage_duration_seconds",
-            "Time of an image request in each stage: queue, forward or encode.",
-            ["stage"],
-            buckets=_SECONDS,
+        self.stage_seconds = seconds(
+            "cgan_stage_duration_seconds", "Time in queue, forward and encode.", ["stage"]
         )
-        self.batch_images = histogram(
-            "cgan_batch_images", "Images of each forward.", buckets=_IMAGES
-        )
-        self.batch_seconds = histogram(
-            "cgan_batch_duration_seconds",
-            "Time of each forward, copies included.",
-            buckets=_SECONDS,
+        self.batch_images = histogram("cgan_batch_images", "Images per forward.", buckets=_IMAGES)
+        self.batch_seconds = seconds(
+            "cgan_batch_duration_seconds", "Time of a forward, copies included."
         )
         self.images = counter(
             "cgan_images_total", "Images sent, by model and class index.", ["model", "label"]
         )
         self.rejections = counter(
-            "cgan_rejections_total",
-            "Image requests that ended without an image, by the kind of problem.",
-            ["reason"],
+            "cgan_rejections_total", "Image requests answered with a problem.", ["reason"]
         )
         self.device_checks = counter(
             "cgan_device_checks_total",
-            "Self-tests of a device: passed, wrong, failed, or skipped while busy.",
+            "Self-tests: passed, wrong, failed, or skipped while busy.",
             ["outcome"],
         )
         self.wasted_images = counter(
@@ -150,25 +135,18 @@ class Metrics:
             "Images computed but not sent: the client disconnected or the deadline passed.",
         )
         self.queue_images = gauge("cgan_queue_images", "Images admitted and not yet started.")
-        self.queue_limit_images = gauge(
-            "cgan_queue_limit_images", "Images that may be queued at most."
-        )
-        self.ready = gauge("cgan_ready", "Number of workers that accept new requests.")
+        self.queue_limit_images = gauge("cgan_queue_limit_images", "Limit of cgan_queue_images.")
+        self.ready = gauge("cgan_ready", "Workers that accept new requests.")
         self.model_info = gauge(
-            "cgan_model_info",
-            "Always 1; the labels identify each loaded model.",
-            ["model", "sha256", "device", "dtype"],
+            "cgan_model_info", "Always 1; the labels identify a loaded model.", ModelLabels._fields
         )
         self.model_quality = gauge(
             "cgan_model_quality",
-            "Quality of each model, from its certificate. Higher is better, except for "
-            "frechet_distance.",
+            "From each model's certificate; higher is better, except for frechet_distance.",
             ["model", "metric"],
         )
         self.device_memory = gauge(
-            "cgan_device_memory_bytes",
-            "GPU memory: used by all processes, and total.",
-            ["device", "kind"],
+            "cgan_device_memory_bytes", "GPU memory: used, total.", ["device", "kind"]
         )
         self.devices_lost = counter(
             "cgan_devices_lost_total", "Devices that failed, which ends the process."

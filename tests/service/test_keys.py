@@ -55,7 +55,7 @@ def test_settings_hold_no_secret() -> None:
         (f"alice:{SECRET}:inf", "number above 0"),
     ],
 )
-def test_a_wrong_key_is_refused_by_number_without_its_secret(
+def test_a_malformed_key_is_named_by_number_without_its_secret(
     text: str, cause: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=rf"^key 2: .*{cause}") as caught:
@@ -71,14 +71,14 @@ def test_a_wrong_key_is_refused_by_number_without_its_secret(
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "# nothing\n"])
-def test_a_file_without_a_key_is_refused(content: str, tmp_path: Path) -> None:
+def test_a_file_without_a_key_is_rejected(content: str, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(content)
-    with pytest.raises(ValueError, match="there is no API key"):
+    with pytest.raises(ValueError, match="found no API key"):
         read_keys(file)
 
 
-def test_a_service_does_not_start_with_a_wrong_file_and_says_where_it_is_wrong(
+def test_a_service_does_not_start_with_a_malformed_file_and_names_the_line(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "keys"
@@ -99,13 +99,13 @@ def test_a_service_does_not_start_with_a_wrong_file_and_says_where_it_is_wrong(
         (f"alice:{SECRET},bob:{SECRET}", "the API keys 'alice' and 'bob' have the same secret"),
     ],
 )
-def test_two_keys_are_told_apart(keys: str, cause: str) -> None:
+def test_keys_with_the_same_name_or_secret_are_rejected(keys: str, cause: str) -> None:
     with pytest.raises(ValueError, match=cause) as caught:
         parse_settings(["--api-keys", keys])
     assert SECRET not in str(caught.value)
 
 
-def test_a_limit_without_keys_is_refused() -> None:
+def test_a_limit_without_keys_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"^--images-per-second .*--api-keys"):
         parse_settings(["--images-per-second", "5"])
 

@@ -61,7 +61,7 @@ def requests(client: httpx.Client, headers: dict[str, str]) -> Iterator[httpx.Re
 # Keys --------------------------------------------------------------------------------------------
 
 
-def test_only_liveness_needs_no_key(client: httpx.Client) -> None:
+def test_only_liveness_requires_no_key(client: httpx.Client) -> None:
     assert client.get("/livez").status_code == 200
     for answer in requests(client, {}):
         assert answer.status_code == 401
@@ -71,7 +71,7 @@ def test_only_liveness_needs_no_key(client: httpx.Client) -> None:
         assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
 
 
-def test_the_schema_says_where_a_key_is_needed(client: httpx.Client) -> None:
+def test_the_schema_states_where_a_key_is_required(client: httpx.Client) -> None:
     schema = client.get("/openapi.json", headers=bearer(ALICE)).json()
     schemes = schema["components"]["securitySchemes"]
     assert {name: each["scheme"] for name, each in schemes.items()} == {
@@ -87,13 +87,13 @@ def test_the_schema_says_where_a_key_is_needed(client: httpx.Client) -> None:
             )
 
 
-def test_with_a_key_everything_is_as_it_was(client: httpx.Client) -> None:
+def test_with_a_key_every_path_works(client: httpx.Client) -> None:
     statuses = [answer.status_code for answer in requests(client, bearer(ALICE))]
     assert statuses == [200, 200, 200, 200, 200, 200, 200, 404, 200, 422, 405]
 
 
 @pytest.mark.parametrize("scheme", ["bearer ", "BEARER ", "Bearer   "])
-def test_the_scheme_is_read_as_it_is_defined(client: httpx.Client, scheme: str) -> None:
+def test_the_scheme_is_case_insensitive(client: httpx.Client, scheme: str) -> None:
     assert client.get("/models", headers={"Authorization": scheme + BOB}).status_code == 200
 
 
@@ -104,7 +104,7 @@ def test_a_browser_sends_a_key_as_a_password(client: httpx.Client) -> None:
     assert client.get("/", headers=basic | {"Sec-Fetch-Site": "cross-site"}).status_code == 401
 
 
-def test_only_a_page_that_is_opened_asks_for_a_password(client: httpx.Client) -> None:
+def test_only_navigation_asks_for_a_password(client: httpx.Client) -> None:
     page = client.get("/", headers={"Sec-Fetch-Mode": "navigate"})
     assert page.headers["WWW-Authenticate"].startswith("Basic realm=")
     script = client.get("/models", headers={"Sec-Fetch-Mode": "cors"})
@@ -130,9 +130,7 @@ def test_only_a_page_that_is_opened_asks_for_a_password(client: httpx.Client) ->
         ["Bearer é"],
     ],
 )
-def test_whatever_is_wrong_with_a_key_the_answer_is_the_same(
-    client: httpx.Client, sent: list[str]
-) -> None:
+def test_every_invalid_key_gets_the_same_answer(client: httpx.Client, sent: list[str]) -> None:
     headers = [(b"X-Request-ID", b"same")]
     headers += [(b"Authorization", each.encode("latin-1")) for each in sent]
     answer = client.post("/generate?label=cat", headers=headers)
@@ -190,7 +188,7 @@ def test_over_the_limit_is_429(client: httpx.Client) -> None:
     assert found["cgan_rejections_total", (("reason", "rate-limited"),)] == 2
 
 
-def test_more_than_the_key_may_ever_have_at_once_is_422(client: httpx.Client) -> None:
+def test_more_than_the_burst_of_a_key_is_422(client: httpx.Client) -> None:
     answer = client.post("/generate?label=cat&label=dog&n=26", headers=bearer(BOB))
     assert answer.status_code == 422
     (error,) = answer.json()["errors"]

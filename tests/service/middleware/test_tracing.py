@@ -13,12 +13,12 @@ from tests.support.serving import ServiceProcess, refused
 
 
 class Collector:
-    """Takes spans by OTLP over HTTP, on a port of the loopback."""
+    """A collector that receives spans by OTLP over HTTP on a loopback port."""
 
     def __init__(self) -> None:
         self._spans: Queue[Span] = Queue()
         self.service_names: set[str] = set()
-        taken = self
+        collector = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
@@ -27,16 +27,16 @@ class Collector:
                 for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                     for attribute in resource.resource.attributes:
                         if attribute.key == "service.name":
-                            taken.service_names.add(attribute.value.string_value)
+                            collector.service_names.add(attribute.value.string_value)
                     for scope in resource.scope_spans:
                         for span in scope.spans:
-                            taken._spans.put(span)
+                            collector._spans.put(span)
                 self.send_response(200)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
             def log_message(self, *args: object) -> None:
-                """Nothing on stderr."""
+                """Write nothing to stderr."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -44,7 +44,7 @@ class Collector:
         self._thread.start()
 
     def spans(self, *, requests: int) -> list[Span]:
-        """All that came since this was asked before, once so many requests are among them."""
+        """Return the spans since the last call, once this number of requests is among them."""
         found: list[Span] = []
         while sum(span.kind == Span.SPAN_KIND_SERVER for span in found) < requests:
             found.append(self._spans.get(timeout=60))
@@ -59,7 +59,7 @@ class Collector:
 def traced(collector: Collector, bundled: Path, *arguments: str) -> ServiceProcess:
     return ServiceProcess(
         *("--models", str(bundled), "--otlp-endpoint", collector.url, *arguments),
-        environment={"OTEL_BSP_SCHEDULE_DELAY": "20"},  # ms between what is sent
+        environment={"OTEL_BSP_SCHEDULE_DELAY": "20"},  # ms between exports
     )
 
 
@@ -119,7 +119,7 @@ def test_a_request_is_a_span_with_its_stages_and_a_link_to_its_batch(
 def test_requests_that_share_a_batch_link_to_the_same_span(
     collector: Collector, service: ServiceProcess
 ) -> None:
-    paths = ["/generate?label=1&n=1024&format=zip"]  # while which is made, the others queue
+    paths = ["/generate?label=1&n=1024&format=zip"]  # the others queue during it
     paths += [f"/generate?label={label}&n=16" for label in range(10)]
     with ThreadPoolExecutor(len(paths)) as clients:
         answers = list(clients.map(service.client.post, paths))
@@ -128,26 +128,24 @@ def test_requests_that_share_a_batch_link_to_the_same_span(
     images = {s.span_id: attributes(s)["cgan.batch.images"] for s in spans if s.name == "batch"}
     linked = [link.span_id for span in spans for link in span.links]
     assert set(linked) == set(images)
-    assert len(linked) > len(images)  # some have rows of several requests
+    assert len(linked) > len(images)  # some batches have rows of several requests
     assert sum(map(int, map(str, images.values()))) == 1024 + 10 * 16
 
 
-def test_a_trace_that_the_caller_began_goes_on(
-    collector: Collector, service: ServiceProcess
-) -> None:
+def test_the_trace_of_a_client_continues(collector: Collector, service: ServiceProcess) -> None:
     trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     for sent in (f"00-{trace}-{parent}-01", f"00-{trace}-{parent}-00", "nonsense"):
         answer = service.client.post("/generate?label=7", headers={"traceparent": sent})
         assert answer.status_code == 200
     spans = collector.spans(requests=2)
     requests = [span for span in spans if span.kind == Span.SPAN_KIND_SERVER]
-    # The second caller did not sample, and the third one's trace has no id.
+    # The second client did not sample; the third one's trace has no id.
     assert [span.trace_id.hex() == trace for span in requests] == [True, False]
     assert [span.parent_span_id.hex() for span in requests] == [parent, ""]
     assert sum(f'"trace_id": "{trace}"' in line for line in service.errors) == 2
 
 
-def test_what_fails_is_traced_and_what_only_looks_is_not(
+def test_failures_are_traced_and_probes_are_not(
     collector: Collector, service: ServiceProcess
 ) -> None:
     for path in ("/livez", "/readyz", "/metrics", "/models", "/none"):
@@ -169,7 +167,7 @@ def test_what_fails_is_traced_and_what_only_looks_is_not(
     assert 2 < len([span for span in spans if span.kind != Span.SPAN_KIND_SERVER]) < 1000
 
 
-def test_a_collector_that_is_not_there_costs_no_request(bundled: Path) -> None:
+def test_an_unreachable_collector_fails_no_request(bundled: Path) -> None:
     collector = Collector()
     collector.close()
     with traced(collector, bundled) as service:
@@ -179,7 +177,7 @@ def test_a_collector_that_is_not_there_costs_no_request(bundled: Path) -> None:
     assert any("opentelemetry" in line for line in service.errors)
 
 
-def test_what_was_not_yet_sent_is_sent_at_the_end_by_workers_too(bundled: Path) -> None:
+def test_workers_send_the_remaining_spans_at_the_end(bundled: Path) -> None:
     collector = Collector()
     with ServiceProcess(
         *("--models", str(bundled), "--otlp-endpoint", collector.url, "--workers", "2"),
@@ -193,7 +191,7 @@ def test_what_was_not_yet_sent_is_sent_at_the_end_by_workers_too(bundled: Path) 
     collector.close()
 
 
-def test_an_address_that_is_none_is_refused() -> None:
+def test_an_invalid_endpoint_is_rejected() -> None:
     assert refused("--otlp-endpoint", "localhost:4318") == (
         "--otlp-endpoint (or CGAN_OTLP_ENDPOINT): has to begin with http:// or https:// and a "
         "host, not 'localhost:4318'\n"
