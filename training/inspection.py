@@ -1,4 +1,4 @@
-"""What an artifact is, for people and for machines."""
+"""Summaries of artifacts: as JSON, as text, and as a picture in a terminal."""
 
 import dataclasses
 import json
@@ -15,14 +15,14 @@ from training.networks import count_parameters
 from training.quality.certificate import read_certificate
 from training.quality.report import TABLE_CLASSES, render_table
 
-_PER_LINE = 5  # classes of a line of the terminal's picture
+_PER_LINE = 5  # classes per line of the picture
 
 
 def summary(artifact: Artifact) -> dict[str, Any]:
-    """Everything an artifact says of itself, its identity and its sizes; fit for JSON.
+    """Return the description of an artifact, its SHA-256 and its sizes, as values of JSON.
 
     Raises:
-        OSError: the file is no longer there.
+        OSError: the file no longer exists.
     """
     return {
         "path": str(artifact.path),
@@ -34,20 +34,20 @@ def summary(artifact: Artifact) -> dict[str, Any]:
 
 
 def render_summary(artifact: Artifact) -> str:
-    """The facts in lines, then the certificate's table.
+    """Return the summary as lines of text, then the certificate's table.
 
     Raises:
-        OSError: the file is no longer there.
+        OSError: the file no longer exists.
     """
-    info, known = artifact.info, summary(artifact)
-    unknown = info.training.get("images_seen", info.images_seen) is None  # as of an imported one
+    info, values = artifact.info, summary(artifact)
+    images_seen = info.training.get("images_seen", info.images_seen)  # None in an imported one
     lines = {
         "SHA-256": artifact.sha256,
-        "size": f"{known['size_bytes']:,} bytes",
-        "network": f"{info.network.kind}, {known['parameters']:,} parameters",
-        **_listed(known["network"]),
+        "size": f"{values['size_bytes']:,} bytes",
+        "network": f"{info.network.kind}, {values['parameters']:,} parameters",
+        **_listed(values["network"]),
         "classes": _classes(info.class_names),
-        "images seen": "unknown" if unknown else f"{info.images_seen:,}",
+        "images seen": "unknown" if images_seen is None else f"{images_seen:,}",
         "source commit": info.source_commit or "unknown",
         "training": "" if info.training else "not recorded",
         **_listed(info.training),
@@ -70,21 +70,20 @@ def _certificate(info: ArtifactInfo) -> str:
     try:
         certificate = read_certificate(info)
     except ValidationError:
-        figures = json.dumps(info.certificate, ensure_ascii=False, indent=2)
-        return f"Certified by another version of this code:\n{figures}"
+        stored = json.dumps(info.certificate, ensure_ascii=False, indent=2)
+        return f"Certified by another version of this code:\n{stored}"
     return "Not certified." if certificate is None else render_table(certificate, info.class_names)
 
 
 def _printable(text: str) -> str:
-    """Without the control characters by which a file's text could steer a terminal."""
+    """Escape control characters, so that text in a file cannot control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def render_picture(artifact: Artifact, columns: int) -> str:
-    """An image of each class, for a terminal that is `columns` wide; see `blocks`.
+    """Return an image per class, at most 20, as text of at most `columns` characters per line.
 
-    Of more than 20 classes the first 20 are shown. The images are shrunk by whole numbers until
-    five of them fit beside each other.
+    The images are shrunk by an integer factor so that five of them fit side by side.
     """
     network = artifact.info.network
     size, channels = network.image_size, network.channels
@@ -97,10 +96,10 @@ def render_picture(artifact: Artifact, columns: int) -> str:
 
 
 def render_ansi(pixels: Tensor) -> str:
-    """(H, W, C) uint8 in characters: the upper half of each is one pixel, the lower half another.
+    """Return (H, W, C) uint8 as text: a character is two pixels, one above the other.
 
-    The colours are 24-bit escape sequences of ECMA-48 (the upper pixel's is the character's, the
-    lower one's the ground's).
+    Each character is an upper half block; 24-bit escape sequences of ECMA-48 set its foreground to
+    the upper pixel and its background to the lower one.
     """
     rgb = F.pad(pixels, (0, 0, 0, 0, 0, pixels.shape[0] % 2))  # an even number of rows
     rgb = rgb.expand(-1, -1, 3)

@@ -21,7 +21,7 @@ from training import config
 from training.artifact import ArtifactInfo, save_artifact
 from training.config import TrainingConfig
 from training.data import named as data
-from training.data.named import DataFile, Dataset, DatasetSpec, SplitFiles
+from training.data.named import FILES, Dataset, DatasetSpec
 from training.loop import recompute_batch_norm, train_step
 from training.networks import (
     ConvGeneratorConfig,
@@ -35,10 +35,6 @@ from training.state import TrainState, create_state
 
 CPU = torch.device("cpu")
 CLASS_NAMES = ("left", "right")
-FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
 
 NETWORK = MLPGeneratorConfig(
     num_classes=2, channels=1, image_size=8, latent_dim=9, embedding_dim=3, hidden=(16, 32, 24)
@@ -152,16 +148,15 @@ def idx(array: npt.NDArray[np.uint8]) -> bytes:
 
 def write_data_dir(folder: Path, name: str = "mnist") -> DatasetSpec:
     """Both splits as a data directory's files; returns how to find them, and no mirror."""
-    splits = {}
+    sha256: dict[data.Split, tuple[str, str]] = {}
     (folder / name).mkdir(parents=True)
     for seed, (split, names) in enumerate(FILES.items()):
-        entries = []
-        for file_name, array in zip(names, arrays(256, seed), strict=True):
-            content = idx(array)
+        contents = [idx(array) for array in arrays(256, seed)]
+        for file_name, content in zip(names, contents, strict=True):
             (folder / name / f"{file_name}.gz").write_bytes(gzip.compress(content))
-            entries.append(DataFile(file_name, hashlib.sha256(content).hexdigest()))
-        splits[split] = SplitFiles(*entries)
-    return DatasetSpec(CLASS_NAMES, (), cast("dict[data.Split, SplitFiles]", splits))
+        images, labels = (hashlib.sha256(content).hexdigest() for content in contents)
+        sha256[split] = (images, labels)
+    return DatasetSpec(CLASS_NAMES, (), sha256)
 
 
 def install(patch: pytest.MonkeyPatch, folder: Path, *, images: int = CONFIG.images) -> None:

@@ -1,4 +1,4 @@
-"""Distortions of images, differentiable, drawn on the images' device."""
+"""Differentiable augmentation of images, drawn on their device."""
 
 import torch
 from torch import Tensor
@@ -11,18 +11,18 @@ def flip(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def diff_augment(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Colour, then translation, then cutout: the distortions of DiffAugment (arXiv 2006.10738).
+    """Apply DiffAugment (arXiv 2006.10738): colour, then translation, then cutout.
 
-    Shown to a discriminator in place of real and fake images alike, they keep it from learning a
-    small data set by heart. The generator learns to make undistorted images, because only those
-    become what distorted real images are.
+    Applied to real and fake images alike, it keeps a discriminator from memorising a small data
+    set. The generator still learns undistorted images, since only these match the real ones after
+    the same distortions.
 
     Args:
         images: (N, C, H, W) in [-1, 1]; gradients flow through.
-        rng: on the images' device; each image draws distortions of its own.
+        rng: on the images' device; every image has its own distortions.
 
     Returns:
-        (N, C, H, W), no longer bound to [-1, 1].
+        (N, C, H, W), not limited to [-1, 1].
     """
     return _cut_out(_translate(_recolour(images, rng), rng), rng)
 
@@ -38,7 +38,7 @@ def _recolour(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def _translate(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Move each image by up to an eighth of its size; what comes in is zero."""
+    """Shift each image by up to an eighth of its size; fill with zeros."""
     count, _, height, width = images.shape
     most = round(height / 8)
     offsets = torch.randint(-most, most + 1, (2, count, 1), generator=rng, device=images.device)
@@ -58,7 +58,7 @@ def _within(positions: Tensor, size: int) -> Tensor:
 
 
 def _cut_out(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Make a square of half the image's size zero; it may lie partly outside."""
+    """Set a square of half the image's size, partly outside perhaps, to zero."""
     count, _, height, width = images.shape
     side = round(height / 2)
     u = torch.rand((2, count, 1), generator=rng, device=images.device)

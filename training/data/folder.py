@@ -1,7 +1,7 @@
-"""A folder of images as a data set: a sub-folder for each class, named like the class.
+"""A folder of images as a data set, with a sub-folder per class.
 
 The layout is `DIR/CLASS/*.png`, of which a tenth of every class is held out for testing, or
-`DIR/train/CLASS/*.png` with `DIR/test/CLASS/*.png`. What cannot be used is left out and reported.
+`DIR/train/CLASS/*.png` with `DIR/test/CLASS/*.png`. Unusable files are left out and reported.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from training.data.named import DATASETS, DataError, Dataset
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MIN_SIZE, MAX_SIZE = 28, 64
 MAX_CLASSES = 1000
-MAX_PIXELS = 100_000_000  # of one file; beyond that it is no photograph but an attack on the memory
-HELD_OUT = 10  # one image in so many
+MAX_PIXELS = 100_000_000  # per file: limits the memory that a malicious file can take
+HELD_OUT = 10  # one image in 10 is held out
 SMALL_CLASS = 100  # training images
 _SHOWN = 10  # entries of a list in a report
 
@@ -38,9 +38,9 @@ class _File:
     Attributes:
         path: of the file.
         pixels: (H, W, 3).
-        grey: whether the three channels are equal.
+        grey: True if the three channels are equal.
         original: width and height in the file.
-        digest: SHA-256 of the pixels, the same for equal images of whatever format.
+        digest: SHA-256 of the pixels, independent of the file's format.
     """
 
     path: Path
@@ -52,19 +52,19 @@ class _File:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderReport:
-    """What was found in a folder.
+    """The contents of a folder.
 
     Attributes:
         path: the folder.
-        counts: class name -> images to train on, and held-out images.
+        counts: class name -> number of training images, number of held-out images.
         image_size: height and width of the images, in pixels.
         channels: 1 or 3.
-        originals: (width, height) in the files -> how many.
-        unusable: files that were left out -> why.
-        duplicates: files that were left out because another of the class has the same pixels.
-        ambiguous: files that were left out because one of another class has the same pixels.
-        leaked: held-out files that were left out because a training file has the same pixels.
-        ignored: how many files are neither PNG nor JPEG by their names.
+        originals: (width, height) in the files -> number of files.
+        unusable: file left out -> reason.
+        duplicates: files left out, with the pixels of another file of their class.
+        ambiguous: files left out, with the pixels of a file of another class.
+        leaked: held-out files left out, with the pixels of a training file.
+        ignored: number of files whose names are not those of PNG or JPEG files.
     """
 
     path: Path
@@ -80,11 +80,11 @@ class FolderReport:
 
     @property
     def small(self) -> tuple[str, ...]:
-        """Classes of fewer than `SMALL_CLASS` training images."""
+        """Return the classes of fewer than `SMALL_CLASS` training images."""
         return tuple(name for name, (train, _) in self.counts.items() if train < SMALL_CLASS)
 
     def render(self) -> str:
-        """The report in lines."""
+        """Return the report as lines of text."""
         train, test = (sum(pair[i] for pair in self.counts.values()) for i in (0, 1))
         colour = "grey" if self.channels == 1 else "colour"
         lines = [
@@ -117,7 +117,7 @@ class FolderReport:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of images: both splits on the CPU, and what was found."""
+    """The two splits of a folder of images, on the CPU, and a report of its contents."""
 
     train: Dataset
     test: Dataset
@@ -125,24 +125,24 @@ class Folder:
 
 
 def is_folder(name: str) -> bool:
-    """Whether what a person calls a data set is a folder of theirs, not the name of a known one."""
+    """Return True if a data set is given by a path, not by the name of a known one."""
     return name not in DATASETS
 
 
 def read_folder(path: Path, *, size: int | None = None, channels: int | None = None) -> Folder:
     """Read a folder of images.
 
-    Which images are held out depends on their pixels alone, so it stays the same when files are
-    renamed.
+    The choice of held-out images depends on their pixels only, so renaming files does not change
+    it.
 
     Args:
         path: of the folder.
-        size: crop every image to its middle square and resize it to so many pixels; else all must
-            have one square size already.
-        channels: 1 or 3, to convert the images to; else 3 if any image has colour.
+        size: crop every image to its central square and resize it to this height and width; if not
+            given, all images must have one square size already.
+        channels: convert the images to 1 or 3; if not given, 3 if any image has colour.
 
     Raises:
-        DataError: it is no such folder, its images do not fit together, or a class has too few.
+        DataError: the layout is wrong, the sizes differ, or a class has too few images.
     """
     train_dirs, test_dirs = _class_folders(path)
     reader = _Reader(size)
@@ -174,13 +174,13 @@ def read_folder(path: Path, *, size: int | None = None, channels: int | None = N
         ignored=reader.ignored,
     )
     name = path.resolve().name
-    name = f"{name}-folder" if name in DATASETS else name  # its figures are not those of the other
+    name = f"{name}-folder" if name in DATASETS else name  # its metrics are not comparable
     train, test = (_dataset(name, names, files, channels) for files in (unique, held_out))
     return Folder(train, test, report)
 
 
 def _class_folders(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Class name -> folder, to train on and to test with; the latter may be empty."""
+    """Return class name -> folder for training and for testing; the latter may be empty."""
     if not path.is_dir():
         known = ", ".join(DATASETS)
         raise DataError(f"{path}: is neither a folder nor one of the data sets {known}")
@@ -191,11 +191,11 @@ def _class_folders(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
         folders = _folders(folders["train"])
         unknown = [name for name in test if name not in folders]
         if unknown:
-            raise DataError(f"{path / 'test'}: has classes that train has not: {_some(unknown)}")
+            raise DataError(f"{path / 'test'}: has classes that train lacks: {_some(unknown)}")
     if not 2 <= len(folders) <= MAX_CLASSES:
         raise DataError(
-            f"{path}: has {len(folders)} sub-folders, but each is a class, and allowed are 2 to "
-            f"{MAX_CLASSES}; the layout is DIR/CLASS/*.png or DIR/train/CLASS/*.png"
+            f"{path}: has {len(folders)} sub-folders, expected one per class, 2 to {MAX_CLASSES}; "
+            "the layout is DIR/CLASS/*.png or DIR/train/CLASS/*.png"
         )
     long = [name for name in folders if len(name) > 200]
     if long:
@@ -206,7 +206,7 @@ def _class_folders(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
 
 
 def _folders(path: Path) -> dict[str, Path]:
-    """The sub-folders by name, hidden ones left out; numbers in the order of their values."""
+    """Return the visible sub-folders by name; if all names are numbers, in their order."""
     names = [each.name for each in path.iterdir() if each.is_dir() and not _is_hidden(each)]
     numbers = all(name.isascii() and name.isdecimal() for name in names)
     names.sort(key=lambda name: (int(name) if numbers else 0, name))
@@ -218,11 +218,11 @@ def _is_hidden(path: Path) -> bool:
 
 
 class _Reader:
-    """Reads class folders, and remembers what could not be read.
+    """A reader of class folders that keeps count of the files left out.
 
     Attributes:
-        unusable: file -> why.
-        ignored: how many files are no images by their names.
+        unusable: file -> reason.
+        ignored: number of files whose names are not those of images.
     """
 
     def __init__(self, size: int | None) -> None:
@@ -231,10 +231,10 @@ class _Reader:
         self._size = size
 
     def read(self, folder: Path) -> list[_File]:
-        """The usable images of a class, in an order that their pixels decide."""
+        """Return the usable images of a class, ordered by the digests of their pixels."""
         files = []
         entries = sorted(each for each in folder.iterdir() if not _is_hidden(each))
-        # disable=None: no bar in a log file.
+        # disable=None: no bar unless stderr is a terminal.
         for path in tqdm(entries, desc=folder.name, unit="image", leave=False, disable=None):
             if path.suffix.lower() not in SUFFIXES or path.is_dir():
                 self.ignored += 1
@@ -250,21 +250,21 @@ def _read(path: Path, size: int | None) -> _File:
     """Decode an image.
 
     Raises:
-        ValueError: it cannot be used; says why.
+        ValueError: the image is unusable.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is odd in a file; what is wrong raises
+            warnings.simplefilter("ignore")  # real errors are raised
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} pixels are too many")
-                # The mode does not tell: 16 bits of each colour would become 8 without a word.
+                # The mode of 16-bit colour is RGB: Pillow would drop 8 bits silently.
                 if any(";16" in str(tile.args) for tile in image.tile):
                     raise ValueError("more than 8 bits a channel")
                 return _decode(path, image, size)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error).replace(str(path), path.name)) from error
-    except (AssertionError, IndexError) as error:  # a palette or a profile that is not there
+    except (AssertionError, IndexError) as error:  # a missing palette or profile
         raise ValueError("is corrupt") from error
 
 
@@ -273,7 +273,7 @@ def _decode(path: Path, image: Image.Image, size: int | None) -> _File:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             raise ValueError("has transparent pixels")
-    # A camera that was held upright says so beside the pixels.
+    # Cameras store the orientation as metadata.
     image = ImageOps.exif_transpose(image.convert("RGB"))
     original = image.size
     if size is not None:
@@ -284,7 +284,7 @@ def _decode(path: Path, image: Image.Image, size: int | None) -> _File:
 
 
 def _one_size(path: Path, files: Sequence[_File]) -> int:
-    """The height and width that all images share."""
+    """Return the height and width that all images share."""
     sizes = Counter(file.original for file in files)
     if not sizes:
         raise DataError(f"{path}: has no usable image in its class folders")
@@ -294,16 +294,16 @@ def _one_size(path: Path, files: Sequence[_File]) -> int:
         return width
     rare = next(file.path for file in files if file.original == (width, height))
     raise DataError(
-        f"{path}: the sizes of the images are {shown}; that of {rare.relative_to(path)} is "
-        f"{width}x{height}. They must be one square size from {MIN_SIZE} to {MAX_SIZE}: "
-        "--image-size 32 crops and resizes them."
+        f"{path}: the sizes of the images are {shown}; {rare.relative_to(path)} is "
+        f"{width}x{height}. Expected one square size from {MIN_SIZE} to {MAX_SIZE}; "
+        "--image-size 32 crops and resizes all images"
     )
 
 
 def _without_duplicates(
     classes: dict[str, list[_File]],
 ) -> tuple[dict[str, list[_File]], list[Path], list[Path]]:
-    """The classes with each image once, the files that repeat one, and those of several classes."""
+    """Return the classes with each image once, repeated files, and files in several classes."""
     homes: dict[str, set[str]] = {}
     for name, files in classes.items():
         for file in files:
@@ -314,7 +314,7 @@ def _without_duplicates(
         seen: set[str] = set()
         for file in files:
             if len(homes[file.digest]) > 1:
-                ambiguous.append(file.path)  # no label is right for all copies of it
+                ambiguous.append(file.path)  # its label is unknown
             elif file.digest in seen:
                 repeated.append(file.path)
             else:
@@ -326,7 +326,7 @@ def _without_duplicates(
 def _unseen(
     test: dict[str, list[_File]], train: dict[str, list[_File]]
 ) -> tuple[dict[str, list[_File]], list[Path]]:
-    """Test images that are not trained on, and the files of those that are."""
+    """Return the test images that are not training images, and the files of the others."""
     known = {file.digest for files in train.values() for file in files}
     kept = {name: [f for f in files if f.digest not in known] for name, files in test.items()}
     leaked = [f.path for files in test.values() for f in files if f.digest in known]
@@ -336,7 +336,7 @@ def _unseen(
 def _hold_out(
     classes: dict[str, list[_File]],
 ) -> tuple[dict[str, list[_File]], dict[str, list[_File]]]:
-    """A tenth of every class goes to the second: those whose digests come first."""
+    """Move a tenth of every class, the images with the smallest digests, to a second split."""
     shares = {name: max(1, len(files) // HELD_OUT) for name, files in classes.items()}
     train = {name: files[shares[name] :] for name, files in classes.items()}
     return train, {name: files[: shares[name]] for name, files in classes.items()}
@@ -347,7 +347,7 @@ def _check_counts(
 ) -> None:
     empty = [name for name, files in train.items() if not files]
     if empty:
-        raise DataError(f"{path}: classes with too few usable images, or none: {_some(empty)}")
+        raise DataError(f"{path}: classes with too few usable images: {_some(empty)}")
     if sum(map(len, held_out.values())) < 2:
         raise DataError(f"{path / 'test'}: has fewer than 2 usable images")
 
@@ -370,7 +370,7 @@ def _dataset(
 
 
 def _channels(pixels: Pixels, channels: int) -> Pixels:
-    """(H, W, 3) to (C, H, W)."""
+    """Convert (H, W, 3) to (C, H, W)."""
     if channels == 1:
         return np.asarray(Image.fromarray(pixels).convert("L"))[None]
     return pixels.transpose(2, 0, 1)

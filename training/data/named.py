@@ -92,37 +92,25 @@ class DataFile:
 
 
 @dataclass(frozen=True)
-class SplitFiles:
-    """The two files of one split."""
-
-    images: DataFile
-    labels: DataFile
-
-
-@dataclass(frozen=True)
 class DatasetSpec:
-    """Description of a data set: classes, mirrors and files."""
+    """Description of a data set.
+
+    Attributes:
+        class_names: one name per label.
+        mirrors: base URLs, tried in this order.
+        sha256: of the decompressed files of images and of labels in each split.
+    """
 
     class_names: tuple[str, ...]
-    mirrors: tuple[str, ...]  # base URLs, tried in this order
-    splits: Mapping[Split, SplitFiles]
+    mirrors: tuple[str, ...]
+    sha256: Mapping[Split, tuple[str, str]]
 
 
-def _idx_splits(
-    *, train_images: str, train_labels: str, test_images: str, test_labels: str
-) -> dict[Split, SplitFiles]:
-    """Return the four files under the names of MNIST's, each with its SHA-256."""
-    return {
-        "train": SplitFiles(
-            DataFile("train-images-idx3-ubyte", train_images),
-            DataFile("train-labels-idx1-ubyte", train_labels),
-        ),
-        "test": SplitFiles(
-            DataFile("t10k-images-idx3-ubyte", test_images),
-            DataFile("t10k-labels-idx1-ubyte", test_labels),
-        ),
-    }
-
+# Names of the files of images and of labels.
+FILES: Mapping[Split, tuple[str, str]] = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
 
 DATASETS: Mapping[str, DatasetSpec] = {
     "mnist": DatasetSpec(
@@ -134,12 +122,16 @@ DATASETS: Mapping[str, DatasetSpec] = {
             "https://ossci-datasets.s3.amazonaws.com/mnist/",
             "https://storage.googleapis.com/cvdf-datasets/mnist/",
         ),
-        splits=_idx_splits(
-            train_images="ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            train_labels="65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            test_images="0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            test_labels="ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        ),
+        sha256={
+            "train": (
+                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            ),
+            "test": (
+                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+            ),
+        },
     ),
     "fashion-mnist": DatasetSpec(
         class_names=(
@@ -150,12 +142,16 @@ DATASETS: Mapping[str, DatasetSpec] = {
             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
             "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
         ),
-        splits=_idx_splits(
-            train_images="c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-            train_labels="bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-            test_images="5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-            test_labels="0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-        ),
+        sha256={
+            "train": (
+                "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+                "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            ),
+            "test": (
+                "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+                "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+            ),
+        },
     ),
 }
 
@@ -189,17 +185,17 @@ def load_dataset(
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}; expected {', '.join(DATASETS)}")
     spec = DATASETS[name]
-    if split not in spec.splits:
-        raise DataError(f"unknown split {split!r} of {name}; expected {', '.join(spec.splits)}")
-    files = spec.splits[split]
+    if split not in FILES:
+        raise DataError(f"unknown split {split!r} of {name}; expected {', '.join(FILES)}")
+    files = [DataFile(*pair) for pair in zip(FILES[split], spec.sha256[split], strict=True)]
     folder = data_dir / name
     mirrors = spec.mirrors if mirrors is None else mirrors
-    raw_images, raw_labels = (_content(f, folder, mirrors) for f in (files.images, files.labels))
+    raw_images, raw_labels = (_content(file, folder, mirrors) for file in files)
     try:
         images, labels = _parse(raw_images, raw_labels, len(spec.class_names))
     except ValueError as error:  # though both files have the SHA-256 of the description
-        pair = f"{files.images.name} and {files.labels.name}"
-        raise DataError(f"{folder}: {error} in {pair}; fix the description of {name}") from error
+        names = " and ".join(FILES[split])
+        raise DataError(f"{folder}: {error} in {names}; fix the description of {name}") from error
     return Dataset(
         name=name,
         images=torch.from_numpy(images).unsqueeze(1),  # (N, H, W) -> (N, 1, H, W)

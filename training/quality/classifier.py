@@ -10,9 +10,9 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -46,6 +46,8 @@ _TRAINED_ON = {
 }
 
 logger = logging.getLogger(__name__)
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class ClassifierError(FileError):
@@ -105,12 +107,8 @@ class FeatureClassifier:
 
     def accuracy(self, dataset: Dataset) -> float:
         """Return the share of a data set's images that are classified correctly."""
-        return accuracy(self.classify(dataset.images)[0], dataset)
-
-
-def accuracy(predictions: Tensor, dataset: Dataset) -> float:
-    """Return the share, in [0, 1], of predictions (N,) that equal the label of their image."""
-    return (predictions == dataset.labels).float().mean().item()
+        predictions, _ = self.classify(dataset.images)
+        return (predictions == dataset.labels).float().mean().item()
 
 
 def to_images(pixels: Tensor) -> Tensor:
@@ -133,17 +131,24 @@ def train_classifier(
     dataset: Dataset, *, epochs: float, seed: int, batch_size: int = _BATCH, half: bool = False
 ) -> ClassifierNetwork:
     """Train a new network, and log the loss of every epoch; see `fit`."""
-    network = _build(dataset, seed)
-    training = _train(network, dataset, epochs=epochs, seed=seed, batch_size=batch_size, half=half)
-    for epoch, loss in enumerate(training, start=1):
-        logger.info("epoch %d of %d: loss %.4f", epoch, math.ceil(epochs), loss)
+    network = build(ClassifierNetwork, dataset, seed)
+    fit(
+        network,
+        dataset,
+        epochs=epochs,
+        seed=seed,
+        batch_size=batch_size,
+        half=half,
+        log_epochs=True,
+    )
     return network
 
 
-def _build(dataset: Dataset, seed: int) -> ClassifierNetwork:
+def build(kind: type[Network], dataset: Dataset, seed: int) -> Network:
+    """Return an untrained network for a data set; leave the global random state as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ClassifierNetwork(num_classes=dataset.num_classes, channels=dataset.channels)
+        return kind(num_classes=dataset.num_classes, channels=dataset.channels)
 
 
 def fit(
@@ -154,6 +159,7 @@ def fit(
     seed: int,
     batch_size: int = _BATCH,
     half: bool = False,
+    log_epochs: bool = False,
 ) -> None:
     """Train a network in place, on the data set's device, and leave it in evaluation mode.
 
@@ -167,15 +173,8 @@ def fit(
         seed: decides order and augmentation.
         batch_size: images per step, or all images if they are fewer.
         half: compute in bfloat16.
+        log_epochs: log the mean loss of every epoch.
     """
-    for _ in _train(network, dataset, epochs=epochs, seed=seed, batch_size=batch_size, half=half):
-        pass
-
-
-def _train(
-    network: nn.Module, dataset: Dataset, *, epochs: float, seed: int, batch_size: int, half: bool
-) -> Iterator[float]:
-    """Train as `fit` does; yield the mean loss of every epoch."""
     device = dataset.labels.device
     batch_size = min(batch_size, len(dataset.labels))
     network.to(device)
@@ -187,7 +186,8 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 3e-3, total_steps=max(10, left), pct_start=0.2
     )
-    for _ in range(math.ceil(left / steps)):
+    passes = math.ceil(left / steps)
+    for epoch in range(passes):
         order = torch.randperm(len(dataset.labels), generator=rng, device=device)
         total = torch.zeros((), device=device)
         batches = order[: min(steps, left) * batch_size].view(-1, batch_size)
@@ -203,7 +203,9 @@ def _train(
             schedule.step()
             total += loss.detach()
         left -= len(batches)
-        yield total.item() / len(batches)
+        if log_epochs:
+            mean = total.item() / len(batches)
+            logger.info("epoch %d of %d: loss %.4f", epoch + 1, passes, mean)
     network.eval().requires_grad_(False)
 
 
@@ -267,7 +269,7 @@ def get_classifier(
     if cached is not None and cached_epochs >= full:
         return cached
     half = has_native_bfloat16(train.labels.device)
-    pass_s = estimate_pass_s(_build(train, seed=0), train, half=half)
+    pass_s = estimate_pass_s(build(ClassifierNetwork, train, seed=0), train, half=half)
     epochs = full if seconds is None else min(full, seconds / pass_s)
     # Two estimates of the same machine differ, so half of the epochs counts as enough.
     if cached is not None and seconds is not None and cached_epochs >= epochs / 2:

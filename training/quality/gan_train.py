@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from training.data.named import Dataset
 from training.devices import has_native_bfloat16
-from training.quality.classifier import estimate_pass_s, fit, to_images
+from training.quality.classifier import build, estimate_pass_s, fit, to_images
 
 IMAGES = 60_000
 EPOCHS = 4  # passes over `IMAGES` images
@@ -107,11 +107,8 @@ def _train(dataset: Dataset, seed: int) -> GanTrainClassifier:
 
 
 def _build(dataset: Dataset, seed: int) -> GanTrainClassifier:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        classifier = GanTrainClassifier(num_classes=dataset.num_classes, channels=dataset.channels)
-    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return classifier
+    classifier = build(GanTrainClassifier, dataset, seed)
+    return classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 @torch.inference_mode()

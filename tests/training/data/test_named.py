@@ -27,9 +27,7 @@ from training.data import named as data
 from training.data.named import (
     DATASETS,
     DataError,
-    DataFile,
     DatasetSpec,
-    SplitFiles,
     default_data_dir,
     load_dataset,
     parse_idx,
@@ -59,11 +57,8 @@ def tiny_spec(
     class_names: tuple[str, ...] = ("red", "green", "blue"),
 ) -> DatasetSpec:
     """A data set whose two files are these bytes."""
-    train = SplitFiles(
-        DataFile(IMAGES, hashlib.sha256(images).hexdigest()),
-        DataFile(LABELS, hashlib.sha256(labels).hexdigest()),
-    )
-    return DatasetSpec(class_names, mirrors, {"train": train})
+    digests = (hashlib.sha256(images).hexdigest(), hashlib.sha256(labels).hexdigest())
+    return DatasetSpec(class_names, mirrors, {"train": digests})
 
 
 @pytest.fixture(autouse=True)
@@ -593,15 +588,9 @@ def test_a_published_data_set_is_described_completely(name: str) -> None:
 
     assert len(set(spec.class_names)) == 10
     assert len(spec.mirrors) == 2
-    files = [file for split in spec.splits.values() for file in (split.images, split.labels)]
-    assert [file.archive for file in files] == [
-        "train-images-idx3-ubyte.gz",
-        "train-labels-idx1-ubyte.gz",
-        "t10k-images-idx3-ubyte.gz",
-        "t10k-labels-idx1-ubyte.gz",
-    ]
-    assert len({file.sha256 for file in files}) == 4
-    assert all(len(bytes.fromhex(file.sha256)) == 32 for file in files)
+    digests = [digest for split in data.FILES for digest in spec.sha256[split]]
+    assert len(set(digests)) == 4
+    assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
 
 
 # IDX
