@@ -468,7 +468,7 @@ def test_the_certificate_is_written_with_the_artifact(
     monkeypatch.setattr(command_line, "certify_artifact", certify)
     result = invoke(checkpoint, "--out", out, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert asked == [{"path": checkpoint, "dataset": "mnist", "device": CPU, "data_dir": None}]
+    assert asked == [{"path": checkpoint, "dataset": "mnist", "device": "cpu", "data_dir": None}]
     assert read_certificate(load_artifact(out).info) == certificate
 
 
@@ -492,7 +492,7 @@ def test_images_of_another_shape_than_the_data_sets_cannot_be_certified(
     torch.save(PytorchGan().state_dict(), path)
     result = invoke(path, "--out", out, "--device", "cpu")
     assert result.exit_code == 1
-    assert f"{path}: makes images of 32x32x1 in 10 classes, which are not those" in result.stderr
+    assert f"{path}: generates images of 32x32x1 in 10 classes, unlike mnist" in result.stderr
     assert "--no-certify" in result.stderr
     assert not out.exists()
 
@@ -501,7 +501,7 @@ def test_an_artifact_that_is_there_already_is_left_alone(checkpoint: Path, out: 
     out.write_bytes(b"precious")
     result = invoke(checkpoint, "--out", out, "--no-certify")
     assert result.exit_code == 2
-    assert f"{out} is there already" in result.stderr
+    assert f"{out} already exists" in result.stderr
     assert out.read_bytes() == b"precious"
 
 
