@@ -304,7 +304,7 @@ def load_bundled_classifier(dataset: Dataset, folder: Path = FOLDER) -> FeatureC
     """Return the bundled classifier of a named data set, on that data set's device.
 
     Raises:
-        ClassifierError: there is none, or its file is not the committed one.
+        ClassifierError: its file is missing or is not the committed one.
     """
     path = folder / f"{dataset.name}.safetensors"
     try:

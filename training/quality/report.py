@@ -126,7 +126,7 @@ def _overview(artifacts: list[Artifact]) -> str:
 
 
 def _certificate(artifact: Artifact) -> Certificate | str:
-    """Return the certificate, or the reason why there is none to show."""
+    """Return the certificate, or the reason for its absence."""
     try:
         return read_certificate(artifact.info) or "Not certified."
     except ValidationError:

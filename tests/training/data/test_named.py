@@ -70,7 +70,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the files of "tiny" belong; it does not exist yet."""
+    """Return the folder of the files of "tiny"; it does not exist yet."""
     return tmp_path / "tiny"
 
 
@@ -89,7 +89,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 class Mirror:
-    """What a server was asked for, and how it answers."""
+    """The files of a server, its manner of answering, and the names it was asked for."""
 
     def __init__(
         self, files: dict[str, bytes], *, headers: dict[str, str] | None = None, cut: bool = False
