@@ -135,7 +135,7 @@ def _certificate(artifact: Artifact) -> Certificate | str:
 
 def _earlier_runs(training: Mapping[str, Any]) -> Iterator[int]:
     """Yield the images seen by the runs whose networks a run was initialised from, latest first."""
-    # Artifacts of releases before 0.2 name it began_with.
+    # Older artifacts, the bundled ones among them, have the name began_with.
     while origin := training.get("initialised_from") or training.get("began_with"):
         yield origin["images_seen"]
         training = origin
