@@ -1,8 +1,7 @@
-# Two images: `service` (the last, so the one that is built by default) and `training`.
-# PyTorch's wheel on amd64 Linux is the CUDA build, which a GPU host needs; without a GPU the same
-# one runs, and only leaves its CUDA part idle.
+# Two images: `service`, which is the last stage and so the default, and `training`.
+# PyTorch's wheel for amd64 Linux is the CUDA build. It also runs on machines without a GPU.
 
-# The dependencies alone, so that no other change of pyproject.toml or the code installs them again.
+# Only the dependencies, so that other changes of pyproject.toml do not install them again.
 FROM python:3.11-slim-bookworm AS requirements
 WORKDIR /srv
 COPY pyproject.toml .
@@ -11,7 +10,7 @@ RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb
     open('training.txt', 'w').write('\n'.join(project['optional-dependencies']['train']))"
 
 
-# Every dependency has a wheel: nothing is compiled, here or later.
+# Every dependency has a wheel, so no stage compiles anything.
 FROM python:3.11-slim-bookworm AS service-packages
 COPY --from=requirements /srv/service.txt /tmp/
 RUN python -m venv --without-pip /opt/venv \
@@ -23,6 +22,15 @@ COPY --from=requirements /srv/training.txt /tmp/
 RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --only-binary :all: -r /tmp/training.txt
 
 
+# The project without its dependencies, installed for its metadata: the version stands there.
+# The models are copied to /app/weights below, where a volume can take their place.
+FROM python:3.11-slim-bookworm AS project
+WORKDIR /srv/source
+COPY . .
+RUN python -m pip install --no-cache-dir --no-compile --no-deps --target /srv/app . \
+    && rm -r /srv/app/service/weights /srv/app/bin
+
+
 FROM python:3.11-slim-bookworm AS base
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin cgan
 WORKDIR /app
@@ -31,16 +39,15 @@ ENV PATH=/opt/venv/bin:$PATH \
 STOPSIGNAL SIGTERM
 
 
-# Writes to volumes alone: data sets to /data, runs and judges to runs, artifacts to weights.
+# Writes only to volumes: data sets to /data, runs and classifiers to runs, artifacts to weights.
 FROM base AS training
 LABEL org.opencontainers.image.title="cgan-training" \
-      org.opencontainers.image.description="Trains class-conditional image generators" \
-      org.opencontainers.image.version="0.1.0"
+      org.opencontainers.image.description="Trains class-conditional image generators"
 RUN install -d -o cgan -g cgan /data runs
 COPY --from=training-packages /opt/venv /opt/venv
-# Readable by the image's user, however strict the umask of the checkout was.
+# The mode keeps files readable for the image's user if the checkout had a strict umask.
 COPY --chmod=755 --chown=10001:10001 weights/*.safetensors weights/
-COPY --chmod=755 training training
+COPY --from=project /srv/app .
 ENV CGAN_DATA_DIR=/data \
     XDG_CACHE_HOME=/app/runs/cache
 USER 10001:10001
@@ -48,18 +55,18 @@ ENTRYPOINT ["python", "-m", "training"]
 CMD ["--help"]
 ARG SOURCE=unknown
 ARG REVISION=unknown
+ARG VERSION=unknown
 LABEL org.opencontainers.image.source=$SOURCE \
-      org.opencontainers.image.revision=$REVISION
+      org.opencontainers.image.revision=$REVISION \
+      org.opencontainers.image.version=$VERSION
 
 
 FROM base AS service
 LABEL org.opencontainers.image.title="cgan-service" \
-      org.opencontainers.image.description="Labelled synthetic images on demand, over HTTP" \
-      org.opencontainers.image.version="0.1.0"
+      org.opencontainers.image.description="Labelled synthetic images on demand, over HTTP"
 COPY --from=service-packages /opt/venv /opt/venv
 COPY --chmod=755 --chown=10001:10001 weights/*.safetensors weights/
-COPY --chmod=755 training training
-COPY --chmod=755 service service
+COPY --from=project /srv/app .
 ENV CGAN_HOST=0.0.0.0 \
     CGAN_PORT=8000
 USER 10001:10001
@@ -69,5 +76,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=2m \
 ENTRYPOINT ["python", "-m", "service"]
 ARG SOURCE=unknown
 ARG REVISION=unknown
+ARG VERSION=unknown
 LABEL org.opencontainers.image.source=$SOURCE \
-      org.opencontainers.image.revision=$REVISION
+      org.opencontainers.image.revision=$REVISION \
+      org.opencontainers.image.version=$VERSION

@@ -1,9 +1,9 @@
-"""The images, built and run by a real engine through docker-compose.yml.
+"""Tests of the images, built and run by a real engine through docker-compose.yml.
 
     pytest tests/container.py
 
-Not among the tests of `pytest`: it wants a Docker engine with Compose, room, and minutes.
-`.ci/engine` finds or starts an engine for it.
+`pytest` alone does not run them, because they need a Docker engine with Compose, disk space and
+minutes. `.ci/engine` finds or starts an engine.
 """
 
 import io
@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import time
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,9 @@ from PIL import Image
 from tests.support.processes import REPOSITORY
 
 PROJECT = f"cgan-test-{os.getpid()}"
-START_S = 180.0  # until a service has loaded its models, on a busy machine
+START_S = 180.0  # for a service to load its models on a busy machine
+VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+LABELS = {"SOURCE": "https://example.org/cgan", "REVISION": "abc", "VERSION": VERSION}
 
 
 def compose(
@@ -51,7 +54,7 @@ def inspect(kind: str, name: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def images() -> dict[str, object]:
-    compose("build", "api-cpu", "train-cpu", SOURCE="https://example.org/cgan", REVISION="abc")
+    compose("build", "api-cpu", "train-cpu", **LABELS)
     return {name: inspect("image", name)["Id"] for name in ("cgan-service", "cgan-training")}
 
 
@@ -78,6 +81,16 @@ def client(images: dict[str, object], port: str) -> Iterator[httpx.Client]:
         compose("--profile", "*", "down", "--volumes", check=False)
 
 
+@pytest.mark.parametrize("name", ["cgan-service", "cgan-training"])
+def test_the_program_in_an_image_has_the_version_of_the_project(
+    images: dict[str, object], name: str
+) -> None:
+    said = subprocess.run(
+        ["docker", "run", "--rm", name, "--version"], capture_output=True, text=True, check=True
+    )
+    assert VERSION in said.stdout
+
+
 def inside(*command: str) -> subprocess.CompletedProcess[str]:
     return compose("exec", "-T", "api-cpu", *command, check=False)
 
@@ -87,7 +100,7 @@ def test_all_of_the_composition_is_valid() -> None:
 
 
 def test_built_again_nothing_changes(images: dict[str, object]) -> None:
-    compose("build", "api-cpu", "train-cpu", SOURCE="https://example.org/cgan", REVISION="abc")
+    compose("build", "api-cpu", "train-cpu", **LABELS)
     assert {name: inspect("image", name)["Id"] for name in images} == images
 
 
@@ -97,6 +110,7 @@ def test_an_image_says_what_it_was_built_from(images: dict[str, object], name: s
     assert isinstance(config, dict)
     assert config["Labels"]["org.opencontainers.image.source"] == "https://example.org/cgan"
     assert config["Labels"]["org.opencontainers.image.revision"] == "abc"
+    assert config["Labels"]["org.opencontainers.image.version"] == VERSION
     assert config["User"] == "10001:10001"
 
 

@@ -1,7 +1,6 @@
 """The guarantees of docker-compose.yml, as far as they can be read without an engine."""
 
 import re
-import tomllib
 from typing import Any
 
 import pytest
@@ -44,12 +43,6 @@ def test_a_training_publishes_into_the_folder_that_is_served(name: str) -> None:
     # Only a name, or the profile on a GPU host, starts one.
     assert train["profiles"] == (["training"] if name == "train" else ["cpu"])
     assert ("deploy" in train) is (name == "train")
-
-
-def test_images_state_the_version_of_the_project() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    found = re.findall(r'image\.version="(.*?)"', (REPOSITORY / "Dockerfile").read_text())
-    assert found == 2 * [project["version"]]
 
 
 @pytest.mark.parametrize("name", ["prometheus", "grafana"])
