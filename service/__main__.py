@@ -2,9 +2,9 @@
 
 import gc
 import sys
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 from service.settings import (
     ClusterSettings,
@@ -17,13 +17,12 @@ from service.settings import (
 from service.startup import ServiceError, printable
 
 
-@dataclass(frozen=True)
-class _Command:
-    """A command: its options, and the module whose `run` executes it."""
+class _Command(NamedTuple):
+    """A command: its options, the module whose `run` executes it, and its extra."""
 
     settings: type[CommandSettings]
     module: str = ""
-    extra: str | None = None  # the optional dependencies that it needs
+    extra: str = ""
 
 
 COMMANDS = {
@@ -53,8 +52,9 @@ def _run(name: str, arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}; expected {', '.join(COMMANDS)}")
     command = COMMANDS[name]
-    called = Path(sys.argv[0]).name
-    prog = "python -m service" if called in ("__main__.py", "-m", "-c") else called
+    prog = Path(sys.argv[0]).name
+    if prog == "__main__.py":
+        prog = "python -m service"
     settings = parse(
         command.settings,
         arguments,
@@ -67,20 +67,15 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         status: int = import_module(command.module).run(settings)
     except ModuleNotFoundError as error:
-        if command.extra is None:
+        if not command.extra:
             raise
-        raise ServiceError(
-            f"{name} needs optional dependencies ({error}); run: pip install -e "
-            f"'.[{command.extra}]'"
-        ) from error
+        install = f"pip install -e '.[{command.extra}]'"
+        raise ServiceError(f"{name} needs {error.name}; run: {install}") from error
     return status
 
 
 def _list_commands(prog: str) -> str:
-    rows = [
-        f"  {name:15}{(command.settings.__doc__ or '').splitlines()[0]}"
-        for name, command in COMMANDS.items()
-    ]
+    rows = [f"  {name:15}{each.settings.__doc__}".split("\n")[0] for name, each in COMMANDS.items()]
     rows[0] += " This is the default."
     help_line = f"Run `{prog} COMMAND --help` for the options of a command."
     return "\n".join(["commands:", *rows, "", help_line, ""])

@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,7 @@ def create_app(
     app = App(
         title="cgan-service",
         description=DESCRIPTION,
-        version="0.1.0",
+        version=version("cgan-service"),
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -198,7 +199,7 @@ def _create_tracing(endpoint: str | None) -> "Tracing | None":
         from service.middleware.tracing import Tracing  # noqa: PLC0415  (of an extra)
     except ModuleNotFoundError as error:
         raise ServiceError(
-            f"--otlp-endpoint needs pip install 'cgan-service[traces]': {error}"
+            "--otlp-endpoint needs optional dependencies; run: pip install -e '.[traces]'"
         ) from error
     return Tracing(endpoint)
 

@@ -8,8 +8,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+if absent := [name for name in ("click", "pooch", "tensorboard", "tqdm") if not find_spec(name)]:
+    sys.exit(f"training needs {', '.join(absent)}; run: pip install -e '.[train]'")
 
 import click
 import torch

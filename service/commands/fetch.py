@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +12,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import httpx
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 from tqdm import tqdm
 
 from service.settings import FetchSettings
@@ -19,8 +20,7 @@ from service.startup import ServiceError
 T = TypeVar("T")
 
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
-_MAX_WAIT_S = 60.0
-_backoff = wait_random_exponential(multiplier=0.5, max=_MAX_WAIT_S)
+_MAX_DELAY_S = 60.0
 # To resume a zip, the service encodes it from its beginning before it sends the next byte.
 _TIMEOUT = httpx.Timeout(30.0, read=900.0)
 
@@ -124,21 +124,17 @@ class _Download:
         Raises:
             ServiceError: too many consecutive attempts failed, or the service refused one for good.
         """
-        retrying = Retrying(
-            retry=retry_if_exception_type((_RetryableError, httpx.TransportError)),
-            stop=lambda _state: self._failures > self._retries,
-            wait=_wait_s,
-            reraise=True,
-        )
-
-        def counted() -> T:
-            self._failures += 1  # an attempt that makes progress resets it
-            return attempt()
-
-        try:
-            return retrying(counted)
-        except (_RetryableError, httpx.TransportError) as error:
-            raise ServiceError(f"{self._url.host}: {error}") from error
+        while True:
+            try:
+                return attempt()
+            except (_RetryableError, httpx.TransportError) as error:
+                self._failures += 1
+                if self._failures > self._retries:
+                    raise ServiceError(f"{self._url.host}: {error}") from error
+                delay_s = random.uniform(0.0, 0.5 * 2.0 ** min(self._failures, 10))
+                if isinstance(error, _RetryableError) and error.after_s is not None:
+                    delay_s = error.after_s
+                time.sleep(min(delay_s, _MAX_DELAY_S))
 
     def _read_headers(self) -> _RemoteFile:
         response = self._client.head(self._url)
@@ -200,11 +196,3 @@ def _to_error(response: httpx.Response) -> Exception:
         return ServiceError(f"{response.url.host}: {cause}")
     after = response.headers.get("Retry-After", "")
     return _RetryableError(cause, float(after) if after.isdecimal() else None)
-
-
-def _wait_s(state: RetryCallState) -> float:
-    """Return the delay that the service asks for, else one that grows with each attempt."""
-    error = state.outcome.exception() if state.outcome is not None else None
-    if isinstance(error, _RetryableError) and error.after_s is not None:
-        return min(error.after_s, _MAX_WAIT_S)
-    return _backoff(state)

@@ -148,7 +148,7 @@ def test_a_key_is_read_from_a_file(tmp_path: Path) -> None:
         url = address(service, "per_class=1&seed=0&format=npz")
         end(fetch(url, tmp_path, "--api-key-file", str(secret)))
         _, errors = end(fetch(url, tmp_path / "other"), 1)
-        assert "401: A valid API key is needed" in errors
+        assert "401: This path requires an API key" in errors
 
 
 @pytest.mark.parametrize(
