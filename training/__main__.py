@@ -50,7 +50,7 @@ from training.quality.classifier import (
 )
 from training.quality.evaluator import Evaluator
 from training.quality.report import render_table, write_report
-from training.run import Run, StopFlag, stop_on_signals
+from training.run import Run, StopFlag
 from training.sampling import generate
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -62,7 +62,7 @@ logger = logging.getLogger("training")
 @click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 100})
 @click.version_option(package_name="cgan-service", prog_name="cgan-train")
 def main() -> None:
-    """Train class-conditional image generators, evaluate them, and sample from them."""
+    """Train and evaluate class-conditional image generators."""
 
 
 device_option = click.option(
@@ -175,7 +175,7 @@ def train_command(**options: Any) -> None:
     With several GPUs: torchrun --nproc-per-node N -m training train …
     """
     settings = TrainSettings(**options)
-    with init_distributed() as world, stop_on_signals() as stop:
+    with init_distributed() as world, StopFlag() as stop:
         if not world.is_main_process:
             logger.setLevel(logging.CRITICAL)
         run, evaluator = prepare_run(settings, world, stop)
@@ -251,7 +251,10 @@ def _print_plan(run: Run) -> None:
 def evaluate_command(
     *, artifact: Path, dataset: str | None, device: str, data_dir: Path | None, report: bool
 ) -> None:
-    """Evaluate ARTIFACT and write its certificate, an evaluation report, into the file."""
+    """Evaluate ARTIFACT and write its certificate into it.
+
+    The certificate is an evaluation report that is stored inside the file.
+    """
     loaded = load_artifact(artifact)
     name = dataset or loaded.info.training.get("dataset")
     if not isinstance(name, str):
@@ -310,7 +313,7 @@ def _shape(images: GeneratorConfig | Dataset) -> str:
 def sample_command(
     *, artifact: Path, label: tuple[str, ...], n: int, out: Path, seed: int, scale: int, device: str
 ) -> None:
-    """Generate images with ARTIFACT and write them as one PNG sheet."""
+    """Write images of ARTIFACT to one PNG sheet."""
     if out.suffix.lower() != ".png":
         raise click.BadParameter(f"{out} must end in .png", param_hint="--out")
     loaded = load_artifact(artifact)
@@ -337,7 +340,10 @@ def sample_command(
 def train_classifier_command(
     *, dataset: str, out: Path, epochs: int, seed: int, device: str, data_dir: Path | None
 ) -> None:
-    """Train the reference classifier for evaluations on DATASET, on its real images."""
+    """Train the reference classifier of DATASET.
+
+    It learns from real images only; evaluations classify generated images with it.
+    """
     prepare_folder(out.parent)
     train_set, test_set = load_splits(dataset, data_dir, select_device(device))
     classifier = train_classifier(train_set, epochs=epochs, seed=seed)
@@ -371,7 +377,10 @@ _UNMEASURED = "To import it without an evaluation, give --no-certify."
 def import_command(
     *, checkpoint: Path, out: Path, dataset: str, certify: bool, device: str, data_dir: Path | None
 ) -> None:
-    """Convert CHECKPOINT, a generator's state dict of CGAN-PyTorch, to an artifact."""
+    """Convert a foreign CHECKPOINT to an artifact.
+
+    CHECKPOINT is a generator's state dict as CGAN-PyTorch or PyTorch-GAN save it.
+    """
     if out.suffix != ".safetensors":
         raise click.BadParameter(f"{out} must end in .safetensors", param_hint="--out")
     if out.exists():
@@ -404,7 +413,7 @@ def import_command(
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect_command(*, artifact: Path, picture: Path | None, as_json: bool) -> None:
-    """Show the network, the training, the certificate and a picture of ARTIFACT."""
+    """Show network, training and certificate of ARTIFACT."""
     if picture is not None and picture.suffix.lower() != ".png":
         raise click.BadParameter(f"{picture} must end in .png", param_hint="--picture")
     loaded = load_artifact(artifact)

@@ -163,7 +163,7 @@ def _read_payload(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(path, "does not exist, so there is no run to resume") from error
+        raise CheckpointError(path, "does not exist; give the folder of an earlier run") from error
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
     if not data.startswith(_MAGIC):

@@ -239,7 +239,7 @@ def recompute_batch_norm(generator: Generator, *, batches: int, seed: int = 0) -
 
     The running statistics of training belong to the generator, not to its average. The new ones are
     the mean over all batches of 500 images with balanced labels. The generator is left in
-    evaluation mode.
+    evaluation mode, and without a momentum: it must not be trained.
     """
     norms = [m for m in generator.modules() if isinstance(m, nn.BatchNorm1d)]
     generator.eval()
@@ -247,7 +247,6 @@ def recompute_batch_norm(generator: Generator, *, batches: int, seed: int = 0) -
         return
     device = generator.label_embedding.weight.device
     rng = torch.Generator(device).manual_seed(seed)
-    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average instead of an exponential one
@@ -257,8 +256,6 @@ def recompute_batch_norm(generator: Generator, *, batches: int, seed: int = 0) -
         latents = torch.randn((500, generator.config.latent_dim), generator=rng, device=device)
         generator(latents, labels)
     generator.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 # Makes one or more steps, given the progress of the run, and returns the sum of their reports: (5,)

@@ -20,7 +20,7 @@ from training.files import prepare_folder
 from training.gamma_search import DEFAULT_GAMMA, EvaluateFn, choose_gamma, is_worthwhile
 from training.networks import build_generator
 from training.quality.evaluator import MIN_TRAINING_SHARE, Evaluator
-from training.run import Run
+from training.run import Run, StopFlag
 from training.run_log import RunFolder
 from training.state import TrainState, create_state, generator_config
 
@@ -82,9 +82,14 @@ class TrainSettings:
 
 
 def prepare_run(
-    settings: TrainSettings, world: DistributedContext, stop: Callable[[], bool]
+    settings: TrainSettings, world: DistributedContext, stop: StopFlag
 ) -> tuple[Run, Evaluator | None]:
     """Start or resume a run; a dry run writes and trains nothing.
+
+    Args:
+        settings: the options.
+        world: the processes of the run.
+        stop: listens to signals once the slow preparations, which cannot be resumed, are over.
 
     Returns:
         the run and, in the main process of a run that is not dry, its evaluator.
@@ -122,6 +127,7 @@ def prepare_run(
             evaluator = Evaluator.create(train_set, test_set, minutes=metadata.minutes)
         spent = 0.0 if resumed else time.perf_counter() - started_at
         seconds = _training_seconds(metadata, train_set, evaluator, world, settings, spent)
+        stop.listen()
     evaluate = evaluator.evaluate_quick if evaluator else None
     if resumed is not None:
         run = resume_run(folder, train_set, resumed, evaluate, seconds=seconds, world=world)

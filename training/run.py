@@ -4,8 +4,7 @@ import dataclasses
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,36 +40,34 @@ CHECKPOINT_EVERY_S = 120.0
 
 
 class StopFlag:
-    """A flag that SIGINT or SIGTERM sets; the run then stops at the next step."""
+    """A flag that the first SIGINT or SIGTERM after `listen` sets; a second one acts as before.
+
+    Leaving its context restores the previous handlers.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
 
     def __call__(self) -> bool:
         """Return True if a signal was received."""
         return self.signal is not None
 
+    def listen(self) -> None:
+        """Handle signals from now on."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
 
-@contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a flag; a second one acts as before."""
-    flag = StopFlag()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> "StopFlag":
+        return self
 
-    def restore() -> None:
-        for number, handler in previous.items():
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        flag.signal = number
-        restore()
-
-    for number in previous:
-        signal.signal(number, handle)
-    try:
-        yield flag
-    finally:
-        restore()
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        self.__exit__()
 
 
 @dataclass(frozen=True)
@@ -229,11 +226,11 @@ class Run:
         """Restore the best networks at half the learning rate; progress and random draws go on.
 
         Raises:
-            DivergedError: there is no best state, or too many rollbacks were made.
+            DivergedError: no best state exists yet, or too many rollbacks were made.
         """
         state = self.state
         if self.best is None:
-            raise DivergedError(f"{reason}, before the first evaluation; there is no generator")
+            raise DivergedError(f"{reason} before the first evaluation; nothing was exported")
         if state.lr_scale <= 0.5**MAX_ROLLBACKS:
             raise DivergedError(
                 f"{reason}, after {MAX_ROLLBACKS} rollbacks; the best generator is in "

@@ -249,7 +249,7 @@ def test_the_next_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "c.pt") == "does not exist, so there is no run to resume"
+    assert refusal(tmp_path / "c.pt") == "does not exist; give the folder of an earlier run"
 
 
 def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_one_wrong_bit_anywhere_is_noticed(tmp_path: Path) -> None:
 
 
 def with_header(payload: bytes) -> bytes:
-    """As the code itself would sign it, which whoever writes a hostile file can do as well."""
+    """Sign a payload as the code does; the author of a hostile file can do so too."""
     start = b"cgan checkpoint, version 3\n"
     return start + hashlib.sha256(payload).digest() + payload
 

@@ -70,7 +70,7 @@ def refused(result: Result, *said: str, status: int = 1) -> None:
 def interrupt(out: Path, *options: str) -> None:
     """A run that was stopped at its third step, without signals."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command_line, "stop_on_signals", StopEarly)
+        patch.setattr(command_line, "StopFlag", StopEarly)
         assert train(out, *options).exit_code == 143
 
 
@@ -84,6 +84,9 @@ class StopEarly:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        pass
+
+    def listen(self) -> None:
         pass
 
     def __call__(self) -> bool:
@@ -121,7 +124,7 @@ def test_a_name_that_no_service_would_serve_is_refused_before_training(out: Path
     assert not out.exists()
 
 
-def test_a_run_lies_in_a_folder_of_its_data_set_and_preset_unless_told_otherwise(
+def test_a_run_lies_in_a_folder_of_its_data_set_and_preset_by_default(
     tmp_path: Path,
 ) -> None:
     assert invoke("train", "mnist", "--device", "cpu", "--images", "32").exit_code == 0
@@ -173,7 +176,7 @@ def test_a_precision_that_the_device_does_not_compute_in_is_refused(
         (("--preset", "paper"), "augment", False),
     ],
 )
-def test_what_a_run_was_told_is_recorded(
+def test_the_options_of_a_run_are_recorded(
     out: Path, options: tuple[str, ...], name: str, value: object
 ) -> None:
     assert train(out, "--images", "32", *options).exit_code == 0
@@ -344,7 +347,9 @@ def test_a_run_that_is_there_is_not_begun_again(out: Path) -> None:
 
 
 def test_there_is_nothing_to_go_on_with_in_an_empty_folder(out: Path) -> None:
-    refused(train(out, "--resume"), "checkpoint.pt: does not exist, so there is no run to resume")
+    refused(
+        train(out, "--resume"), "checkpoint.pt: does not exist; give the folder of an earlier run"
+    )
 
 
 def test_a_damaged_checkpoint_is_named(out: Path) -> None:
@@ -432,7 +437,7 @@ def test_a_dry_run_shows_its_plan_and_writes_nothing(out: Path, tmp_path: Path) 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_dry_run_by_time_estimates_what_it_was_told(out: Path) -> None:
+def test_a_dry_run_with_minutes_estimates_these(out: Path) -> None:
     result = train(out, "--dry-run", "--minutes", "2.5")
     assert plan_of(result)["minutes"] == 2.5
     assert "Estimated time: 2.5 minutes, as given." in result.stdout

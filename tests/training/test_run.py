@@ -42,7 +42,6 @@ from training.run import (
     Run,
     StopFlag,
     source_commit,
-    stop_on_signals,
 )
 from training.run_log import RunFolder
 from training.state import TrainState
@@ -532,7 +531,7 @@ def test_with_nothing_to_go_back_to_a_breakdown_ends_the_run(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Returns().watch(monkeypatch, SpoilAt(0))
-    with pytest.raises(DivergedError, match="finite after 160 images, before the first evaluation"):
+    with pytest.raises(DivergedError, match="finite after 160 images before the first evaluation"):
         fresh(folder).finish(NEVER)
     assert not folder.artifact.exists()
 
@@ -715,14 +714,16 @@ def test_the_first_signal_sets_the_flag_and_the_second_acts_as_always(
     received: list[int] = []
     before = signal.signal(number, lambda it, _frame: received.append(it))
     try:
-        with stop_on_signals() as stop:
+        with StopFlag() as stop:
+            stop.listen()
             assert not stop()
             os.kill(os.getpid(), number)
             assert stop()
             assert (stop.signal, received) == (number, [])
             os.kill(os.getpid(), number)
             assert received == [number]
-        with stop_on_signals() as unused:
+        with StopFlag() as unused:
+            unused.listen()
             assert not unused()
         os.kill(os.getpid(), number)
         assert received == [number] * 2
