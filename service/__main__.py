@@ -1,11 +1,11 @@
 """The command line of the service: `python -m service`, or `cgan-service` once installed."""
 
-import gc
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from service.server.loading import loading
 from service.settings import (
     ClusterSettings,
     CommandSettings,
@@ -84,10 +84,11 @@ def _list_commands(prog: str) -> str:
 def _serve(settings: Settings, arguments: list[str]) -> int:
     # Imported here because a supervisor, which lives as long as its workers, needs no PyTorch.
     if settings.workers == 1:
-        gc.disable()  # until everything is loaded: loading leaves hardly any garbage
-        from service.server.process import serve  # noqa: PLC0415
+        with loading():
+            from service.server.process import create_server  # noqa: PLC0415
 
-        return serve(settings, _print)
+            server = create_server(settings, _print)
+        return server.run_until_stopped()
     from service.server.supervisor import supervise  # noqa: PLC0415
 
     supervise(settings, arguments, _print)

@@ -163,9 +163,7 @@ def create_app(
     grants = create_grants(settings, metrics, folder)
     app.needs_key = bool(grants)
     _surround(app, front_door, grants, metrics, tracing)
-    app.state.refusal = AccessLogMiddleware(
-        errors.refuse, metrics
-    )  # of what never becomes a request
+    app.state.error_app = AccessLogMiddleware(errors.refuse, metrics)  # for the protocol
     return app
 
 

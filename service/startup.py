@@ -1,6 +1,6 @@
 """What a service says when it serves, and when it cannot."""
 
-import asyncio
+import socket
 import sys
 from collections.abc import Callable, Sequence
 
@@ -26,9 +26,9 @@ def serving(
     return line if metrics is None else f"{line}, metrics at {_url(metrics)}/metrics"
 
 
-def address_of(server: asyncio.Server) -> Address:
-    """Where a server listens."""
-    host, port = server.sockets[0].getsockname()[:2]
+def address_of(bound: socket.socket) -> Address:
+    """Return the host and port of a socket."""
+    host, port = bound.getsockname()[:2]
     return host, port
 
 

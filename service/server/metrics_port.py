@@ -1,39 +1,50 @@
-"""Metrics on a port of their own."""
+"""`/metrics` on a port of its own."""
 
-import asyncio
+import threading
 
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from service import errors
 from service.api import health
 from service.middleware.auth import APIKeyGrant, APIKeyMiddleware
+from service.server.sockets import open_sockets
 from service.settings import Settings
-from service.startup import ServiceError
+from service.startup import Address, address_of
 
 
-async def open_metrics_port(settings: Settings, registry: CollectorRegistry) -> asyncio.Server:
-    """Serve `/metrics`, and nothing else, on the port that the settings name for it.
+def open_metrics_port(settings: Settings, registry: CollectorRegistry) -> Address | None:
+    """Serve `/metrics` and nothing else, on a thread that ends with the process.
 
-    Uvicorn's protocol without its server, which would take the signals of the process.
+    Args:
+        settings: name the port, and the API keys of which a client must send one.
+        registry: of the metrics.
+
+    Returns:
+        the address, or None if the settings name no port.
 
     Raises:
         ServiceError: the port is taken.
     """
+    if settings.metrics_port is None:
+        return None
     app = FastAPI(openapi_url=None)
     errors.install(app)
     app.include_router(health.create_metrics_router(registry))
     if settings.keys:
         app.add_middleware(APIKeyMiddleware, grants=[APIKeyGrant(key) for key in settings.keys])
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
-    state = ServerState()
-    loop = asyncio.get_running_loop()
-    try:
-        return await loop.create_server(
-            lambda: HttpToolsProtocol(config, state, {}), settings.host, settings.metrics_port
-        )
-    except OSError as error:
-        raise ServiceError(f"the metrics port cannot be opened: {error}") from error
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+    )
+    sockets = open_sockets(settings.host, settings.metrics_port)
+    server = uvicorn.Server(config)  # handles signals on the main thread only
+    threading.Thread(target=server.run, args=(sockets,), name="metrics", daemon=True).start()
+    return address_of(sockets[0])

@@ -1,11 +1,10 @@
-"""One process that serves: its models, its port, its beginning and its end."""
+"""One process that serves: it loads the models, opens the port, and drains before it exits."""
 
 import asyncio
-import gc
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,216 +17,149 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.inference.repository import ModelRepository, load_repository
-from service.server.accepting import Acceptor, Occupancy
 from service.server.metrics_port import open_metrics_port
 from service.server.protocol import (
     TIMEOUT_CHECK_S,
     ConnectionLimits,
     HTTPProtocol,
+    enforce_timeouts,
     raise_nofile_limit,
-    sweep,
 )
+from service.server.sockets import open_sockets
 from service.settings import Settings
-from service.startup import Address, ServiceError, address_of, serving
+from service.startup import ServiceError, address_of, serving
 from service.telemetry.logging import configure_logging
 from service.telemetry.metrics import Metrics
 from training.artifact import ArtifactError
 from training.devices import DeviceError, describe, limit_threads
 
-# For requests that are on their way when the port closes: time to arrive and to be answered.
-_LAST_MOMENT_S = 0.2
-# So many more objects than were freed since the last look are looked through for garbage. Requests
-# that are admitted together are thousands, at Python's 700 each batch of them would be gone through
-# several times while it waits; and hardly anything here is garbage that only a look can find.
-_GARBAGE = 50_000
-_BACKLOG = 2048  # connections that wait to be accepted, as many as uvicorn lets wait
+CLOSE_GRACE_S = 0.2  # for requests in transit when the port closes: to arrive and be answered
 
 
 class Server(uvicorn.Server):
-    """Uvicorn with our own beginning and end.
+    """Uvicorn that drains before it stops.
 
-    On SIGTERM or SIGINT readiness falls, requests are served on for the drain delay, those that
-    were admitted are answered while the port stays open, and the process ends with status 0; a
-    second signal ends it at once. On SIGHUP all models are read again. When a device is lost, what
-    waits for it is answered, and the process ends with status 75 (EX_TEMPFAIL).
+    On the first SIGTERM or SIGINT the service reports that it is not ready, serves on for the drain
+    delay, answers the requests that it has admitted, closes the port and exits with status 0; a
+    second signal ends it at once. SIGHUP reloads all models. When a device is lost, the process
+    answers the requests that it has and exits with status 75 (EX_TEMPFAIL).
 
     Args:
-        app: what is served.
-        settings: say where, unless `run` is given sockets.
-        on_started: called once the port is open.
-        occupancy: of a worker among others. It leaves it to its supervisor to end the process at
-            once: whoever stops a whole group of processes signals a worker as its supervisor does,
-            so a second signal means nothing.
-        every_second: called about that often.
-        metrics: served on the port that the settings name for them, if they name one; None leaves
-            it to a supervisor.
+        app: made by `create_app`.
+        settings: of the service.
+        sockets: listen on its port.
+        on_started: called once it serves.
+        supervised: leave the second signal to a supervisor. A signal to a group of processes
+            reaches a worker twice, directly and by its supervisor.
+        on_tick: called at the start, about once a second, and at the end.
     """
 
     def __init__(
         self,
         app: FastAPI,
         settings: Settings,
+        sockets: list[socket.socket],
         on_started: Callable[[], None],
         *,
-        occupancy: Occupancy | None = None,
-        every_second: Callable[[], None] | None = None,
-        metrics: Metrics | None = None,
+        supervised: bool = False,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
-        async def on_tick() -> None:
-            if every_second is not None:
-                every_second()
-
-        self._terms = ConnectionLimits(
-            app.state.refusal,
-            settings.client_timeout_s,
-            raise_nofile_limit(settings.max_connections),
-        )
-        http: Any = partial(HTTPProtocol, self._terms)
+        connections = raise_nofile_limit(settings.max_connections)
+        self._limits = ConnectionLimits(app.state.error_app, settings.client_timeout_s, connections)
+        http: Any = partial(HTTPProtocol, self._limits)
         super().__init__(
             uvicorn.Config(
                 app,
-                host=settings.host,
-                port=settings.port,
                 http=http,
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 lifespan="on",
                 timeout_graceful_shutdown=5,
-                callback_notify=on_tick,
-                timeout_notify=0,
             )
         )
-        self._app = app
-        app.state.readiness.on_lost = self._on_lost
+        app.state.readiness.on_lost = self._on_device_lost
+        self._state = app.state
         self._drain_delay_s = settings.drain_delay_s
-        self._settings = settings
-        self._metrics = metrics
-        self._metrics_server: asyncio.Server | None = None
-        self._on_started = on_started
-        self._occupancy = occupancy
-        self._acceptor: Acceptor | None = None
+        self._sockets, self._supervised = sockets, supervised
+        self._report_started, self._report_tick = on_started, on_tick
+        self._connections: Any = self.server_state.connections  # of `HTTPProtocol`
 
-    @property
-    def address(self) -> Address:
-        """Where it listens."""
-        return address_of(self.servers[0])
+    def run_until_stopped(self) -> int:
+        """Serve until a signal stops the process or its device is lost.
 
-    @property
-    def metrics_address(self) -> Address | None:
-        """Where it serves metrics alone, if anywhere."""
-        return None if self._metrics_server is None else address_of(self._metrics_server)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the ports, then say so.
-
-        Raises:
-            ServiceError: the port of the metrics is taken.
+        Returns:
+            the exit status; not 0 if another process should take its place.
         """
-        if self._metrics is not None and self._settings.metrics_port is not None:
-            self._metrics_server = await open_metrics_port(self._settings, self._metrics.registry)
-        # Uvicorn's servers would take whatever comes, however many there are already.
-        await super().startup(sockets if self._occupancy is None else [])
-        if not self.started:
-            return
-        if self._occupancy is not None:
-            self._accept(sockets or [], self._occupancy)
-        # What has been loaded stays: looking through it for garbage would hold up every request.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(_GARBAGE, *gc.get_threshold()[1:])
-        gc.enable()  # it was off while all of that was loaded
-        self._sweep()
-        self._on_started()
-
-    def _accept(self, sockets: list[socket.socket], occupancy: Occupancy) -> None:
-        """Take connections, as one of several workers."""
-        http: Any = self.config.http_protocol_class  # typed as one that takes no arguments
-        protocol = partial(
-            http,
-            config=self.config,
-            server_state=self.server_state,
-            app_state=self.lifespan.state,
-        )
-        self._acceptor = Acceptor(sockets, protocol, self._connections, occupancy)
-        self._terms.on_lost = self._acceptor.count
-
-    def _sweep(self, steps: Iterator[None] | None = None) -> None:
-        """Look after the connections, some in each round of the loop."""
-        loop = asyncio.get_running_loop()
-        steps = steps or sweep(self._connections, loop.time)
-        try:
-            next(steps)
-        except StopIteration:
-            loop.call_later(TIMEOUT_CHECK_S, self._sweep)
-        else:
-            loop.call_soon(self._sweep, steps)
-
-    @property
-    def _connections(self) -> set[HTTPProtocol]:
-        connections: Any = self.server_state.connections  # uvicorn knows only its own protocols
-        return connections  # type: ignore[no-any-return]
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Drain on the first signal; uvicorn's own handler would close the port at once."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-        loop.add_signal_handler(signal.SIGHUP, self._app.state.reloader.on_hangup)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                loop.remove_signal_handler(number)
-
-    def _on_signal(self) -> None:
-        readiness = self._app.state.readiness
-        if not readiness.draining and not readiness.lost:
-            readiness.drain()
-            self._draining = asyncio.ensure_future(self._drain(self._drain_delay_s))
-        elif self._occupancy is None:
-            os._exit(0)  # whatever a thread is at; nothing is written that could be left in pieces
-
-    def _on_lost(self) -> None:
-        self._draining = asyncio.ensure_future(self._drain(0.0))
-
-    @property
-    def status(self) -> int:
-        """The exit status of the process; not 0 where another one should take its place."""
-        if self._app.state.readiness.lost:
+        self.run(self._sockets)
+        if self._state.readiness.lost:
             return os.EX_TEMPFAIL
         return 0 if self.started else 1
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the app, accept connections, and report it."""
+        await super().startup(sockets)
+        if self.started:
+            self._ticking = asyncio.ensure_future(self._tick())
+            self._report_tick()
+            self._report_started()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TIMEOUT_CHECK_S)
+            self._report_tick()
+            await enforce_timeouts(self._connections, asyncio.get_running_loop().time)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals until the event loop ends; uvicorn would close the port at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGHUP, self._state.reloader.on_hangup)
+        yield
+
+    def _on_signal(self) -> None:
+        readiness = self._state.readiness
+        if not readiness.draining and not readiness.lost:
+            readiness.drain()
+            self._draining = asyncio.ensure_future(self._drain(self._drain_delay_s))
+        elif not self._supervised:
+            os._exit(0)  # at once, whatever the threads do; no file is ever left half written
+
+    def _on_device_lost(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain(0.0))
+
     async def _drain(self, delay_s: float) -> None:
-        self._terms.draining = True  # so that clients that keep connections go elsewhere
+        self._limits.draining = True  # so that clients open their next connection elsewhere
         for connection in self._connections:
             connection.drain()
         await asyncio.sleep(delay_s)
-        await self._app.state.batcher.close()
-        self.should_exit = True  # uvicorn now waits for the answers that are still being sent
+        await self._state.batcher.close()
+        self.should_exit = True  # uvicorn shuts down, and waits for the responses being sent
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the port, a moment later what is idle, and wait for what is not."""
-        if self._acceptor is not None:
-            self._acceptor.close()
-        for each in (*self.servers, *(sockets or ())):
+        """Close the port, shortly after that idle connections, and wait for the others."""
+        for server in self.servers:
+            server.close()
+        for each in self._sockets:
             each.close()
-        await asyncio.sleep(_LAST_MOMENT_S)
+        await asyncio.sleep(CLOSE_GRACE_S)
         await super().shutdown(sockets)
-        if self._metrics_server is not None:
-            self._metrics_server.close()
+        self._ticking.cancel()
+        self._report_tick()
 
 
 def load(settings: Settings) -> ModelRepository:
-    """Load and check the models of this process, with its log set up.
+    """Load and check the models of this process, after it has set up the log.
 
     Raises:
         ServiceError: a model or the device cannot be used.
     """
     configure_logging(settings.log_level)
-    prometheus_client.disable_created_metrics()  # a second series for each one, which nobody reads
+    prometheus_client.disable_created_metrics()  # a second series for each, which nobody reads
     limit_threads(settings.workers)
     try:
         return load_repository(settings)
@@ -235,81 +167,56 @@ def load(settings: Settings) -> ModelRepository:
         raise ServiceError(str(error)) from error
 
 
-def serve(settings: Settings, say: Callable[[str], None]) -> int:
-    """Load, check, and only then serve, in this process; returns its exit status.
-
-    Raises:
-        ServiceError: it cannot start.
-    """
-    registry = load(settings)
-    device = describe(registry.default.engine.device)
-    metrics = Metrics()
-    server = Server(
-        create_app(settings, registry, metrics),
-        settings,
-        lambda: say(serving(registry.names, server.address, device, server.metrics_address)),
-        metrics=metrics,
-    )
-    server.run()
-    return server.status
-
-
-def serve_as_worker(
-    settings: Settings,
-    index: int,
-    folder: Path,
-    sockets: Sequence[int],
-    report: Callable[[object], None],
-) -> int:
-    """Serve in this one of several processes; returns its exit status.
+def create_server(settings: Settings, announce: Callable[[str], None]) -> Server:
+    """Return the server of a service of one process, with its models loaded.
 
     Args:
-        settings: of all of them.
-        index: of this one, from 0.
-        folder: where they share their metrics, and how many connections each has.
-        sockets: file descriptors of the bound sockets that they share.
-        report: told what is served, once it is.
+        settings: of the service.
+        announce: called with the line that says where it serves.
 
     Raises:
         ServiceError: it cannot start.
     """
-    registry = load(on_own_device(settings, index))
-    metrics = Metrics(folder, str(index))
-    device = describe(registry.default.engine.device)
-
-    def on_started() -> None:
-        metrics.write_snapshot()
-        report({"names": registry.names, "device": device})
-
-    server = Server(
-        create_app(settings, registry, metrics, folder),
-        settings,
-        on_started,
-        occupancy=Occupancy(folder, settings.workers, index),
-        every_second=metrics.write_snapshot,
+    repository = load(settings)
+    metrics = Metrics()
+    app = create_app(settings, repository, metrics)
+    sockets = open_sockets(settings.host, settings.port)
+    line = serving(
+        repository.names,
+        address_of(sockets[0]),
+        describe(repository.default.engine.device),
+        open_metrics_port(settings, metrics.registry),
     )
-    server.run([listening(each) for each in sockets])
-    metrics.write_snapshot()
-    return server.status
+    return Server(app, settings, sockets, partial(announce, line))
 
 
-def listening(descriptor: int) -> socket.socket:
-    """A socket that the supervisor bound, which listens from the first ready worker on.
+def create_worker(
+    settings: Settings, index: int, folder: Path, port: int, report: Callable[[object], None]
+) -> Server:
+    """Return the server of one of several processes, with its models loaded.
+
+    Args:
+        settings: of the service.
+        index: of the worker, from 0.
+        folder: that the workers share, for metrics and rate limits.
+        port: that the supervisor has reserved.
+        report: called with the names of the models and the device once the worker serves.
 
     Raises:
-        ServiceError: another process bound the same port meanwhile, and listens.
+        ServiceError: it cannot start.
     """
-    shared = socket.socket(fileno=descriptor)
-    try:
-        shared.listen(_BACKLOG)  # uvloop does so too, but says nothing when it cannot
-    except OSError as error:
-        shared.close()
-        raise ServiceError(f"the port cannot be opened: {error.strerror}") from error
-    return shared
+    repository = load(assign_device(settings, index))
+    metrics = Metrics(folder, str(index))
+    app = create_app(settings, repository, metrics, folder)
+    sockets = open_sockets(settings.host, port, reuse_port=True)
+    device = describe(repository.default.engine.device)
+    on_started = partial(report, {"names": repository.names, "device": device})
+    on_tick = metrics.write_snapshot
+    return Server(app, settings, sockets, on_started, supervised=True, on_tick=on_tick)
 
 
-def on_own_device(settings: Settings, index: int) -> Settings:
-    """The settings of one worker: where there are several GPUs to choose from, it has its own."""
+def assign_device(settings: Settings, index: int) -> Settings:
+    """Return the settings of a worker: its own GPU, if it may choose from several."""
     if settings.device not in ("auto", "cuda") or torch.cuda.device_count() < 2:
         return settings
     return settings.model_copy(update={"device": f"cuda:{index % torch.cuda.device_count()}"})

@@ -1,24 +1,24 @@
-"""HTTP/1.1 connections: joined writes, and an end to clients that are slow or hostile.
+"""HTTP/1.1 connections with limits, timeouts and coalesced writes.
 
-Uvicorn writes an answer's head and body as they come, which is one more system call, one more
-packet, and one more time that the client wakes up, for every answer. And it waits for a client, and
-keeps what one sends, without a bound; nor does it tell a request that its client has gone.
+Uvicorn writes the head and the body of a response separately, which costs a system call and a
+packet more. It limits neither the size of a request nor the time that a client takes to send one or
+to read the response, and it does not tell a request that its client has disconnected.
+
+The names of uvicorn that this module relies on are listed in tests/service/server/
+test_private_names.py.
 """
 
 import asyncio
 import logging
 import resource
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import (
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service.errors import Problem
@@ -28,44 +28,42 @@ MAX_TARGET_BYTES = 1 << 14  # 16 KiB: 1024 labels with long names
 MAX_HEAD_BYTES = 1 << 16
 MAX_HEADERS = 128
 MAX_BODY_BYTES = 1 << 20
-MAX_PIPELINED = 64  # requests of one connection that wait for the answers before theirs
-MAX_UNREAD_BYTES = 1 << 28  # of the answers that clients have yet to read, all together
+MAX_PIPELINED = 64  # queued requests of one connection
+MAX_UNREAD_BYTES = 1 << 28  # responses that clients have yet to read, of all connections
 
-TIMEOUT_CHECK_S = 1.0  # between two looks for clients that keep the server waiting
-_SWEPT_AT_ONCE = 16  # connections
-_LINGER_S = 2.0  # for a client that was told of the end to end it too
-_BEYOND = 256  # connections above the limit that are told so; beyond these, none is
-_OTHER_FILES = 512  # that the process may need besides connections
+TIMEOUT_CHECK_S = 1.0  # interval of `enforce_timeouts`
+CHECK_BATCH = 16  # connections that it checks between two turns of the event loop
+LINGER_S = 2.0  # time for the client to close its side after the server closed its own
+EXCESS_CONNECTIONS = 256  # over the limit, that still get a 503; any further ones are reset
+OTHER_FILES = 512  # file descriptors for everything but connections
 
 log = logging.getLogger("service.server.protocol")
 
 
 @dataclass
 class ConnectionLimits:
-    """What holds for all connections of a server.
+    """Settings and state that all connections of a server share.
 
     Attributes:
-        refusal: answers in place of the app, with the `problem` of the scope.
-        client_timeout_s: how long a client may keep the server waiting.
-        max_connections: most that are open at a time; more are answered 503 and closed.
-        draining: whether every answer is the last one of its connection.
-        on_lost: called when a connection has ended.
+        error_app: ASGI app that sends the `problem` of the scope.
+        client_timeout_s: time that a client may keep the server waiting.
+        max_connections: open connections; any more get a 503.
+        draining: close every connection after its next response.
     """
 
-    refusal: ASGIApp
+    error_app: ASGIApp
     client_timeout_s: float
     max_connections: int
     draining: bool = False
-    on_lost: Callable[[], object] = lambda: None
 
 
 class WriteCoalescingTransport:
-    """A transport that joins what is written in one turn of the event loop."""
+    """Transport that joins the data written in one turn of the event loop."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport, self._loop = transport, loop
         self._pending: list[bytes] = []
-        self.closed = False  # on our side; the client may yet have to read, and to end its own
+        self.closed = False  # by the server; the client may yet read, and close its own side
 
     def write(self, data: bytes) -> None:
         """Send data at the end of this turn of the event loop."""
@@ -74,10 +72,10 @@ class WriteCoalescingTransport:
         self._pending.append(data)
 
     def close(self) -> None:
-        """Send what is left and the end, and let the client close the connection.
+        """Send pending data and EOF, then wait for the client to close the connection.
 
-        Closed outright, the kernel would reset a connection on which the client still sends, and
-        the client might lose the answer.
+        The kernel resets a connection that is closed while the client still sends, and the client
+        could lose the response.
         """
         self._flush()
         if not self.is_closing():
@@ -86,14 +84,14 @@ class WriteCoalescingTransport:
             self._transport.write_eof()
 
     def is_closing(self) -> bool:
-        """Whether nothing can be sent any more."""
+        """Return True if nothing can be sent any more."""
         return self.closed or self._transport.is_closing()
 
     def _flush(self) -> None:
         if self._pending:
             data = b"".join(self._pending) if len(self._pending) > 1 else self._pending[0]
             self._pending.clear()
-            if not self.is_closing():  # else nobody reads it
+            if not self.is_closing():
                 self._transport.write(data)
 
     def __getattr__(self, name: str) -> Any:
@@ -101,262 +99,242 @@ class WriteCoalescingTransport:
 
 
 class HTTPProtocol(HttpToolsProtocol):
-    """Uvicorn's HTTP protocol over a `WriteCoalescingTransport`, with bounds.
+    """Uvicorn's HTTP/1.1 protocol over a `WriteCoalescingTransport`, with limits.
 
-    Time is not measured by a timer per request, which would cost as much as parsing it: `sweep`
-    compares every connection with what it was a second before.
+    A timer per request would cost as much as parsing it. `enforce_timeouts` compares each
+    connection with its state of a second before instead.
     """
 
     transport: WriteCoalescingTransport  # type: ignore[assignment]
 
     def __init__(
         self,
-        terms: ConnectionLimits,
+        limits: ConnectionLimits,
         config: uvicorn.Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._terms = terms
-        self._whole = True  # every request that began has come to its end
-        self._partial_bytes = 0  # of the one that has not, roughly
+        self._limits = limits
+        self._request_complete = True  # every request that began was received completely
+        self._partial_bytes = 0  # size of the incomplete request, approximately
         self._requests = 0
-        self._deaf = False  # what else the client sends means nothing
-        self._progress: object = None  # when the sweep last saw any
-        self._since = 0.0
-
-    # The beginning and the end ------------------------------------------------------------------
+        self._ignore_input = False
+        self._last_state: object = None  # at the last check of timeouts that saw any progress
+        self._last_progress = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin a connection."""
+        """Begin a connection; refuse it over the limit."""
         self._client = Client()
         super().connection_made(WriteCoalescingTransport(transport, self.loop))  # type: ignore[arg-type]
-        beyond = len(self.connections) - self._terms.max_connections
-        if beyond > _BEYOND:
-            self._deaf = True
+        limit = self._limits.max_connections
+        excess = len(self.connections) - limit
+        if excess > EXCESS_CONNECTIONS:
+            self._ignore_input = True
             self.transport.abort()
-        elif beyond > 0:
-            detail = f"All {self._terms.max_connections} connections are taken; try again later."
-            self._refuse(Problem(503, "too-many-connections", detail, headers={"Retry-After": "1"}))
+        elif excess > 0:
+            detail = f"All {limit} connections are in use; try again later."
+            headers = {"Retry-After": "1"}
+            self._send_error(Problem(503, "too-many-connections", detail, headers=headers))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """End the connection, and the request that was being answered."""
+        """End the connection and cancel its request."""
         super().connection_lost(error)
         self._client.gone = True
         if self._client.on_gone is not None:
             self._client.on_gone()
-        self._terms.on_lost()
 
     def drain(self) -> None:
-        """Let the answer under way be the last one of this connection."""
+        """Close the connection after the response to its latest request."""
         if self.cycle is not None:
             self.cycle.keep_alive = False
 
     def shutdown(self) -> None:
-        """End the connection once nothing is owed to the client."""
-        if self._answering:
+        """Close the connection as soon as the client has its responses."""
+        if self._responding:
             self.drain()
-        elif not self._whole:
-            self._give_up(Problem(503, "draining", "The service is shutting down."))
+        elif not self._request_complete:
+            self._abort_request(Problem(503, "draining", "The service is shutting down."))
         elif self.transport.get_write_buffer_size():
             self.transport.close()
         else:
             self.transport.abort()
 
+    def timeout_keep_alive_handler(self) -> None:
+        """Do nothing: `enforce_timeouts` closes idle connections."""
+
     @property
-    def _answering(self) -> bool:
+    def _responding(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    # What comes ---------------------------------------------------------------------------------
-
     def data_received(self, data: bytes) -> None:
-        """Take what the client sends."""
-        if self._deaf or self.transport.closed:
+        """Parse data of the client; called by the transport."""
+        if self._ignore_input or self.transport.closed:
             return
         begun = self._requests
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # Answered as plain HTTP. What follows is in no protocol that is spoken here.
-            self._deaf = True
-            self.cycle.keep_alive = False
+            # Respond in plain HTTP; the data that follows is in an unknown protocol.
+            self._ignore_input = True
+            self.drain()
         except httptools.HttpParserError as error:
-            if not self._deaf:
-                self._give_up(_malformed(error))
-        if not self._whole:
+            if not self._ignore_input:
+                self._abort_request(_malformed(error))
+        if not self._request_complete:
             self._check_partial(len(data) if begun == self._requests else None)
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
-        if not self._deaf:
+        """Begin a request; called by the parser, like the following methods."""
+        if not self._ignore_input:
             super().on_message_begin()
             self.scope[CLIENT] = self._client  # type: ignore[literal-required]
-            self._whole = False
+            self._request_complete = False
             self._requests += 1
 
     def on_headers_complete(self) -> None:
-        """Hand a request on to the app, unless its head breaks a bound."""
-        if self._deaf:
+        """Pass a request to the app, unless its head breaks a limit."""
+        if self._ignore_input:
             return
-        problem = self._find_problem()
+        problem = self._check_head()
         if problem is not None:
-            self._refuse(problem)
+            self._send_error(problem)
             return
         super().on_headers_complete()
-        # After a body that may never come, nobody could tell where the next request begins.
-        if self._terms.draining or self.expect_100_continue:
-            self.cycle.keep_alive = False
+        # A client may omit a body that it announced with Expect: 100-continue, so that nobody knows
+        # where its next request begins.
+        if self._limits.draining or self.expect_100_continue:
+            self.drain()
 
     def on_message_complete(self) -> None:
         """End a request."""
-        self._whole = True
+        self._request_complete = True
         super().on_message_complete()
 
-    def _find_problem(self) -> Problem | None:
-        """Which bound a complete head breaks."""
+    def _check_head(self) -> Problem | None:
+        """Return the problem of a complete head."""
         for name, value in self.headers:
             if name == b"content-length" and int(value) > MAX_BODY_BYTES:
                 return _body_too_large()
         if self.parser.get_http_version() not in {"1.1", "1.0"}:
-            return Problem(505, "http-version", "HTTP/1.1 and HTTP/1.0 are spoken here.")
+            return Problem(505, "http-version", "Only HTTP/1.1 and HTTP/1.0 are supported.")
         if len(self.pipeline) >= MAX_PIPELINED:
-            detail = f"More than {MAX_PIPELINED} requests wait on this connection."
+            detail = f"More than {MAX_PIPELINED} requests are queued on this connection."
             return Problem(429, "too-many-pipelined", detail, headers={"Retry-After": "1"})
-        return self._find_excess(self._count_head())
+        return self._check_head_size(self._head_bytes())
 
-    def _find_excess(self, head_bytes: int) -> Problem | None:
-        """Which bound the part of a head breaks that has come."""
+    def _check_head_size(self, head_bytes: int) -> Problem | None:
         if len(self.url) > MAX_TARGET_BYTES:
-            return Problem(
-                414, "target-too-long", f"A target of at most {MAX_TARGET_BYTES} bytes is allowed."
-            )
+            detail = f"The request target may have at most {MAX_TARGET_BYTES} bytes."
+            return Problem(414, "target-too-long", detail)
         if len(self.headers) > MAX_HEADERS or head_bytes > MAX_HEAD_BYTES:
-            limits = f"{MAX_HEADERS} headers and {MAX_HEAD_BYTES} bytes"
-            return Problem(431, "head-too-large", f"A head of at most {limits} is allowed.")
+            detail = f"At most {MAX_HEADERS} headers and {MAX_HEAD_BYTES} bytes are allowed."
+            return Problem(431, "head-too-large", detail)
         return None
 
-    def _count_head(self) -> int:
+    def _head_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
 
-    def _check_partial(self, more: int | None) -> None:
-        """Bound a request that has not come to its end.
+    def _check_partial(self, received: int | None) -> None:
+        """Limit the size of an incomplete request.
 
         Args:
-            more: bytes of it that came just now; None if they came together with its predecessors'.
+            received: bytes of it that have just come; None if they came together with others.
         """
-        if self._deaf:
+        if self._ignore_input:
             return
-        self._partial_bytes = self._count_head() if more is None else self._partial_bytes + more
-        if self._in_head:
-            problem = self._find_excess(self._partial_bytes)
+        if received is None:
+            self._partial_bytes = self._head_bytes()
+        else:
+            self._partial_bytes += received
+        if self._reading_head:
+            problem = self._check_head_size(self._partial_bytes)
             if problem is not None:
-                self._refuse(problem)
-        elif self._partial_bytes > MAX_HEAD_BYTES + MAX_BODY_BYTES:  # in chunks
-            self._give_up(_body_too_large())
+                self._send_error(problem)
+        elif self._partial_bytes > MAX_HEAD_BYTES + MAX_BODY_BYTES:  # a chunked body
+            self._abort_request(_body_too_large())
 
-    def _give_up(self, problem: Problem) -> None:
-        """Refuse what is coming in, be it a head or the body of a request that the app has."""
-        if not self._whole and not self._in_head:
-            self.cycle.keep_alive = False
-            if self.cycle.response_started:  # which was the answer
-                self._deaf = self._whole = True
+    @property
+    def _reading_head(self) -> bool:
+        return self.cycle is None or self.cycle.scope is not self.scope
+
+    def _abort_request(self, problem: Problem) -> None:
+        """Send an error in place of the response to the latest request, if it is incomplete."""
+        if not self._request_complete and not self._reading_head:
+            if self.cycle.response_started:  # too late for another one
+                self._ignore_input = self._request_complete = True
+                self.drain()
                 if self.cycle.response_complete:
                     self.transport.close()
                 return
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        self._refuse(problem)
+            if self.pipeline:
+                self.pipeline.popleft()  # where uvicorn puts the latest request
+            else:
+                self.cycle.disconnected = True  # so that the app stops and sends nothing
+                self.cycle.message_event.set()
+                self.cycle = None  # type: ignore[assignment]
+        self._send_error(problem)
 
-    @property
-    def _in_head(self) -> bool:
-        return self.cycle is None or self.cycle.scope is not self.scope
+    def _send_error(self, problem: Problem) -> None:
+        """Send an error after the responses to earlier requests, and close the connection.
 
-    def _refuse(self, problem: Problem) -> None:
-        """Answer with a problem, after the answers that are due before, and close."""
-        self._deaf = self._whole = True
+        For uvicorn it is one more request, to an app that sends the error.
+        """
         path = self.url.decode("latin-1") if self.scope is not None else ""
-        before = self.cycle
+        self._ignore_input = self._request_complete = True
         super().on_message_begin()
+        error_app: Any = self._limits.error_app
+        self.app, self.url = error_app, b"/"
+        super().on_headers_complete()
+        self.drain()
         scope: Any = self.scope
         scope |= {"method": "-", "path": path, "query_string": b"", "problem": problem}
-        self.cycle = RequestResponseCycle(
-            scope=scope,
-            transport=self.transport,  # type: ignore[arg-type]
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=False,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=False,
-            keep_alive=False,
-            on_response=self.on_response_complete,
-        )
-        refusal: Any = self._terms.refusal
-        if before is None or before.response_complete or before.disconnected:
-            self._start_asgi_task(self.cycle, refusal)
-        else:
-            self.pipeline.appendleft((self.cycle, refusal))
 
-    # What goes ----------------------------------------------------------------------------------
-
-    def on_response_complete(self) -> None:
-        """Go on with the next request; the sweep sees to it that there is one."""
-        self.server_state.total_requests += 1
-        if not self.transport.is_closing():
-            self.flow.resume_reading()
-            if self.pipeline:
-                self._start_asgi_task(*self.pipeline.pop())
-
-    # Time ---------------------------------------------------------------------------------------
-
-    def sweep(self, now: float) -> int:
-        """End the connection if its client has kept the server waiting for too long.
+    def check_timeout(self, now: float) -> int:
+        """Close the connection if its client has kept the server waiting for too long.
 
         Returns:
-            how many bytes of answers the client has yet to read.
+            bytes of responses that the client has yet to read.
         """
         unread: int = self.transport.get_write_buffer_size()
-        progress = (self._requests, self._whole, self.transport.closed, unread)
-        if progress != self._progress or (not unread and self._is_our_turn()):
-            self._progress, self._since = progress, now
+        state = (self._requests, self._request_complete, self.transport.closed, unread)
+        if state != self._last_state or (not unread and self._server_is_busy):
+            self._last_state, self._last_progress = state, now
             return unread
         lingers = self.transport.closed and not unread
-        if now - self._since >= (_LINGER_S if lingers else self._terms.client_timeout_s):
-            self._time_out(unread)
+        timeout_s = self._limits.client_timeout_s
+        if now - self._last_progress >= (LINGER_S if lingers else timeout_s):
+            if unread or self._request_complete:
+                self.transport.abort()
+            else:
+                detail = f"The request was not received within {timeout_s:g} s."
+                self._abort_request(Problem(408, "request-timeout", detail))
         return unread
 
-    def _is_our_turn(self) -> bool:
-        return self.flow.read_paused or (self._whole and self._answering)
-
-    def _time_out(self, unread: int) -> None:
-        if unread or self._whole:
-            self.transport.abort()
-            return
-        detail = f"The request was not complete after {self._terms.client_timeout_s:g} s."
-        self._give_up(Problem(408, "request-timeout", detail))
+    @property
+    def _server_is_busy(self) -> bool:
+        return self.flow.read_paused or (self._request_complete and self._responding)
 
 
-def sweep(connections: Collection[HTTPProtocol], clock: Callable[[], float]) -> Iterator[None]:
-    """End the connections that waited too long for their clients, and those that hold too much.
+async def enforce_timeouts(
+    connections: Collection[HTTPProtocol], clock: Callable[[], float]
+) -> None:
+    """Close the connections that kept the server waiting for too long, and limit unread responses.
 
-    Memory that waits for clients is bounded: those that have the most to read are cut off first.
+    If clients leave more than `MAX_UNREAD_BYTES` unread, those with the most are cut off first.
 
     Args:
-        connections: that are open, also those that are made or lost meanwhile.
+        connections: the open connections; may change while this runs. A check takes about 5 us and
+            there may be thousands, so requests have their turn after every few.
         clock: of the event loop.
-
-    Yields:
-        after every few, so that others have their turn: a look takes some 5 us, and there may be
-        thousands.
     """
     unread = {}
     for number, connection in enumerate(list(connections), 1):
         if connection in connections:
-            unread[connection] = connection.sweep(clock())
-        if number % _SWEPT_AT_ONCE == 0:
-            yield
+            unread[connection] = connection.check_timeout(clock())
+        if number % CHECK_BATCH == 0:
+            await asyncio.sleep(0)
     excess = sum(unread.values()) - MAX_UNREAD_BYTES
     if excess <= 0:
         return
@@ -365,28 +343,27 @@ def sweep(connections: Collection[HTTPProtocol], clock: Callable[[], float]) -> 
         excess -= unread[connection]
         if excess <= 0:
             break
-    log.warning("answers that clients did not read were dropped")
+    log.warning("dropped responses that clients did not read")
 
 
 def raise_nofile_limit(connections: int) -> int:
-    """Raise the process's limit of open files; how many of so many connections it has room for."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    room = max(1, most - _OTHER_FILES - _BEYOND)
-    if most == resource.RLIM_INFINITY or room >= connections:
+    """Raise the limit of open files; return the connections, at most as asked, that it allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allowed = max(1, hard - OTHER_FILES - EXCESS_CONNECTIONS)
+    if hard == resource.RLIM_INFINITY or allowed >= connections:
         return connections
-    fields = {"open_files": most, "max_connections": room}
-    log.warning("few files may be open, so fewer connections are taken", extra={"fields": fields})
-    return room
+    fields = {"open_files": hard, "max_connections": allowed}
+    log.warning("the limit of open files lowers --max-connections", extra={"fields": fields})
+    return allowed
 
 
 def _malformed(error: httptools.HttpParserError) -> Problem:
-    inner = isinstance(error, httptools.HttpParserCallbackError)  # said in terms of our own code
-    reason = "the target makes no sense" if inner else str(error)
-    return Problem(400, "malformed-request", f"This is no HTTP/1.1 request: {reason}.")
+    internal = isinstance(error, httptools.HttpParserCallbackError)  # names one of our callbacks
+    reason = "invalid request target" if internal else str(error)
+    return Problem(400, "malformed-request", f"Malformed HTTP/1.1 request: {reason}.")
 
 
 def _body_too_large() -> Problem:
-    return Problem(
-        413, "body-too-large", f"A body of at most {MAX_BODY_BYTES} bytes is allowed here."
-    )
+    detail = f"The request body may have at most {MAX_BODY_BYTES} bytes."
+    return Problem(413, "body-too-large", detail)

@@ -1,14 +1,13 @@
 """One of several serving processes: `python -m service.server.worker`, started by a supervisor.
 
-    python -m service.server.worker INDEX FOLDER SOCKETS [OPTION]...
+    python -m service.server.worker INDEX FOLDER PORT [OPTION]...
 
-INDEX numbers the workers from 0, FOLDER holds the metrics that all of them share, and SOCKETS are
-the file descriptors of the sockets they share; the options are those of `python -m service`. On
-stdout it writes one line of JSON: what it serves, once it does, or the error that keeps it from it.
-Its stdin is the read end of a pipe that closes when the supervisor is gone.
+INDEX numbers the workers from 0, FOLDER holds the files that they share, and PORT is reserved by
+the supervisor; the options are those of `python -m service`. The worker writes one line of JSON to
+stdout: the names of its models and its device once it serves, or the error that prevents it. Its
+stdin is a pipe that closes when the supervisor ends.
 """
 
-import gc
 import json
 import os
 import sys
@@ -16,48 +15,46 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from service.server.loading import loading
 from service.settings import parse_settings
 from service.startup import ServiceError
 
 
 def main() -> int:
-    """Serve until told to stop; returns the exit status."""
+    """Serve until stopped; return the exit status."""
     report = _take_stdout()
-    threading.Thread(target=_end_with_supervisor, name="supervisor", daemon=True).start()
+    threading.Thread(target=_exit_with_supervisor, name="supervisor", daemon=True).start()
+    index, folder, port, *options = sys.argv[1:]
     try:
-        return _serve(report)
-    except ServiceError as error:  # of the start, so nothing else was reported
+        with loading():
+            from service.server.process import create_worker  # noqa: PLC0415
+
+            settings = parse_settings(options)
+            server = create_worker(settings, int(index), Path(folder), int(port), report)
+        return server.run_until_stopped()
+    except ServiceError as error:  # always before the worker has reported anything
         report({"error": str(error)})
         return 1
 
 
-def _serve(report: Callable[[object], None]) -> int:
-    index, folder, sockets = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(",")
-    settings = parse_settings(sys.argv[4:])
-    gc.disable()  # until all is loaded; why, is said in `service.__main__`
-    from service.server.process import serve_as_worker  # noqa: PLC0415
-
-    return serve_as_worker(settings, index, folder, [int(each) for each in sockets], report)
-
-
 def _take_stdout() -> Callable[[object], None]:
-    """A function that writes one line of JSON to stdout; whatever else is written goes to stderr.
+    """Return a function that writes one line of JSON to stdout; redirect other output to stderr.
 
-    The supervisor reads no more than that line, so anything else would fill the pipe in the end.
+    The supervisor reads one line only, so that other output would fill the pipe in the end.
     """
     descriptor = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def report(what: object) -> None:
+    def report(content: object) -> None:
         with os.fdopen(descriptor, "w") as pipe:
-            pipe.write(json.dumps(what) + "\n")
+            pipe.write(json.dumps(content) + "\n")
 
     return report
 
 
-def _end_with_supervisor() -> None:
-    """End this process at once when its supervisor is gone, and nobody would ever stop it."""
-    # Not through sys.stdin: its lock, held by a daemon thread, would end a clean exit in an abort.
+def _exit_with_supervisor() -> None:
+    """Exit at once when the supervisor has ended, because nothing else would stop this process."""
+    # Not through sys.stdin: this daemon thread would hold its lock, and a clean exit would abort.
     os.read(0, 1)
     os._exit(1)
 

@@ -69,4 +69,6 @@ sound_load = server.load
 
 if __name__ == "__main__":
     server.load = load
-    sys.exit(server.serve(parse_settings(sys.argv[1:]), lambda line: print(line, flush=True)))
+    settings = parse_settings(sys.argv[1:])
+    sound = server.create_server(settings, lambda line: print(line, flush=True))
+    sys.exit(sound.run_until_stopped())

@@ -96,7 +96,7 @@ def refused(*arguments: str) -> str:
 @contextmanager
 def serving(app: FastAPI) -> Iterator[httpx.Client]:
     """An app on a real socket, served by uvicorn in a thread of this process."""
-    http: Any = partial(HTTPProtocol, ConnectionLimits(app.state.refusal, 60.0, 1000))
+    http: Any = partial(HTTPProtocol, ConnectionLimits(app.state.error_app, 60.0, 1000))
     server = uvicorn.Server(
         uvicorn.Config(app, port=0, http=http, ws="none", log_config=None, access_log=False)
     )

@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from service.inference.repository import Found, Model, ModelRepository, load_rep
 from service.settings import Settings
 from tests.conftest import make_artifact
 from tests.service.api.test_health import samples
-from tests.service.server.test_workers import ask, logged, pids, stopped, wait_until
 from tests.service.test_app import GatedEngine
 from tests.support.serving import ServiceProcess, serving
+from tests.support.workers import client_of, logged, pids, wait_until
 from training.artifact import load_artifact
 
 RECIPE = "/generate?label=cat&n=3&seed=11"
@@ -334,9 +335,9 @@ def test_sighup_has_every_worker_read_all_files_again(variants: list[Path], tmp_
         overwrite(path, variants[1].read_bytes())
         service.signal(signal.SIGHUP)
         wait_until(lambda: len(logged(service, "a model was loaded")) == 2, "both have loaded it")
-        for other in workers:
-            with stopped(other):
-                assert named(ask(service, RECIPE)) == digest(variants[1])
+        for pid in workers:
+            with closing(client_of(service, pid)) as client:
+                assert named(client.post(RECIPE)) == digest(variants[1])
         wait_until(lambda: of_models(service) == {("small", digest(variants[1]))}, "it is told")
         service.signal()
         assert service.wait() == 0

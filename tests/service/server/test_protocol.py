@@ -11,7 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.server.protocol import MAX_PIPELINED, MAX_UNREAD_BYTES, WriteCoalescingTransport, sweep
+from service.server.protocol import (
+    MAX_PIPELINED,
+    MAX_UNREAD_BYTES,
+    WriteCoalescingTransport,
+    enforce_timeouts,
+)
 from tests.conftest import make_artifact
 from tests.support.serving import ServiceProcess
 from tests.support.wire import LAST, TIMEOUT_S, Client, address, ask, drain, wait_until
@@ -152,7 +157,7 @@ def test_slow_clients_are_closed_while_the_others_are_served(strict: ServiceProc
     for client in dripping:
         (answer,) = client.answers()
         assert answer.status == 408
-        assert "after 1 s" in answer.problem["detail"]
+        assert "within 1 s" in answer.problem["detail"]
     for client in deaf:
         assert client.received.startswith(b"HTTP/1.1 200 OK\r\n"), bytes(client.received[:1000])
         with pytest.raises(http.client.IncompleteRead):
@@ -208,43 +213,48 @@ def test_time_that_the_service_takes_is_not_the_clients(strict: ServiceProcess) 
     assert [answer.status for answer in answers] == [200] * 4
 
 
-class Swept:
-    """A connection whose client has yet to read so many bytes."""
+class FakeConnection:
+    """A connection whose client has yet to read some bytes."""
 
     def __init__(self, unread: int) -> None:
         self.unread, self.transport, self.aborted = unread, self, False
-        self.swept_at: list[float] = []
+        self.checked_at: list[float] = []
 
-    def sweep(self, now: float) -> int:
-        self.swept_at.append(now)
+    def check_timeout(self, now: float) -> int:
+        self.checked_at.append(now)
         return self.unread
 
     def abort(self) -> None:
         self.aborted = True
 
 
-def test_answers_that_are_not_read_hold_a_bounded_part_of_memory(
+def test_responses_that_are_not_read_hold_a_bounded_part_of_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("service.server.protocol.MAX_UNREAD_BYTES", 100)
-    connections = [Swept(unread) for unread in (0, 70, 20, 60, 10)]
-    list(sweep(cast(Any, connections), lambda: 0.0))
+    connections = [FakeConnection(unread) for unread in (0, 70, 20, 60, 10)]
+    asyncio.run(enforce_timeouts(cast(Any, connections), lambda: 0.0))
     assert [each.aborted for each in connections] == [False, True, False, False, False]
-    list(sweep(cast(Any, connections[2:]), lambda: 0.0))
+    asyncio.run(enforce_timeouts(cast(Any, connections[2:]), lambda: 0.0))
     assert not connections[3].aborted
 
 
-def test_many_connections_are_looked_after_in_turns_of_a_few() -> None:
-    connections = [Swept(0) for _ in range(100)]
+def test_many_connections_are_checked_in_batches_between_turns_of_the_loop() -> None:
+    connections = [FakeConnection(0) for _ in range(100)]
     clock = iter(range(1000))
-    steps = sweep(cast(Any, connections), lambda: next(clock))
-    next(steps)
-    seen = sum(bool(each.swept_at) for each in connections)
-    assert 0 < seen < 20
-    lost = connections.pop()
-    list(steps)
-    assert [each.swept_at for each in connections] == [[number] for number in range(99)]
-    assert not lost.swept_at
+
+    async def scenario() -> tuple[int, FakeConnection]:
+        check = asyncio.ensure_future(enforce_timeouts(cast(Any, connections), lambda: next(clock)))
+        await asyncio.sleep(0)
+        checked = sum(bool(each.checked_at) for each in connections)
+        lost = connections.pop()
+        await check
+        return checked, lost
+
+    checked, lost = asyncio.run(scenario())
+    assert 0 < checked < 20
+    assert [each.checked_at for each in connections] == [[number] for number in range(99)]
+    assert not lost.checked_at
 
 
 # Bounds ------------------------------------------------------------------------------------------
@@ -298,6 +308,11 @@ A = b"a" * 70_000
             400,
             None,
         ),
+        (
+            b"POST /generate?label=cat HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nno\r\n",
+            400,
+            "malformed-request",
+        ),
     ],
 )
 def test_what_breaks_a_bound_or_is_no_http_is_a_problem_after_the_answers_that_are_due(
@@ -318,6 +333,18 @@ def test_a_request_in_the_place_of_a_connection_is_counted_and_logged(
     ask(strict, b"rubbish\r\n\r\n")
     counted = 'cgan_requests_total{method="any",route="unmatched",status="400"}'
     assert counted in strict.client.get("/metrics").text
+
+
+def test_headers_of_proxies_are_not_trusted(strict: ServiceProcess) -> None:
+    headers = {"X-Forwarded-For": "203.0.113.7", "X-Request-ID": "forwarded"}
+    strict.client.get("/models", headers=headers).raise_for_status()
+
+    def clients() -> list[str]:
+        lines = map(json.loads, list(strict.errors))
+        return [line["client"] for line in lines if line.get("request_id") == "forwarded"]
+
+    wait_until(lambda: bool(clients()), "it is logged")
+    assert clients() == ["127.0.0.1"]
 
 
 def test_a_body_in_chunks_without_end_is_not_kept(strict: ServiceProcess) -> None:
