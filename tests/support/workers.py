@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,7 @@ from typing import Any
 import httpx
 
 from tests.support.serving import ServiceProcess
-
-TIMEOUT_S = 60.0
-
-
-def wait_until(reached: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not reached():
-        assert time.monotonic() < deadline, f"never happened: {what}"
+from tests.support.wire import TIMEOUT_S, wait_until
 
 
 def logged(service: ServiceProcess, message: str) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ from tests.conftest import make_artifact
 from tests.service.api.test_health import samples
 from tests.service.test_app import GatedEngine
 from tests.support.serving import ServiceProcess, serving
-from tests.support.workers import client_of, logged, pids, wait_until
+from tests.support.wire import wait_until
+from tests.support.workers import client_of, logged, pids
 from training.artifact import load_artifact
 
 RECIPE = "/generate?label=cat&n=3&seed=11"

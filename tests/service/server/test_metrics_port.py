@@ -11,7 +11,7 @@ from service.startup import ServiceError
 from service.telemetry.metrics import Metrics
 from tests.service.api.test_health import samples, total
 from tests.support.serving import ServiceProcess
-from tests.support.workers import wait_until
+from tests.support.wire import wait_until
 
 SECRET = "s" * 20
 

@@ -21,7 +21,8 @@ from tests.conftest import make_artifact
 from tests.service.api.test_health import samples, total
 from tests.support.processes import REPOSITORY
 from tests.support.serving import ServiceProcess, refused, serving
-from tests.support.workers import client_of, logged, pids, stopped, wait_until
+from tests.support.wire import wait_until
+from tests.support.workers import client_of, logged, pids, stopped
 
 PATIENT = ("--workers", "2", "--max-queue-images", "1000000", "--timeout-s", "600")
 MODEL = REPOSITORY / "weights" / "mnist-mlp.safetensors"
