@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from service.errors import ServiceError
 from service.server.loading import loading
 from service.settings import (
     ClusterSettings,
@@ -14,7 +15,6 @@ from service.settings import (
     VerifySettings,
     parse,
 )
-from service.startup import ServiceError, printable
 
 
 class _Command(NamedTuple):
@@ -44,7 +44,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     except ServiceError as error:
-        sys.stderr.write(printable(str(error)) + "\n")
+        sys.stderr.write(_printable(str(error)) + "\n")
         return 1
 
 
@@ -72,6 +72,13 @@ def _run(name: str, arguments: list[str]) -> int:
         install = f"pip install -e '.[{command.extra}]'"
         raise ServiceError(f"{name} needs {error.name}; run: {install}") from error
     return status
+
+
+def _printable(text: str) -> str:
+    """Return a text as one line for a terminal; a file name may contain any character."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 def _list_commands(prog: str) -> str:

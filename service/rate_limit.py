@@ -11,7 +11,7 @@ from pathlib import Path
 from prometheus_client import Counter
 from starlette.types import Scope
 
-from service.errors import Problem, wrong_value
+from service.errors import Problem, invalid_value
 
 
 class TokenBucket:
@@ -54,7 +54,7 @@ class TokenBucket:
         """
         if images > self.burst:
             message = f"{images} images in all; the limit of this key allows {self.burst} at once"
-            raise wrong_value("n", images, message)
+            raise invalid_value("n", images, message)
         if self._file is None:
             wait_s = self._update(images)
         else:

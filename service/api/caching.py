@@ -1,54 +1,71 @@
-"""Conditional requests (RFC 9110, 13): what an answer is called, and whether a client has it."""
+"""Conditional requests (RFC 9110, section 13) and Cache-Control."""
 
 import hashlib
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from numpy.typing import NDArray
 from starlette.types import Scope
 
-from service.generation import GenerationRequest
+from service.encoding.png import encode_contact_sheet
+from service.generation import ResolvedRequest
+from service.inference.engine import Engine
+from service.inference.repository import Model
 
 _YEAR_S = 31_536_000
+_fingerprints: WeakKeyDictionary[Engine, bytes] = WeakKeyDictionary()
 
 
-def entity_tag(order: GenerationRequest, form: str) -> str:
-    """A strong ETag: equal for equal bytes, whichever way they were asked for.
+def _fingerprint(model: Model) -> bytes:
+    """Return a digest of the model's reference images as a file.
 
-    Args:
-        order: what is answered.
-        form: how, in words.
+    The artifact alone does not determine the bytes of a response: another kind of device rounds
+    differently, and another version of the encoder compresses differently.
     """
-    digest = hashlib.sha256(order.model.fingerprint)
-    arrays: list[NDArray[Any]] = [order.seeds, order.labels, order.indices]
-    variation = order.variation
-    if variation is not None:
-        form += repr((variation.truncation, variation.to_seed))
-        arrays += [each for each in (variation.at, variation.mix) if each is not None]
-    for array in arrays:
-        form += f" {len(array)}"
-        digest.update(array.tobytes())
-    digest.update(form.encode())
+    known = _fingerprints.get(model.engine)
+    if known is None:
+        sheet = encode_contact_sheet(model.engine.known.pixels, {"sha256": model.sha256})
+        known = _fingerprints[model.engine] = hashlib.sha256(sheet).digest()
+    return known
+
+
+def entity_tag(model: Model, *parts: bytes) -> str:
+    """Return a strong ETag of what a model and some parts of a request determine."""
+    digest = hashlib.sha256(_fingerprint(model))
+    for part in parts:
+        digest.update(part)
     return f'"{digest.hexdigest()[:32]}"'
 
 
-def caching_rule(scope: Scope, *, known: bool, pinned: bool) -> str:
-    """Who may keep an answer for how long: its Cache-Control.
+def request_tag(request: ResolvedRequest, description: str) -> str:
+    """Return the ETag of the images of a request, encoded as described."""
+    arrays: list[NDArray[Any]] = [request.seeds, request.labels, request.indices]
+    options = request.options
+    if options is not None:
+        description += repr((options.truncation, options.to_seed))
+        arrays += [each for each in (options.at, options.mix) if each is not None]
+    description += "".join(f" {len(array)}" for array in arrays)
+    return entity_tag(request.model, *(array.tobytes() for array in arrays), description.encode())
+
+
+def cache_control(scope: Scope, tag: str | None, model: str | None) -> str:
+    """Return the Cache-Control of a response.
 
     Args:
         scope: of the request.
-        known: whether the same request has the same answer, as long as the model is the same.
-        pinned: whether the request says which file the model is.
+        tag: the ETag; None for a response that cannot be repeated.
+        model: the `model` parameter, which may pin a file.
     """
-    if not known:
+    if tag is None:
         return "no-store"
-    if not pinned:
+    if model is None or "@" not in model:
         return "no-cache"
-    shared = "private" if "key" in scope["state"] else "public"
-    return f"{shared}, max-age={_YEAR_S}, immutable"
+    visibility = "private" if "key" in scope["state"] else "public"
+    return f"{visibility}, max-age={_YEAR_S}, immutable"
 
 
-def is_known(if_none_match: str | None, tag: str) -> bool:
-    """Whether an If-None-Match header names a tag; compared weakly, as RFC 9110 wants it here."""
+def matches(if_none_match: str | None, tag: str) -> bool:
+    """Return true if an If-None-Match header names a tag (weak comparison, RFC 9110)."""
     if if_none_match is None:
         return False
     named = [each.strip().removeprefix("W/") for each in if_none_match.split(",")]

@@ -1,49 +1,53 @@
-"""Whole data sets, streamed: `/dataset`."""
+"""The endpoint `/dataset`: whole data sets, streamed."""
 
 import asyncio
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from random import getrandbits
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.types import Scope, Send
+from pydantic import ConfigDict, Field
+from starlette.types import Send
 
-from service.api.caching import caching_rule, is_known
-from service.api.parameters import MAX_SEED
+from service.api.caching import cache_control, entity_tag, matches
+from service.api.parameters import SamplingFields, Seed
+from service.api.respond import Responder
+from service.disconnect import Disconnected
 from service.encoding.datasets import (
+    LAYOUT_VERSION,
     MEDIA_TYPES,
-    Chunk,
-    DataSet,
-    Layout,
-    Part,
-    SetFormat,
-    Static,
+    Batch,
+    DatasetFormat,
+    FileLayout,
+    GeneratedDataset,
+    SegmentRange,
+    StaticSegment,
     lay_out,
 )
-from service.errors import Problem, answers, wrong_value
-from service.generation import CLIENT, Client, GeneratedImages, Generation, GenerationRequest, Steps
-from service.rate_limit import burst_limit, consume
+from service.encoding.timeslice import IncrementalEncoder
+from service.errors import GENERATION_ERRORS, Problem, error_responses, invalid_value
+from service.generation import Generation, ResolvedRequest
+from service.inference.scheduling import GenerationResult
+from service.rate_limit import burst_limit
 
 log = logging.getLogger("service")
 
-T = TypeVar("T")
 PATH = "/dataset"
 MAX_PER_CLASS = 1_000_000
-MAX_SET = 10_000_000  # images
-_AT_ONCE = 256  # images at most, if that is a block
+MAX_DATASET_IMAGES = 10_000_000
+_MAX_BATCH_IMAGES = 256  # generated at once, unless a single block has more
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 _NO_PIXELS = np.empty((0, 0, 0, 0), dtype=np.uint8)
 
 
-class DataSetQuery(BaseModel):
+class DatasetQuery(SamplingFields):
     """The parameters of `/dataset`."""
 
     model_config = ConfigDict(extra="forbid")
@@ -51,286 +55,249 @@ class DataSetQuery(BaseModel):
     per_class: int = Field(
         ge=1,
         le=MAX_PER_CLASS,
-        description=f"images of each class; at most {MAX_SET} in all",
+        description=f"images of each class; at most {MAX_DATASET_IMAGES} in all",
         examples=[1000],
     )
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
-        None, description="the same seed gives the same bytes; drawn where none is given"
+    seed: Seed | None = Field(
+        None, description="the same seed gives the same bytes; drawn if not given"
     )
-    format: SetFormat = Field(
+    format: DatasetFormat = Field(
         "zip",
         description="zip: a folder of PNGs for each class; webdataset: a tar of samples; idx: a "
-        "tar of the two files that MNIST has; npz: arrays for NumPy",
+        "tar of MNIST's two files; npz: arrays for NumPy",
     )
     start: int = Field(
         0,
         ge=0,
-        description="number of the first image, a multiple of the number of classes; those before "
-        "it are left out",
-    )
-    truncation: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        allow_inf_nan=False,
-        description="less is nearer to what is typical, with less variety",
-    )
-    model: str | None = Field(
-        None,
-        description="name of a model, or name@sha256:digest for that file alone; the default one "
-        "if not given",
+        description="number of the first image, a multiple of the number of classes; earlier ones "
+        "are left out",
     )
 
-    def dataset(self, generation: Generation) -> DataSet:
-        """Check it against the models.
+    def dataset(self, generation: Generation) -> GeneratedDataset:
+        """Check the parameters against the models and return the data set.
 
         Raises:
-            Problem: 404 or 422, naming the field.
+            Problem: 404 or 422, naming the parameter.
         """
-        model = generation.find(self.model)
+        model = generation.get_or_404(self.model)
         classes = len(model.info.class_names)
-        if self.per_class * classes > MAX_SET:
-            message = f"{self.per_class * classes} images in all; at most {MAX_SET} are allowed"
-            raise wrong_value("per_class", self.per_class, message)
+        images = self.per_class * classes
+        if images > MAX_DATASET_IMAGES:
+            message = f"{images} images in all; at most {MAX_DATASET_IMAGES} are allowed"
+            raise invalid_value("per_class", self.per_class, message)
         if self.format == "idx" and classes > 256:
-            message = f"has one byte for a class, and {model.name} has {classes} classes"
-            raise wrong_value("format", self.format, message)
-        if self.start % classes or self.start >= self.per_class * classes:
+            message = f"idx supports 256 classes; {model.name} has {classes}"
+            raise invalid_value("format", self.format, message)
+        if self.start % classes or self.start >= images:
             message = (
-                f"must be a multiple of {classes}, the number of classes, and less than "
-                f"{self.per_class * classes}, that of all images"
+                f"must be a multiple of {classes}, the number of classes, and less than {images}, "
+                "the number of images"
             )
-            raise wrong_value("start", self.start, message)
+            raise invalid_value("start", self.start, message)
         seed = getrandbits(53) if self.seed is None else self.seed
-        return DataSet(model, seed, self.start // classes, self.per_class, self.truncation)
+        return GeneratedDataset(model, seed, self.start // classes, self.per_class, self.truncation)
 
 
-_PROBLEMS = answers(
-    {
-        "404": "Unknown model",
-        "416": "There are no such bytes; Content-Range says how many there are",
-        "422": "A wrong value; the body names the field and what is allowed",
-        "429": "Overloaded, or over the limit of the API key; Retry-After says when to come back",
-        "503": "Shutting down, or the device failed",
-        "504": "The first images took longer than the service allows",
-    },
-    PATH,
-)
+_ERRORS = error_responses(416, *GENERATION_ERRORS)
 _FILE: dict[str, Any] = {
     media_type: {"schema": {"type": "string", "format": "binary"}}
     for media_type in sorted(set(MEDIA_TYPES.values()))
 }
 _HEADERS = {
-    name: {"description": words, "schema": {"type": "string"}}
-    for name, words in {
-        "X-Images": "how many images the file has",
-        "X-Seed": "the seed, also when it was drawn",
+    name: {"description": text, "schema": {"type": "string"}}
+    for name, text in {
+        "X-Images": "number of images in the file",
+        "X-Seed": "the seed, also if it was drawn",
         "X-Model": "name@sha256:digest of the model",
     }.items()
 }
-_ANSWERS: dict[int | str, dict[str, Any]] = {
+_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "The file", "content": _FILE, "headers": _HEADERS},
-    206: {"description": "The bytes that Range asks for", "content": _FILE, "headers": _HEADERS},
-    304: {"description": "The client has it: If-None-Match names its ETag"},
+    206: {"description": "The bytes that Range names", "content": _FILE, "headers": _HEADERS},
+    304: {"description": "If-None-Match names the current ETag"},
 }
 
 
-def create_router(generation: Generation) -> APIRouter:
-    """The routes of this module."""
+def create_router(responder: Responder) -> APIRouter:
+    """Create the routes of this module."""
     router = APIRouter()
 
     @router.get(
         PATH,
-        summary="A balanced, labelled data set as a file",
+        summary="Download a balanced, labelled data set as a file",
         response_class=Response,
-        responses={**_ANSWERS, **_PROBLEMS},
+        responses={**_RESPONSES, **_ERRORS},
     )
-    async def dataset(request: Request, query: Annotated[DataSetQuery, Query()]) -> Response:
-        return await _answer(generation, request, query)
+    async def dataset(request: Request, query: Annotated[DatasetQuery, Query()]) -> Response:
+        return await _respond(responder, request, query)
 
     @router.head(PATH, include_in_schema=False)
-    async def head(request: Request, query: Annotated[DataSetQuery, Query()]) -> Response:
-        return await _answer(generation, request, query)
+    async def head(request: Request, query: Annotated[DatasetQuery, Query()]) -> Response:
+        return await _respond(responder, request, query)
 
     return router
 
 
-async def _answer(generation: Generation, request: Request, query: DataSetQuery) -> Response:
-    dataset = query.dataset(generation)
+async def _respond(responder: Responder, request: Request, query: DatasetQuery) -> Response:
+    dataset = query.dataset(responder.generation)
     layout = lay_out(dataset, query.format)
-    tag = None if query.seed is None else dataset.entity_tag(query.format)
-    pinned = query.model is not None and "@" in query.model
+    tag = None if query.seed is None else _entity_tag(dataset, query.format)
     headers = {
         "X-Images": str(dataset.images),
         "X-Seed": str(dataset.seed),
         "X-Model": dataset.model.identity.decode(),
         "Content-Disposition": f'attachment; filename="{dataset.file_name(query.format)}"',
-        "Cache-Control": caching_rule(request.scope, known=tag is not None, pinned=pinned),
+        "Cache-Control": cache_control(request.scope, tag, query.model),
     }
-    if tag is not None:  # another seed has other bytes
+    if tag is not None:  # otherwise the next request draws another seed
         headers |= {"ETag": tag, "Accept-Ranges": "bytes"}
-        if is_known(request.headers.get("if-none-match"), tag):
+        if matches(request.headers.get("if-none-match"), tag):
             return Response(status_code=304, headers=headers)
-    asked = _range(request, tag, layout.length)
-    start, stop = asked or (0, layout.length)
+    byte_range = _parse_range(request, tag, layout.length)
+    start, stop = byte_range or (0, layout.length)
     headers["Content-Length"] = str(stop - start)
-    status = 206 if asked else 200
-    if asked:
+    if byte_range:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{layout.length}"
-    media_type = MEDIA_TYPES[query.format]
+    status, media_type = 206 if byte_range else 200, MEDIA_TYPES[query.format]
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=media_type)
-    download = _Download(generation, request, dataset, layout)
-    content = await download.begin(start, stop)
-    return _Stream(content, status, headers, media_type)
+    content = await _Download(responder, request, dataset, layout, start, stop).begin()
+    return _CutOffResponse(content, status, headers, media_type)
 
 
-def _range(request: Request, tag: str | None, length: int) -> tuple[int, int] | None:
-    """The bytes start:stop that are asked for; None where all are.
+def _entity_tag(dataset: GeneratedDataset, file_format: DatasetFormat) -> str:
+    first, last, truncation = dataset.first, dataset.last, dataset.truncation
+    determining = (file_format, LAYOUT_VERSION, dataset.seed, first, last, truncation)
+    return entity_tag(dataset.model, repr(determining).encode())
 
-    Several ranges at once, and what is no range, may be ignored (RFC 9110, 14.2).
+
+def _parse_range(request: Request, tag: str | None, length: int) -> tuple[int, int] | None:
+    """Return the requested bytes start:stop; None for all.
+
+    A server may ignore several ranges at once and malformed ones (RFC 9110, section 14.2).
 
     Raises:
-        Problem: 416, the range begins after the end.
+        Problem: 416, the range begins after the last byte.
     """
     found = _RANGE.fullmatch(request.headers.get("range", ""))
     condition = request.headers.get("if-range", tag)
     if found is None or tag is None or condition != tag or found.groups() == ("", ""):
         return None
     first, last = found.groups()
-    if not first:  # so many at the end
+    if not first:  # the last bytes
         start, stop = max(0, length - int(last)), length
     else:
         start, stop = int(first), min(length, int(last or length) + 1)
         if last and int(last) < start:
             return None
     if start >= stop:
-        problem = Problem(416, "range-not-satisfiable", f"There are {length} bytes.")
-        problem.headers["Content-Range"] = f"bytes */{length}"
-        raise problem
+        detail = f"The range begins after the last of {length} bytes."
+        headers = {"Content-Range": f"bytes */{length}"}
+        raise Problem(416, "range-not-satisfiable", detail, headers=headers)
     return start, stop
 
 
+class _Drawn(NamedTuple):
+    """A range of a segment, and the images generated for it, if it needs any."""
+
+    part: SegmentRange
+    request: ResolvedRequest | None
+    result: GenerationResult | None
+
+
 class _Download:
-    """The bytes of a set for one client, of which a few parts are there at any time."""
+    """The bytes start:stop of a data set, of which a few ranges are in memory at a time."""
 
     def __init__(
-        self, generation: Generation, request: Request, dataset: DataSet, layout: Layout
+        self,
+        responder: Responder,
+        request: Request,
+        dataset: GeneratedDataset,
+        layout: FileLayout,
+        start: int,
+        stop: int,
     ) -> None:
-        self._generation, self._scope = generation, request.scope
-        self._dataset, self._layout = dataset, layout
-        self._client: Client = request.scope.get(CLIENT) or Client()
-        at_once = min(_AT_ONCE, burst_limit(request.scope))
-        self._blocks = max(1, int(at_once) // dataset.classes)
+        self._responder, self._scope, self._dataset = responder, request.scope, dataset
+        self._start, self._stop = start, stop
+        batch_images = int(min(_MAX_BATCH_IMAGES, burst_limit(request.scope)))
+        self._parts = layout.ranges(start, stop, max(1, batch_images // dataset.classes))
 
-    async def begin(self, start: int, stop: int) -> AsyncIterator[bytes]:
-        """Bytes start:stop, of which the first are drawn before this returns.
+    async def begin(self) -> AsyncIterator[bytes]:
+        """Generate the first images, then return the bytes.
 
         Raises:
-            Problem: they could not be drawn.
+            Problem: the first images cannot be generated.
         """
-        parts = self._layout.parts(start, stop, self._blocks)
-        first = next(parts)
-        order = self._order(first)
-        pixels = _NO_PIXELS
-        if order is not None:
-            consume(self._scope, len(order.labels))
-            pixels = (await self._generation.fulfil(order, self._client)).pixels
-        return self._stream(_Drawn(first, order, pixels), parts, start, stop)
+        return self._stream(await self._draw(next(self._parts), retry=False))
 
-    async def _stream(
-        self, drawn: "_Drawn", parts: Iterator[Part], start: int, stop: int
-    ) -> AsyncIterator[bytes]:
+    async def _stream(self, drawn: _Drawn) -> AsyncIterator[bytes]:
         drawing = None
         try:
             while True:
-                following = next(parts, None)
-                if following is not None:  # drawn while this one is sent
-                    drawing = asyncio.ensure_future(self._draw(following))
-                content = await self._make(drawn)
-                skipped = max(0, start - drawn.part.offset)
-                if skipped < len(content):
-                    yield content[skipped : stop - drawn.part.offset]
-                    if drawn.order is not None:
-                        self._generation.count(drawn.order, self._client)
+                following = next(self._parts, None)
+                if following is not None:  # generated while this range is encoded and sent
+                    drawing = asyncio.ensure_future(self._draw(following, retry=True))
+                part, content = drawn.part, await self._encode(drawn)
+                if self._is_sent(part):
+                    yield content[max(0, self._start - part.offset) : self._stop - part.offset]
                 if following is None or drawing is None:
                     return
                 drawn = await drawing
         finally:
             if drawing is not None:
                 drawing.cancel()
-                with suppress(asyncio.CancelledError, Problem):
+                with suppress(asyncio.CancelledError, Disconnected, Problem):
                     await drawing
 
-    async def _draw(self, part: Part) -> "_Drawn":
-        order = self._order(part)
-        if order is None:
-            return _Drawn(part, None, _NO_PIXELS)
-        await self._insist(lambda: _charge(self._scope, len(order.labels)))
-        images: GeneratedImages = await self._insist(
-            lambda: self._generation.fulfil(order, self._client)
-        )
-        return _Drawn(part, order, images.pixels)
+    def _is_sent(self, part: SegmentRange) -> bool:
+        """Return false for a range that is only made for its checksum."""
+        return part.offset + part.length > self._start
 
-    async def _insist(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Wait where a request that has just begun would be refused: this one is half answered."""
-        while True:
-            try:
-                return await attempt()
-            except Problem as problem:
-                if problem.status not in (429, 504):
-                    raise
-                await asyncio.sleep(float(problem.headers.get("Retry-After", "1")))
-
-    def _order(self, part: Part) -> GenerationRequest | None:
-        """What has to be drawn for a part."""
-        if isinstance(part.piece, Static) or not part.piece.drawn:
-            return None
+    async def _draw(self, part: SegmentRange, *, retry: bool) -> _Drawn:
+        """Generate the images of a range, with retries once the response has begun."""
+        if isinstance(part.segment, StaticSegment) or not part.segment.needs_pixels:
+            return _Drawn(part, None, None)
         dataset = self._dataset
         labels = dataset.labels(part.first, part.last)
         seeds = np.full(len(labels), dataset.seed, dtype=np.uint64)
         indices = dataset.indices(part.first, part.last)
-        return self._generation.rows(dataset.model, labels, seeds, indices, dataset.truncation)
+        request = self._responder.generation.resolve_rows(
+            dataset.model, labels, seeds, indices, dataset.truncation
+        )
+        if not self._is_sent(part):
+            request = replace(request, counts={})
+        return _Drawn(part, request, await self._responder.draw(request, self._scope, retry=retry))
 
-    async def _make(self, drawn: "_Drawn") -> bytes:
-        part, dataset = drawn.part, self._dataset
-        if isinstance(part.piece, Static):
-            return part.piece.make()
-        chunk = Chunk(
+    async def _encode(self, drawn: _Drawn) -> bytes:
+        (part, request, result), dataset = drawn, self._dataset
+        if isinstance(part.segment, StaticSegment):
+            return part.segment.make()
+        batch = Batch(
             part.first * dataset.classes,
             dataset.labels(part.first, part.last),
             dataset.indices(part.first, part.last),
-            drawn.pixels,
+            _NO_PIXELS if result is None else result.pixels,
         )
-        pixels = len(chunk.labels) * math.prod(dataset.model.engine.image_shape)
-        content, _ = await self._generation.encode(_join(part.piece.make(chunk)), pixels=pixels)
-        return content
+        pixels = len(batch.labels) * math.prod(dataset.model.engine.image_shape)
+        encoder = _join(part.segment.make(batch))
+        if request is None or result is None:
+            return await self._responder.encoder.run(encoder, pixels)
+        encoded = await self._responder.encode(request, self._scope, result, encoder, pixels)
+        return encoded.body
 
 
-class _Drawn(NamedTuple):
-    """A part, and what was drawn for it."""
-
-    part: Part
-    order: GenerationRequest | None
-    pixels: NDArray[np.uint8]
-
-
-class _Stream(StreamingResponse):
-    """An answer that is cut off where it cannot be completed, so that nobody takes it for whole."""
+class _CutOffResponse(StreamingResponse):
+    """A response that ends in a lost connection where it cannot be completed."""
 
     async def stream_response(self, send: Send) -> None:
-        """Send it."""
+        """Send the response."""
         try:
             await super().stream_response(send)
         except Problem as problem:
             log.warning("a data set was cut off: %s", problem.detail)
 
 
-async def _charge(scope: Scope, images: int) -> None:
-    consume(scope, images)
-
-
-def _join(pieces: Iterator[bytes]) -> Steps:
+def _join(pieces: Iterator[bytes]) -> IncrementalEncoder:
     made = []
     for piece in pieces:
         made.append(piece)

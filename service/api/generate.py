@@ -1,101 +1,31 @@
-"""The front door, `/generate`; what becomes of its images, `/verify`; and the list of models."""
+"""The endpoint `/generate`."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Annotated, Any, NamedTuple
 
-from fastapi import APIRouter, Body, Query, Request, Response
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, Field
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from fastapi import APIRouter, Body, Query
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.caching import caching_rule, entity_tag, is_known
+from service.api.caching import cache_control, matches, request_tag
 from service.api.parameters import GenerateBody, GenerateQuery, parse_body, parse_query
-from service.encoding.images import (
-    CONTENT_TYPES,
-    MEDIA_TYPES,
-    ImageList,
-    encoder,
-    negotiate,
+from service.api.respond import RawHeaders, Responder, count_pixels
+from service.disconnect import CLIENT_CLOSED_REQUEST, Disconnected
+from service.encoding.images import CONTENT_TYPES, MEDIA_TYPES, ImageList, encoder, negotiate
+from service.errors import (
+    GENERATION_ERRORS,
+    Problem,
+    error_responses,
+    invalid_value,
+    method_not_allowed,
+    send_problem,
+    unsupported_media_type,
 )
-from service.encoding.verification import VerificationResult, compare, read_png, repeat
-from service.errors import Problem, answer, answers, wrong_value
-from service.generation import (
-    CLIENT,
-    Client,
-    Disconnected,
-    GeneratedImages,
-    Generation,
-    GenerationRequest,
-)
-from service.inference.repository import Model
-from service.rate_limit import consume
-from service.settings import MAX_PIXELS
 
-RawHeaders = list[tuple[bytes, bytes]]
-CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; the log and the metrics do
+PATH = "/generate"
+METHODS = ("GET", "HEAD", "POST")
 
-
-class ModelEntry(BaseModel):
-    """A loaded model."""
-
-    name: str
-    default: bool
-    sha256: str = Field(description="digest of the artifact's file; the model's identity")
-    classes: list[str] = Field(description="class names, in the order of their indices")
-    image_size: int = Field(description="height and width in pixels")
-    channels: int
-    device: str
-    dtype: str
-    images_seen: int = Field(description="real images shown during training")
-    source_commit: str | None
-    network: dict[str, Any]
-    training: dict[str, Any]
-    certificate: dict[str, Any] | None = Field(description="measured quality")
-
-
-class RefusedFile(BaseModel):
-    """A file that came into the weights while the service ran, and could not be served."""
-
-    file: str
-    cause: str
-
-
-class ModelList(BaseModel):
-    """All loaded models."""
-
-    models: list[ModelEntry]
-    refused: list[RefusedFile] = Field(
-        description="files that are not served as they are now; a model of that name, if there is "
-        "one, is of an earlier file"
-    )
-
-
-_PROBLEMS = answers(
-    {
-        "404": "Unknown model",
-        "406": "No format that the Accept header allows",
-        "422": "A wrong value; the body names the field and what is allowed",
-        "429": "Overloaded, or over the limit of the API key; Retry-After says when to come back",
-        "503": "Shutting down, or the device failed",
-        "504": "The images took longer than the service, or timeout_ms, allows",
-    }
-)
-_VERIFY_PROBLEMS = answers(
-    {
-        "404": "The model that made it is not loaded",
-        "422": "It is no PNG, or has no recipe that makes sense",
-        "429": "Overloaded, or over the limit of the API key; Retry-After says when to come back",
-        "503": "Shutting down, or the device failed",
-        "504": "The images took longer than the service allows",
-    }
-)
-_PROBLEMS_OF_BODIES = answers({"415": "A body that is not JSON"})
-_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {
-    304: {"description": "The client has it: If-None-Match names its ETag"}
-}
+_ERRORS = error_responses(406, *GENERATION_ERRORS)
 _IMAGES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One image, or a contact sheet of several; or the single images.",
@@ -103,23 +33,26 @@ _IMAGES: dict[int | str, dict[str, Any]] = {
         "content": {
             media_type: {"schema": {"type": "string", "format": "binary"}}
             for media_type in MEDIA_TYPES.values()
-            if media_type != "application/json"  # which the model describes
+            if media_type != "application/json"  # described by the model
         },
         "headers": {
-            name: {"description": words, "schema": {"type": "string"}}
-            for name, words in {
-                "X-Seed": "the seed, also when it was drawn",
+            name: {"description": text, "schema": {"type": "string"}}
+            for name, text in {
+                "X-Seed": "the seed, also if it was drawn",
                 "X-Model": "name@sha256:digest of the model",
-                "X-Request-ID": "the id in the service's log",
+                "X-Request-ID": "the request id in the service's log",
                 "Server-Timing": "milliseconds in queue, forward and encode",
             }.items()
         },
     }
 }
+_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {
+    304: {"description": "If-None-Match names the current ETag"}
+}
 
 
-class Head(NamedTuple):
-    """What matters of a request's headers."""
+class RequestHeaders(NamedTuple):
+    """The headers of a request that matter here."""
 
     accept: str | None
     content_type: bytes
@@ -128,25 +61,28 @@ class Head(NamedTuple):
 
 
 class GenerateEndpoint:
-    """`/generate`, as an ASGI application.
+    """ASGI middleware that answers `/generate` before the router sees it.
 
-    A framework's way from a request to a function and back takes longer than all that is left to do
-    here, for one small image.
+    Routing a request through FastAPI and Starlette takes longer than generating a small image.
     """
 
-    path = "/generate"
-    methods = frozenset({"GET", "HEAD", "POST"})
+    path = PATH  # as of a route, for metrics and the log
 
-    def __init__(self, generation: Generation) -> None:
-        self._generation = generation
+    def __init__(self, app: ASGIApp, responder: Responder) -> None:
+        self._app, self._responder = app, responder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        scope["route"] = self  # its path is what metrics and the log go by
+        """Answer a request for `/generate`; pass on any other."""
+        if scope["type"] != "http" or scope["path"] != PATH:
+            await self._app(scope, receive, send)
+            return
         try:
+            if scope["method"] not in METHODS:
+                raise method_not_allowed(scope["method"], PATH, METHODS)
+            scope["route"] = self
             status, headers, body = await self._generate(scope, receive)
         except Problem as problem:
-            await answer(problem, scope, send)
+            await send_problem(problem, scope, send)
             return
         except Disconnected:
             await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
@@ -155,123 +91,70 @@ class GenerateEndpoint:
         await send({"type": "http.response.body", "body": body})
 
     async def _generate(self, scope: Scope, receive: Receive) -> tuple[int, RawHeaders, bytes]:
-        generation = self._generation
-        head = read_headers(scope["headers"])
-        asked: GenerateQuery | GenerateBody
-        if head.body is None:
-            asked = parse_query(scope["query_string"])
+        headers = read_headers(scope["headers"])
+        parameters: GenerateQuery | GenerateBody
+        if headers.body is None:
+            parameters = parse_query(scope["query_string"])
         else:
-            asked = parse_body(await _read_body(head, scope, receive))
-        chosen = asked.format or negotiate(head.accept)
-        order = asked.order(generation)
-        pixels = count_pixels(order, asked.scale)
+            parameters = parse_body(await _read_body(headers, scope, receive))
+        image_format = parameters.format or negotiate(headers.accept)
+        request = self._responder.generation.resolve(parameters.to_request())
+        scale = parameters.scale
+        pixels = count_pixels(request, scale)
         caching: RawHeaders = []
         if scope["method"] != "POST":
-            repeatable = asked.seed is not None
-            tag = entity_tag(order, f"{chosen} {asked.scale}") if repeatable else None
-            caching = _caching(scope, asked, tag)
-            if tag is not None and is_known(head.if_none_match, tag):
-                return 304, [*caching, (b"x-model", order.model.identity)], b""
-        consume(scope, len(order.labels))
-        client: Client = scope.get(CLIENT) or Client()
-        timeout_s = None if asked.timeout_ms is None else asked.timeout_ms / 1e3
-        images = await generation.fulfil(order, client, timeout_s)
-        body, encode_s = await generation.encode(
-            encoder(chosen, order, images, asked.scale), pixels=pixels
+            tag = (
+                None if parameters.seed is None else request_tag(request, f"{image_format} {scale}")
+            )
+            caching = _caching_headers(scope, parameters, tag)
+            if tag is not None and matches(headers.if_none_match, tag):
+                return 304, [*caching, (b"x-model", request.model.identity)], b""
+        encoded = await self._responder.respond(
+            request,
+            scope,
+            lambda result: encoder(image_format, request, result, scale),
+            pixels=pixels,
+            timeout_s=None if parameters.timeout_ms is None else parameters.timeout_ms / 1e3,
         )
-        generation.count(order, client)
-        headers = [
-            (b"content-type", CONTENT_TYPES[chosen]),
-            (b"content-length", b"%d" % len(body)),
-            *generation_headers(order, images, encode_s),
-            *caching,
-        ]
-        return 200, headers, body
+        length = (b"content-length", b"%d" % len(encoded.body))
+        content_type = (b"content-type", CONTENT_TYPES[image_format])
+        return 200, [content_type, length, *encoded.headers, *caching], encoded.body
 
 
-def openapi_routes() -> list[APIRoute]:
-    """What `GenerateEndpoint` takes and gives, for the schema; nothing is ever routed to it."""
+def create_router() -> APIRouter:
+    """Create routes that describe `GenerateEndpoint` in the schema; no request reaches them."""
+    router = APIRouter()
 
+    @router.post(
+        PATH,
+        summary="Generate images of the requested classes",
+        response_class=Response,
+        responses={**_IMAGES, **_ERRORS, **error_responses(415)},
+    )
     def generate(
         query: Annotated[GenerateQuery, Query()],
         body: Annotated[
-            GenerateBody | None, Body(description="in place of the query string, which is empty")
+            GenerateBody | None, Body(description="in place of the query string")
         ] = None,
     ) -> None:
         raise AssertionError(query, body)
 
-    def repeat(query: Annotated[GenerateQuery, Query()]) -> None:
+    @router.get(
+        PATH,
+        summary="Generate images that may be cached: with a seed, the same ones each time",
+        response_class=Response,
+        responses={**_IMAGES, **_NOT_MODIFIED, **_ERRORS},
+    )
+    def generate_cacheable(query: Annotated[GenerateQuery, Query()]) -> None:
         raise AssertionError(query)
-
-    post = APIRoute(
-        GenerateEndpoint.path,
-        generate,
-        methods=["POST"],
-        response_class=Response,
-        responses={**_IMAGES, **_PROBLEMS, **_PROBLEMS_OF_BODIES},
-        summary="Generate images of the requested classes",
-    )
-    get = APIRoute(
-        GenerateEndpoint.path,
-        repeat,
-        methods=["GET"],
-        response_class=Response,
-        responses={**_IMAGES, **_NOT_MODIFIED, **_PROBLEMS},
-        summary="The same, to be kept: with a seed it always gives the same",
-    )
-    return [post, get]
-
-
-def create_router(generation: Generation) -> APIRouter:
-    """The routes of this module."""
-    router = APIRouter()
-
-    @router.post(
-        "/verify",
-        summary="Whether an image is what its recipe says",
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
-            }
-        },
-        response_model=VerificationResult,
-        responses=_VERIFY_PROBLEMS,
-    )
-    async def verify(request: Request) -> Any:
-        try:
-            return await _verify(generation, request)
-        except (ClientDisconnect, Disconnected):
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-    @router.get("/models", summary="The loaded models")
-    async def models() -> ModelList:
-        registry = generation.registry
-        return ModelList(
-            models=[_entry(each, each is registry.default) for each in registry],
-            refused=[
-                RefusedFile(file=name, cause=each.cause) for name, each in registry.refused.items()
-            ],
-        )
 
     return router
 
 
-async def _verify(generation: Generation, request: Request) -> VerificationResult:
-    # On other threads: a small file may hold a large picture.
-    found = await run_in_threadpool(read_png, await request.body())
-    order = repeat(found.recipe, generation.registry)
-    consume(request.scope, len(order.labels))
-    client: Client = request.scope.get(CLIENT) or Client()
-    images = await generation.fulfil(order, client)
-    generation.count(order, client)
-    return await run_in_threadpool(compare, found, order, images)
-
-
-def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> Head:
-    """What matters of the headers of a request, whose names are in lower case."""
-    accept = body = known = None
-    media_type = b""
+def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> RequestHeaders:
+    """Parse the headers of a request, whose names are in lower case."""
+    accept = body = if_none_match = None
+    content_type = b""
     for name, value in headers:
         if name == b"accept":
             more = value.decode("latin-1")
@@ -279,35 +162,32 @@ def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> Head:
         elif (name == b"content-length" and value != b"0") or name == b"transfer-encoding":
             body = (b"%b: %b" % (name, value)).decode("latin-1")
         elif name == b"content-type":
-            media_type = value
+            content_type = value
         elif name == b"if-none-match":
             more = value.decode("latin-1")
-            known = more if known is None else f"{known}, {more}"
-    return Head(accept, media_type, body, known)
+            if_none_match = more if if_none_match is None else f"{if_none_match}, {more}"
+    return RequestHeaders(accept, content_type, body, if_none_match)
 
 
-async def _read_body(head: Head, scope: Scope, receive: Receive) -> bytearray:
-    """The body, which has to be JSON; the server bounds it.
+async def _read_body(headers: RequestHeaders, scope: Scope, receive: Receive) -> bytearray:
+    """Read the body, which must be JSON; the server bounds its size.
 
     Raises:
-        Problem: 415 for another type, 422 for a body where there cannot be one.
-        Disconnected: the client went away before its end.
+        Problem: 415 for another type, 422 where no body is allowed.
+        Disconnected: the client disconnected before its end.
     """
     if scope["method"] != "POST":
-        allowed = "no body is allowed; the parameters go into the query string"
-        raise wrong_value("body", head.body, allowed)
+        reason = "is not allowed; send the parameters in the query string"
+        raise invalid_value("body", headers.body, reason)
     if scope["query_string"]:
         query = scope["query_string"].decode("latin-1")
-        raise wrong_value("query", query, "has to be empty where a body has the parameters")
-    if head.content_type.partition(b";")[0].strip().lower() != b"application/json":
-        problem = wrong_value(
+        raise invalid_value("query", query, "must be empty if the body has the parameters")
+    if headers.content_type.partition(b";")[0].strip().lower() != b"application/json":
+        raise unsupported_media_type(
             "Content-Type",
-            head.content_type.decode("latin-1"),
-            "application/json is allowed, or no body and the parameters in the query string",
-            status=415,
+            headers.content_type.decode("latin-1"),
+            "must be application/json; or send no body and the parameters in the query string",
         )
-        problem.kind = "unsupported-media-type"
-        raise problem
     body = bytearray()
     while True:
         message = await receive()
@@ -318,61 +198,12 @@ async def _read_body(head: Head, scope: Scope, receive: Receive) -> bytearray:
             return body
 
 
-def _caching(scope: Scope, asked: GenerateQuery | GenerateBody, tag: str | None) -> RawHeaders:
-    """Who may keep an answer of this ETag for how long; nobody one that has none."""
-    pinned = asked.model is not None and "@" in asked.model
-    rule = caching_rule(scope, known=tag is not None, pinned=pinned)
-    headers = [(b"cache-control", rule.encode())]
+def _caching_headers(
+    scope: Scope, parameters: GenerateQuery | GenerateBody, tag: str | None
+) -> RawHeaders:
+    headers = [(b"cache-control", cache_control(scope, tag, parameters.model).encode())]
     if tag is not None:
         headers.append((b"etag", tag.encode()))
-    if asked.format is None:
+    if parameters.format is None:
         headers.append((b"vary", b"accept"))
     return headers
-
-
-def count_pixels(order: GenerationRequest, scale: int, field: str = "scale") -> int:
-    """All pixels of an answer.
-
-    Raises:
-        Problem: 422, they are too many; it names the field that enlarges them.
-    """
-    height, width, _ = order.model.engine.image_shape
-    pixels: int = len(order.labels) * height * width * scale**2
-    if pixels > MAX_PIXELS:
-        message = f"{pixels} pixels in all; at most {MAX_PIXELS} are allowed"
-        raise wrong_value(field, scale, message)
-    return pixels
-
-
-def generation_headers(
-    order: GenerationRequest, images: GeneratedImages, encode_s: float
-) -> RawHeaders:
-    """The headers that say what made the images of an answer, and how long that took."""
-    timing = (
-        f"queue;dur={1e3 * images.queue_s:.3f}, forward;dur={1e3 * images.forward_s:.3f}, "
-        f"encode;dur={1e3 * encode_s:.3f}"
-    )
-    return [
-        (b"x-seed", b"%d" % order.seed),
-        (b"x-model", order.model.identity),
-        (b"server-timing", timing.encode()),
-    ]
-
-
-def _entry(model: Model, default: bool) -> ModelEntry:
-    info, engine = model.info, model.engine
-    return ModelEntry(
-        name=model.name,
-        default=default,
-        sha256=model.sha256,
-        classes=list(info.class_names),
-        image_size=info.network.image_size,
-        channels=info.network.channels,
-        device=str(engine.device),
-        dtype=str(engine.dtype).removeprefix("torch."),
-        images_seen=info.images_seen,
-        source_commit=info.source_commit,
-        network=asdict(info.network),
-        training=info.training,
-        certificate=info.certificate,
-    )

@@ -1,32 +1,32 @@
-"""What orchestrators and Prometheus ask: liveness, readiness, metrics."""
+"""Liveness, readiness and metrics, for orchestrators and Prometheus."""
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, Field
 
-from service.errors import answers
+from service.errors import error_responses
 from service.inference.health import Readiness
 
 
 class Health(BaseModel):
-    """The answer of a health check."""
+    """The response of a health check."""
 
     status: str = Field(examples=["ready"])
 
 
 def create_router(readiness: Readiness) -> APIRouter:
-    """The health checks."""
+    """Create the health checks."""
     router = APIRouter()
 
-    @router.get("/livez", summary="Whether the process answers")
+    @router.get("/livez", summary="Liveness")
     async def livez() -> Health:
         return Health(status="alive")
 
     @router.get(
         "/readyz",
-        summary="Whether new work is taken",
-        responses=answers({"503": "Shutting down, or the device failed"}),
+        summary="Readiness",
+        responses=error_responses(503),
     )
     async def readyz() -> Health:
         if readiness.problem is not None:
@@ -37,7 +37,7 @@ def create_router(readiness: Readiness) -> APIRouter:
 
 
 def create_metrics_router(registry: CollectorRegistry) -> APIRouter:
-    """Return the route that Prometheus scrapes."""
+    """Create the route that Prometheus scrapes."""
     router = APIRouter()
 
     @router.get(

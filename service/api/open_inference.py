@@ -1,43 +1,42 @@
-"""The Open Inference Protocol, version 2, as Triton's and KServe's clients speak it: `/v2`."""
+"""The Open Inference Protocol, version 2, as clients of Triton and KServe use it: `/v2`."""
 
 import gzip
 import zlib
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
 
-from service.api.generate import CLIENT_CLOSED_REQUEST, generation_headers
 from service.api.open_inference_codec import (
     LENGTH_HEADER,
     InferenceRequest,
     InferenceResponse,
-    ParsedRequest,
     ResponseEncoder,
     TensorDescription,
     decompress,
     describe_outputs,
     parse,
 )
-from service.errors import answers, inline
-from service.generation import CLIENT, Client, Disconnected, Generation
+from service.api.respond import Responder
+from service.errors import GENERATION_ERRORS, error_responses, inline_refs
+from service.generation import Generation
 from service.inference.health import Readiness
 from service.inference.repository import Model
-from service.rate_limit import consume
 
 PREFIX = "/v2"
-LIVE_PATH = f"{PREFIX}/health/live"
 EXTENSIONS = ["binary_tensor_data", "model_repository", "statistics"]
 _BINARY = "application/octet-stream"
-
-_Name = Annotated[str, Path(description="name of a model")]
-_Version = Annotated[str, Path(description="SHA-256 of its artifact, in hexadecimal digits")]
+_COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": partial(gzip.compress, compresslevel=1, mtime=0),  # always the same bytes
+    "deflate": partial(zlib.compress, level=1),
+}
 
 
 class ServerMetadata(BaseModel):
-    """What the service is."""
+    """A description of the service."""
 
     name: str
     version: str
@@ -45,17 +44,17 @@ class ServerMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """What a model takes and gives."""
+    """The inputs and outputs of a model."""
 
     name: str
     versions: list[str] = Field(description="the SHA-256 of its artifact")
     platform: str
-    inputs: list[TensorDescription] = Field(description="all but LABEL may be left out")
+    inputs: list[TensorDescription] = Field(description="all but LABEL are optional")
     outputs: list[TensorDescription]
 
 
 class IndexEntry(BaseModel):
-    """A model that is served."""
+    """A loaded model."""
 
     name: str
     version: str
@@ -64,14 +63,14 @@ class IndexEntry(BaseModel):
 
 
 class StatisticDuration(BaseModel):
-    """How often something happened, and how long that took in all."""
+    """The number of occurrences of an event, and their total duration."""
 
     count: int
     ns: int
 
 
 class InferenceStatistics(BaseModel):
-    """Where the time of a model's requests went; no time is taken up by inputs or outputs apart."""
+    """The time of a model's requests by stage; inputs and outputs take none of their own."""
 
     success: StatisticDuration
     fail: StatisticDuration
@@ -82,47 +81,32 @@ class InferenceStatistics(BaseModel):
 
 
 class ModelStatistics(BaseModel):
-    """What a model did since it was loaded, over all interfaces, in the worker that answers."""
+    """The statistics of a model since it was loaded: all APIs, but only the worker that answers."""
 
     name: str
     version: str
-    last_inference: int = Field(description="milliseconds since 1970, 0 for never")
+    last_inference: int = Field(description="milliseconds since 1970; 0 for never")
     inference_count: int = Field(description="images")
     execution_count: int = Field(description="forwards")
     inference_stats: InferenceStatistics
-    batch_stats: list[Any] = Field(description="not kept; /metrics has histograms of batches")
+    batch_stats: list[Any] = Field(description="always empty; /metrics has histograms of batches")
 
 
 class Statistics(BaseModel):
-    """What the models did."""
+    """The statistics of some models."""
 
     model_stats: list[ModelStatistics]
 
 
-_UNKNOWN = {"404": "Unknown model, or unknown version of it"}
-_BAD = answers(
-    {
-        **_UNKNOWN,
-        "413": "The body is too large, maybe once it is decompressed",
-        "415": "A Content-Encoding that is neither gzip nor deflate",
-        "422": "A wrong value; the error names it and what is allowed",
-        "429": "Overloaded, or over the limit of the API key; Retry-After says when to come back",
-        "503": "Shutting down, or the device failed",
-        "504": "The images took longer than the service, or the timeout, allows",
-    },
-    PREFIX,
-)
-_NOT_THERE = answers(_UNKNOWN, PREFIX)
-_NOT_READY = answers({"503": "Shutting down, or the device failed"}, PREFIX)
 _TENSORS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The tensors that were asked for. Binary ones follow after the JSON, whose "
-        f"length is then in the header {LENGTH_HEADER}.",
+        "description": "The requested tensors. Binary ones follow the JSON, whose length is then "
+        f"in the header {LENGTH_HEADER}.",
         "model": InferenceResponse,
         "content": {_BINARY: {"schema": {"type": "string", "format": "binary"}}},
         "headers": {
             LENGTH_HEADER: {
-                "description": "bytes of JSON, where binary tensors follow",
+                "description": "bytes of JSON, if binary tensors follow",
                 "schema": {"type": "integer"},
             }
         },
@@ -131,175 +115,139 @@ _TENSORS: dict[int | str, dict[str, Any]] = {
 _REQUEST_BODY = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": inline(InferenceRequest.model_json_schema())}},
+        "content": {
+            "application/json": {"schema": inline_refs(InferenceRequest.model_json_schema())}
+        },
     }
 }
 
 
-def create_router(generation: Generation, readiness: Readiness) -> APIRouter:
-    """The routes of this module."""
+def create_router(responder: Responder, readiness: Readiness) -> APIRouter:
+    """Create the routes of this module."""
     router = APIRouter(prefix=PREFIX, tags=["Open Inference Protocol"])
-    _add_health(router, generation, readiness)
-    _add_models(router, generation)
+    generation = responder.generation
 
-    @router.post(
-        "/models/{name}/infer",
-        summary="Generate an image of each label",
-        openapi_extra=_REQUEST_BODY,
-        response_class=Response,
-        responses={**_TENSORS, **_BAD},
-    )
-    async def infer(request: Request, name: _Name) -> Response:
-        return await _answer(generation, request, name)
+    def check_ready() -> None:
+        if readiness.problem is not None:
+            raise readiness.problem
 
-    @router.post(
-        "/models/{name}/versions/{version}/infer",
-        summary="The same, of one version of a model",
-        openapi_extra=_REQUEST_BODY,
-        response_class=Response,
-        responses={**_TENSORS, **_BAD},
-    )
-    async def infer_version(request: Request, name: _Name, version: _Version) -> Response:
-        return await _answer(generation, request, f"{name}@sha256:{version}")
-
-    return router
-
-
-def _add_health(router: APIRouter, generation: Generation, readiness: Readiness) -> None:
-    @router.get("", summary="What the service is")
+    @router.get("", summary="Describe the service")
     async def metadata(request: Request) -> ServerMetadata:
         app = request.app
         return ServerMetadata(name=app.title, version=app.version, extensions=EXTENSIONS)
 
-    @router.get("/health/live", summary="Whether the process answers", response_class=Response)
+    @router.get("/health/live", summary="Liveness", response_class=Response)
     async def live() -> Response:
-        return Response()
-
-    def check() -> Response:
-        if readiness.problem is not None:
-            raise readiness.problem
         return Response()
 
     @router.get(
         "/health/ready",
-        summary="Whether new work is taken",
+        summary="Readiness",
         response_class=Response,
-        responses=_NOT_READY,
+        responses=error_responses(503, path=PREFIX),
     )
     async def ready() -> Response:
-        return check()
+        check_ready()
+        return Response()
 
-    @router.get(
-        "/models/{name}/ready",
-        summary="Whether a model takes new work",
-        response_class=Response,
-        responses={**_NOT_THERE, **_NOT_READY},
-    )
-    async def model_ready(name: _Name) -> Response:
-        generation.find(name)
-        return check()
-
-    @router.get(
-        "/models/{name}/versions/{version}/ready",
-        summary="Whether a version of a model takes new work",
-        response_class=Response,
-        responses={**_NOT_THERE, **_NOT_READY},
-    )
-    async def version_ready(name: _Name, version: _Version) -> Response:
-        generation.find(f"{name}@sha256:{version}")
-        return check()
-
-
-def _add_models(router: APIRouter, generation: Generation) -> None:
-    @router.post("/repository/index", summary="The loaded models")
+    @router.post("/repository/index", summary="List the loaded models")
     async def index() -> list[IndexEntry]:
         return [
             IndexEntry(name=each.name, version=each.sha256, state="READY", reason="")
-            for each in generation.registry
+            for each in generation.repository
         ]
 
-    @router.get("/models/stats", summary="What all models did")
+    @router.get("/models/stats", summary="Statistics of all models")
     async def all_statistics() -> Statistics:
-        return Statistics(
-            model_stats=[_statistics(generation, each) for each in generation.registry]
-        )
+        models = generation.repository
+        return Statistics(model_stats=[_statistics(generation, each) for each in models])
 
-    @router.get("/models/{name}", summary="What a model takes and gives", responses=_NOT_THERE)
-    async def model(name: _Name) -> ModelMetadata:
-        return _metadata(generation.find(name))
+    async def by_name(name: Annotated[str, Path(description="name of a model")]) -> Model:
+        return generation.get_or_404(name)
+
+    async def by_version(
+        name: Annotated[str, Path(description="name of a model")],
+        version: Annotated[str, Path(description="SHA-256 of its artifact, in hexadecimal")],
+    ) -> Model:
+        return generation.get_or_404(f"{name}@sha256:{version}")
+
+    _add_model_routes(router, "/models/{name}", by_name, responder, check_ready)
+    _add_model_routes(
+        router, "/models/{name}/versions/{version}", by_version, responder, check_ready
+    )
+    return router
+
+
+def _add_model_routes(
+    router: APIRouter,
+    path: str,
+    find: Callable[..., Awaitable[Model]],
+    responder: Responder,
+    check_ready: Callable[[], None],
+) -> None:
+    """Add the routes of one model, or of one version of it."""
+    not_found = error_responses(404, path=PREFIX)
+
+    @router.get(path, summary="Inputs and outputs of a model", responses=not_found)
+    async def metadata(model: Annotated[Model, Depends(find)]) -> ModelMetadata:
+        return _metadata(model)
+
+    @router.get(f"{path}/stats", summary="Statistics of a model", responses=not_found)
+    async def statistics(model: Annotated[Model, Depends(find)]) -> Statistics:
+        return Statistics(model_stats=[_statistics(responder.generation, model)])
 
     @router.get(
-        "/models/{name}/versions/{version}",
-        summary="What a version of a model takes and gives",
-        responses=_NOT_THERE,
+        f"{path}/ready",
+        summary="Readiness of a model",
+        response_class=Response,
+        responses=error_responses(404, 503, path=PREFIX),
     )
-    async def model_version(name: _Name, version: _Version) -> ModelMetadata:
-        return _metadata(generation.find(f"{name}@sha256:{version}"))
+    async def ready(_model: Annotated[Model, Depends(find)]) -> Response:
+        check_ready()
+        return Response()
 
-    @router.get("/models/{name}/stats", summary="What a model did", responses=_NOT_THERE)
-    async def statistics(name: _Name) -> Statistics:
-        return Statistics(model_stats=[_statistics(generation, generation.find(name))])
-
-    @router.get(
-        "/models/{name}/versions/{version}/stats",
-        summary="What a version of a model did",
-        responses=_NOT_THERE,
+    @router.post(
+        f"{path}/infer",
+        summary="Generate an image for each label",
+        openapi_extra=_REQUEST_BODY,
+        response_class=Response,
+        responses={**_TENSORS, **error_responses(413, 415, *GENERATION_ERRORS, path=PREFIX)},
     )
-    async def version_statistics(name: _Name, version: _Version) -> Statistics:
-        found = generation.find(f"{name}@sha256:{version}")
-        return Statistics(model_stats=[_statistics(generation, found)])
+    async def infer(request: Request, model: Annotated[Model, Depends(find)]) -> Response:
+        return await _infer(responder, request, model)
 
 
-async def _answer(generation: Generation, request: Request, name: str) -> Response:
-    try:
-        return await _infer(generation, request, name)
-    except (ClientDisconnect, Disconnected):
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-
-async def _infer(generation: Generation, request: Request, name: str) -> Response:
+async def _infer(responder: Responder, request: Request, model: Model) -> Response:
     headers = request.headers
     body = decompress(await request.body(), headers.get("content-encoding"))
-    asked = parse(body, headers.get(LENGTH_HEADER))
-    parameters = asked.request.parameters
-    order = generation.rows(
-        generation.find(name), asked.labels, asked.seeds, asked.indices, parameters.truncation
+    parsed = parse(body, headers.get(LENGTH_HEADER))
+    parameters = parsed.request.parameters
+    resolved = responder.generation.resolve_rows(
+        model, parsed.labels, parsed.seeds, parsed.indices, parameters.truncation
     )
-    consume(request.scope, len(order.labels))
-    client: Client = request.scope.get(CLIENT) or Client()
-    timeout_s = None if parameters.timeout is None else parameters.timeout / 1e6
-    images = await generation.fulfil(order, client, timeout_s)
-    reply = ResponseEncoder(asked, order, images)
-    content, encode_s = await generation.encode(reply.encode(), pixels=images.pixels.size)
-    generation.count(order, client)
-    answer = Response(content, media_type=_media_type(asked))
-    answer.raw_headers += generation_headers(order, images, encode_s)
-    if answer.media_type == _BINARY:
-        answer.headers[LENGTH_HEADER] = str(reply.head_bytes)
-    return await _compress(answer, headers.get("accept-encoding", ""))
+    encoder = ResponseEncoder(parsed, resolved)
+    encoded = await responder.respond(
+        resolved,
+        request.scope,
+        encoder.encode,
+        timeout_s=None if parameters.timeout is None else parameters.timeout / 1e6,
+    )
+    binary = any(parsed.outputs.values())
+    response = encoded.response(_BINARY if binary else "application/json")
+    if binary:
+        response.headers[LENGTH_HEADER] = str(encoder.head_bytes)
+    return await _compress(response, headers.get("accept-encoding", ""))
 
 
-def _media_type(asked: ParsedRequest) -> str:
-    return _BINARY if any(asked.outputs.values()) else "application/json"
-
-
-async def _compress(answer: Response, accepted: str) -> Response:
-    """Compress an answer as a client asks, who has to name gzip or deflate."""
-    wanted = [each.strip().lower() for each in accepted.split(",")]
-    for encoding, compress in (("gzip", _gzip), ("deflate", _deflate)):
-        if encoding in wanted:
-            body = await run_in_threadpool(compress, bytes(answer.body))
-            headers = {**answer.headers, "content-length": str(len(body))}
+async def _compress(response: Response, accepted: str) -> Response:
+    """Compress a response if the client names gzip or deflate."""
+    names = [each.strip().lower() for each in accepted.split(",")]
+    for encoding, compress in _COMPRESSORS.items():
+        if encoding in names:
+            body = await run_in_threadpool(compress, bytes(response.body))
+            headers = {**response.headers, "content-length": str(len(body))}
             return Response(body, headers={**headers, "content-encoding": encoding})
-    return answer
-
-
-def _gzip(body: bytes) -> bytes:
-    return gzip.compress(body, compresslevel=1, mtime=0)  # always the same bytes
-
-
-def _deflate(body: bytes) -> bytes:
-    return zlib.compress(body, 1)
+    return response
 
 
 def _metadata(model: Model) -> ModelMetadata:
@@ -317,21 +265,21 @@ def _metadata(model: Model) -> ModelMetadata:
 
 
 def _statistics(generation: Generation, model: Model) -> ModelStatistics:
-    tally = model.tally
-    queue_ns, forward_ns = int(1e9 * tally.queue_s), int(1e9 * tally.forward_s)
+    stats = model.tally
+    queue_ns, forward_ns = int(1e9 * stats.queue_s), int(1e9 * stats.forward_s)
     nothing = StatisticDuration(count=0, ns=0)
     return ModelStatistics(
         name=model.name,
         version=model.sha256,
-        last_inference=int(1e3 * tally.last_at),
-        inference_count=tally.images,
+        last_inference=int(1e3 * stats.last_at),
+        inference_count=stats.images,
         execution_count=generation.forwards(model),
         inference_stats=InferenceStatistics(
-            success=StatisticDuration(count=tally.answered, ns=queue_ns + forward_ns),
-            fail=StatisticDuration(count=tally.failed, ns=int(1e9 * tally.failed_s)),
-            queue=StatisticDuration(count=tally.answered, ns=queue_ns),
+            success=StatisticDuration(count=stats.answered, ns=queue_ns + forward_ns),
+            fail=StatisticDuration(count=stats.failed, ns=int(1e9 * stats.failed_s)),
+            queue=StatisticDuration(count=stats.answered, ns=queue_ns),
             compute_input=nothing,
-            compute_infer=StatisticDuration(count=tally.answered, ns=forward_ns),
+            compute_infer=StatisticDuration(count=stats.answered, ns=forward_ns),
             compute_output=nothing,
         ),
         batch_stats=[],

@@ -1,4 +1,4 @@
-"""The images and models of the OpenAI API, as far as they make sense here: `/v1`."""
+"""The images and models endpoints of the OpenAI API: `/v1`."""
 
 import base64
 import re
@@ -9,25 +9,17 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api.generate import CLIENT_CLOSED_REQUEST, count_pixels, generation_headers
-from service.api.parameters import MAX_SEED
+from service.api.parameters import MAX_SCALE, MAX_SEED
+from service.api.respond import Responder, count_pixels
 from service.encoding.images import single_pngs
-from service.errors import answers, wrong_value
-from service.generation import (
-    CLIENT,
-    Client,
-    Disconnected,
-    GeneratedImages,
-    Generation,
-    GenerationRequest,
-    Steps,
-)
+from service.encoding.timeslice import IncrementalEncoder
+from service.errors import GENERATION_ERRORS, error_responses, invalid_value
+from service.generation import GenerationRequest, ResolvedRequest
 from service.inference.repository import Model
-from service.rate_limit import consume
+from service.inference.scheduling import GenerationResult
 from service.settings import MAX_IMAGES
 
 PREFIX = "/v1"
-MAX_SCALE = 16
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -41,9 +33,9 @@ class ImageRequest(BaseModel):
         description="a class name or index, or a phrase with exactly one of them",
         examples=["a seven"],
     )
-    model: str | None = Field(None, description="as on /generate; the default one if not given")
+    model: str | None = Field(None, description="as on /generate; the default model if not given")
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES)] | None = Field(
-        None, description="images; 1 if not given"
+        None, description="number of images; 1 if not given"
     )
     size: Annotated[str, Field(max_length=20)] | None = Field(
         None,
@@ -51,14 +43,14 @@ class ImageRequest(BaseModel):
         examples=["auto"],
     )
     response_format: Literal["b64_json"] | None = Field(
-        None, description="PNGs in base64; they are kept nowhere, so there are no URLs"
+        None, description="PNGs in base64; images are not stored, so URLs are not available"
     )
-    user: str | None = Field(None, description="for clients that send it; not used")
+    user: str | None = Field(None, description="accepted for compatibility and ignored")
     seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] | None = Field(
-        None, description="as on /generate, beyond the OpenAI API"
+        None, description="as on /generate; an extension of the OpenAI API"
     )
     truncation: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
-        None, description="as on /generate, beyond the OpenAI API"
+        None, description="as on /generate; an extension of the OpenAI API"
     )
 
 
@@ -66,7 +58,7 @@ class ImageData(BaseModel):
     """One image."""
 
     b64_json: str = Field(description="the PNG in base64")
-    revised_prompt: str = Field(description="the class that the prompt was taken for")
+    revised_prompt: str = Field(description="the class that the prompt names")
 
 
 class ImagesResponse(BaseModel):
@@ -92,85 +84,70 @@ class ModelObjects(BaseModel):
     data: list[ModelObject]
 
 
-_UNKNOWN = {"404": "Unknown model"}
-_PROBLEMS = answers(
-    {
-        **_UNKNOWN,
-        "422": "A wrong value; the error names it and what is allowed",
-        "429": "Overloaded, or over the limit of the API key; Retry-After says when to come back",
-        "503": "Shutting down, or the device failed",
-        "504": "The images took longer than the service allows",
-    },
-    PREFIX,
-)
-
-
-def create_router(generation: Generation) -> APIRouter:
-    """The routes of this module."""
+def create_router(responder: Responder) -> APIRouter:
+    """Create the routes of this module."""
     router = APIRouter(prefix=PREFIX, tags=["OpenAI"])
+    generation = responder.generation
 
     @router.post(
         "/images/generations",
         summary="Generate images of the class that a prompt names",
         response_model=ImagesResponse,
-        responses=_PROBLEMS,
+        responses=error_responses(*GENERATION_ERRORS, path=PREFIX),
     )
-    async def generate(request: Request, asked: ImageRequest) -> Response:
-        try:
-            return await _generate(generation, request, asked)
-        except Disconnected:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+    async def generate(request: Request, body: ImageRequest) -> Response:
+        model = generation.get_or_404(body.model)
+        scale = _scale(model, body.size or "auto")
+        resolved = generation.resolve(
+            GenerationRequest(
+                labels=[find_class(model, body.prompt)],
+                n=body.n or 1,
+                seed=body.seed,
+                truncation=body.truncation or 1.0,
+                model=model.identity.decode(),
+            )
+        )
+        encoded = await responder.respond(
+            resolved,
+            request.scope,
+            lambda result: _encode(resolved, result, scale),
+            pixels=count_pixels(resolved, scale, "size"),
+        )
+        return encoded.response("application/json")
 
-    @router.get("/models", summary="The loaded models")
+    @router.get("/models", summary="List the loaded models")
     async def models() -> ModelObjects:
-        return ModelObjects(data=[_model(each) for each in generation.registry])
+        return ModelObjects(data=[_model(each) for each in generation.repository])
 
-    @router.get("/models/{model}", summary="A loaded model", responses=answers(_UNKNOWN, PREFIX))
+    @router.get(
+        "/models/{model}",
+        summary="Describe a loaded model",
+        responses=error_responses(404, path=PREFIX),
+    )
     async def model(model: Annotated[str, Path(description="name of a model")]) -> ModelObject:
-        return _model(generation.find(model))
+        return _model(generation.get_or_404(model))
 
     return router
 
 
-async def _generate(generation: Generation, request: Request, asked: ImageRequest) -> Response:
-    model = generation.find(asked.model)
-    label = find_class(model, asked.prompt)
-    scale = _scale(model, asked.size or "auto")
-    order = generation.order(
-        labels=[label],
-        n=asked.n or 1,
-        seed=asked.seed,
-        truncation=asked.truncation or 1.0,
-        model=model.identity.decode(),
-    )
-    pixels = count_pixels(order, scale, "size")
-    consume(request.scope, len(order.labels))
-    client: Client = request.scope.get(CLIENT) or Client()
-    images = await generation.fulfil(order, client)
-    body, encode_s = await generation.encode(_encode(order, images, scale), pixels=pixels)
-    generation.count(order, client)
-    answer = Response(body, media_type="application/json")
-    answer.raw_headers += generation_headers(order, images, encode_s)
-    return answer
-
-
-def _encode(order: GenerationRequest, images: GeneratedImages, scale: int) -> Steps:
-    name = order.model.info.class_names[int(order.labels[0])]
+def _encode(request: ResolvedRequest, result: GenerationResult, scale: int) -> IncrementalEncoder:
+    name = request.model.info.class_names[int(request.labels[0])]
     data = []
-    for png in single_pngs(order, images, scale):
+    for png in single_pngs(request, result, scale):
         data.append(ImageData(b64_json=base64.b64encode(png).decode(), revised_prompt=name))
         yield
     return ImagesResponse(created=int(time.time()), data=data).model_dump_json().encode()
 
 
 def find_class(model: Model, prompt: str) -> int:
-    """The index of the class that a prompt names.
+    """Return the index of the class that a prompt names.
 
-    A phrase may name it by its name in any case, also in the plural, or by its index. A name within
-    a longer one that is there does not count: a t-shirt is no shirt.
+    The prompt is a name or an index, or a phrase that contains one of them. Names match in any case
+    and in the plural. A name within a longer matching name does not count: "t-shirt" does not match
+    "shirt".
 
     Raises:
-        Problem: 422, it names none or several.
+        Problem: 422, the prompt names no class or several.
     """
     exact = model.labels.get(prompt.strip())
     if exact is not None:
@@ -192,17 +169,13 @@ def find_class(model: Model, prompt: str) -> int:
     classes = model.info.class_names
     if found:
         names = ", ".join(classes[label] for label in sorted(found))
-        raise wrong_value("prompt", prompt, f"names several classes: {names}; one is allowed")
-    known = ", ".join(classes)
-    raise wrong_value(
-        "prompt",
-        prompt,
-        f"names no class of {model.name}; allowed is one of: {known}, or its index",
-    )
+        raise invalid_value("prompt", prompt, f"names several classes ({names}); name one")
+    message = f"names no class of {model.name}; name one of {', '.join(classes)}, or its index"
+    raise invalid_value("prompt", prompt, message)
 
 
 def _names(model: Model) -> Iterator[tuple[int, list[str]]]:
-    """Each class, by its index and by its name, and the words of that."""
+    """Yield each class with the words of its name, and with its index."""
     for text, label in model.labels.items():
         if words := _WORD.findall(text.casefold()):
             yield label, words
@@ -214,10 +187,10 @@ def _matches(words: list[str], name: list[str]) -> bool:
 
 
 def _scale(model: Model, size: str) -> int:
-    """By how much images are to be enlarged.
+    """Return the factor by which a size enlarges the images of a model.
 
     Raises:
-        Problem: 422, naming the sizes that there are.
+        Problem: 422, naming the allowed sizes.
     """
     own = model.info.network.image_size
     if size == "auto":
@@ -229,7 +202,7 @@ def _scale(model: Model, size: str) -> int:
         f"must be auto, or {own}x{own} times 1 to {MAX_SCALE}: {own}x{own}, {2 * own}x{2 * own}, "
         f"up to {MAX_SCALE * own}x{MAX_SCALE * own}"
     )
-    raise wrong_value("size", size, message)
+    raise invalid_value("size", size, message)
 
 
 def _model(model: Model) -> ModelObject:

@@ -1,4 +1,4 @@
-"""Pages for people, from files that are installed: the playground, and the API's documentation."""
+"""The playground and the API documentation, from installed files only."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
-# Scripts and styles come from here and from nowhere else, and none stands in a page. An image that
-# is tried out is shown from memory.
+# Scripts and styles come from this origin and are never inline. The documentation shows images from
+# blobs.
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -18,7 +18,7 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 
-# Addresses are relative, so that it also works behind a prefix.
+# URLs are relative, so that the page also works behind a prefix.
 _DOCS = """\
 <!doctype html>
 <html lang="en">
@@ -42,22 +42,21 @@ SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true})
 
 
 def create_router() -> APIRouter:
-    """The routes of this module."""
+    """Create the routes of this module."""
     router = APIRouter(include_in_schema=False)
     playground = Path(__file__).parent.parent / "playground"
-    static = Path(str(files("fastapi_offline") / "static"))
+    swagger = Path(str(files("fastapi_offline") / "static"))
 
-    @router.get("/")
-    async def root() -> FileResponse:
-        return FileResponse(playground / "index.html", headers=PAGE_HEADERS)
+    def add_file(path: str, file: Path) -> None:
+        @router.get(path)
+        async def static_file() -> FileResponse:
+            return FileResponse(file, headers=PAGE_HEADERS)
 
-    @router.get("/playground/playground.js")
-    async def playground_script() -> FileResponse:
-        return FileResponse(playground / "playground.js", headers=PAGE_HEADERS)
-
-    @router.get("/playground/playground.css")
-    async def playground_style() -> FileResponse:
-        return FileResponse(playground / "playground.css", headers=PAGE_HEADERS)
+    add_file("/", playground / "index.html")
+    for name in ("playground.js", "playground.css"):
+        add_file(f"/playground/{name}", playground / name)
+    for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
+        add_file(f"/docs/{name}", swagger / name)
 
     @router.get("/docs")
     async def docs() -> HTMLResponse:
@@ -66,13 +65,5 @@ def create_router() -> APIRouter:
     @router.get("/docs/start.js")
     async def start() -> Response:
         return Response(_START, media_type="text/javascript", headers=PAGE_HEADERS)
-
-    @router.get("/docs/swagger-ui-bundle.js")
-    async def script() -> FileResponse:
-        return FileResponse(static / "swagger-ui-bundle.js", headers=PAGE_HEADERS)
-
-    @router.get("/docs/swagger-ui.css")
-    async def style() -> FileResponse:
-        return FileResponse(static / "swagger-ui.css", headers=PAGE_HEADERS)
 
     return router

@@ -1,4 +1,4 @@
-"""What `/generate` can be asked for: in a query string, or in a JSON body."""
+"""The parameters of `/generate`, in a query string or in a JSON body."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -8,57 +8,85 @@ from urllib.parse import parse_qsl
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from service.encoding.images import MEDIA_TYPES, Format
-from service.errors import wrong_value, wrong_values
-from service.generation import Generation, GenerationRequest, Interpolation
+from service.errors import invalid_value, invalid_values
+from service.generation import GenerationRequest, Interpolation
 from service.settings import MAX_IMAGES, MAX_TIMEOUT_MS
 
 MAX_SEED = 2**64 - 1
-MAX_INDEX = 2**53 - 1  # as far as every JSON reader counts without loss
+MAX_INDEX = 2**53 - 1  # every JSON reader keeps integers up to this one without loss
 MAX_WEIGHT = 1e6
-_REMEMBERED_BYTES = 256  # of a query at most
+MAX_SCALE = 16
+_MAX_CACHED_QUERY_BYTES = 256
 
-_Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _Steps = Annotated[int, Field(ge=2, le=MAX_IMAGES)]
-_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_At = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT, allow_inf_nan=False)]
 
 
-class _Common(BaseModel):
-    """What both ways to ask have in common."""
+class SamplingFields(BaseModel):
+    """The parameters that `/generate` and `/dataset` share."""
 
-    n: int = Field(
-        1, ge=1, le=MAX_IMAGES, description=f"images of each label; at most {MAX_IMAGES} in all"
-    )
-    seed: _Seed | None = Field(
-        None, description="the same seed gives the same images; drawn where none is given"
-    )
-    index: int = Field(
-        0, ge=0, le=MAX_INDEX, description="number of the first image among those of the seed"
-    )
     truncation: float = Field(
         1.0,
         gt=0,
         le=1,
         allow_inf_nan=False,
-        description="less is nearer to what is typical, with less variety",
+        description="lower values give more typical, less varied images",
     )
     model: str | None = Field(
         None,
-        description="name of a model, or name@sha256:digest for that file alone; the default one "
-        "if not given",
+        description="name of a model, or name@sha256:digest to pin its file; the default model if "
+        "not given",
     )
-    format: Format | None = Field(None, description="goes before the Accept header")
-    scale: int = Field(1, ge=1, le=16, description="enlarge by whole pixels")
+
+
+class _GenerateFields(SamplingFields):
+    """The parameters that a query string and a body share."""
+
+    n: int = Field(
+        1, ge=1, le=MAX_IMAGES, description=f"images of each label; at most {MAX_IMAGES} in all"
+    )
+    seed: Seed | None = Field(
+        None, description="the same seed gives the same images; drawn if not given"
+    )
+    index: int = Field(
+        0, ge=0, le=MAX_INDEX, description="number of the first image among those of the seed"
+    )
+    format: Format | None = Field(None, description="takes precedence over the Accept header")
+    scale: int = Field(1, ge=1, le=MAX_SCALE, description="enlarge each pixel to scale x scale")
     timeout_ms: int | None = Field(
         None,
         ge=1,
         le=MAX_TIMEOUT_MS,
-        description="milliseconds until the images are of no use; what cannot be made by then is "
-        "refused, and the service may allow less",
+        description="deadline in milliseconds; requests that cannot finish in time are rejected; "
+        "the service may allow less",
     )
 
+    def _request(
+        self,
+        labels: Sequence[str | int] | None,
+        mix: Sequence[tuple[str, float]] | None,
+        seed: int | None,
+        interpolation: Interpolation | None,
+    ) -> GenerationRequest:
+        if labels is None and mix is None:
+            raise invalid_value("label", None, "is required, unless mix is given")
+        if labels is not None and mix is not None:
+            raise invalid_value("mix", mix, "cannot be combined with label; give one of them")
+        return GenerationRequest(
+            labels=labels or (),
+            mix=mix or (),
+            n=self.n,
+            seed=seed,
+            index=self.index,
+            interpolation=interpolation,
+            truncation=self.truncation,
+            model=self.model,
+        )
 
-class GenerateQuery(_Common):
+
+class GenerateQuery(_GenerateFields):
     """The parameters of `/generate` in its query string."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,25 +95,28 @@ class GenerateQuery(_Common):
         None, examples=[["7"]], description="class index or class name; may repeat"
     )
     mix: Annotated[list[str], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
-        None, description="in place of label, CLASS:WEIGHT for each class of a mixture"
+        None, description="in place of label: CLASS:WEIGHT for each class of a mixture"
     )
-    to_seed: _Seed | None = Field(
-        None, description="walk from the images of seed to those of this one"
+    to_seed: Seed | None = Field(
+        None, description="interpolate from the images of seed to those of this seed"
     )
-    steps: _Steps | None = Field(None, description="images of a walk, both ends included")
-    at: _Share | None = Field(
-        None, description="of a walk only the image so far on the way, 0 the start and 1 the end"
+    steps: _Steps | None = Field(None, description="images of an interpolation, both ends included")
+    at: _At | None = Field(
+        None, description="in place of steps: the one image at this position, from 0 to 1"
     )
 
-    def order(self, generation: Generation) -> GenerationRequest:
-        """Check it against the models.
+    def to_request(self) -> GenerationRequest:
+        """Return the request for images.
 
         Raises:
-            Problem: 404 or 422, naming the field.
+            Problem: 422, naming the parameter.
         """
-        if self.to_seed is None and (self.steps is not None or self.at is not None):
-            raise wrong_value("to_seed", None, "is required with steps and with at")
-        return _order(self, generation, self.label, self._weights(), self.seed, self)
+        interpolation = None
+        if self.to_seed is not None:
+            interpolation = _interpolation(self.to_seed, self.steps, self.at)
+        elif self.steps is not None or self.at is not None:
+            raise invalid_value("to_seed", None, "is required with steps and with at")
+        return self._request(self.label, self._weights(), self.seed, interpolation)
 
     def _weights(self) -> list[tuple[str, float]] | None:
         if self.mix is None:
@@ -96,22 +127,24 @@ class GenerateQuery(_Common):
             try:
                 weights.append((name, _WEIGHT.validate_python(text)))
             except ValidationError:
-                raise wrong_value("mix", each, _ALLOWED["mix"]) from None
+                raise invalid_value("mix", each, _ALLOWED["mix"]) from None
         return weights
 
 
 class InterpolationBody(BaseModel):
-    """A walk from the images of one seed to those of another."""
+    """An interpolation from the images of one seed to those of another."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    from_seed: _Seed | None = Field(None, description="drawn where none is given")
-    to_seed: _Seed
-    steps: _Steps | None = Field(None, description="images of the walk, both ends included")
-    at: _Share | None = Field(None, description="only the image so far on the way")
+    from_seed: Seed | None = Field(None, description="drawn if not given")
+    to_seed: Seed
+    steps: _Steps | None = Field(None, description="images, both ends included")
+    at: _At | None = Field(
+        None, description="in place of steps: the one image at this position, from 0 to 1"
+    )
 
 
-class GenerateBody(_Common):
+class GenerateBody(_GenerateFields):
     """The parameters of `POST /generate` as JSON, in place of its query string."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -119,34 +152,47 @@ class GenerateBody(_Common):
     labels: Annotated[list[str | int], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
         None, description="class names, or indices as numbers", examples=[["3", 8]]
     )
-    label: str | int | None = Field(None, description="the only one of labels")
+    label: str | int | None = Field(None, description="in place of labels, if there is only one")
     mix: Annotated[dict[str, _Weight], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
-        None, description="in place of labels, the weight of each class of a mixture"
+        None, description="in place of labels: the weight of each class of a mixture"
     )
     interpolate: InterpolationBody | None = None
 
-    def order(self, generation: Generation) -> GenerationRequest:
-        """Check it against the models.
+    def to_request(self) -> GenerationRequest:
+        """Return the request for images.
 
         Raises:
-            Problem: 404 or 422, naming the field.
+            Problem: 422, naming the parameter.
         """
-        labels, seed, walk = self.labels, self.seed, self.interpolate
+        labels, seed, interpolation = self.labels, self.seed, None
         if self.label is not None:
             if labels is not None:
-                raise wrong_value("label", self.label, "is given in labels, or alone; not both")
+                raise invalid_value("label", self.label, "cannot be combined with labels")
             labels = [self.label]
-        if walk is not None and walk.from_seed is not None:
-            if seed is not None:
-                raise wrong_value("seed", seed, "is given as from_seed, or alone; not both")
-            seed = walk.from_seed
-        weights = None if self.mix is None else list(self.mix.items())
-        return _order(self, generation, labels, weights, seed, walk)
+        if self.interpolate is not None:
+            path = self.interpolate
+            if path.from_seed is not None:
+                if seed is not None:
+                    raise invalid_value("seed", seed, "cannot be combined with from_seed")
+                seed = path.from_seed
+            interpolation = _interpolation(path.to_seed, path.steps, path.at)
+        mix = None if self.mix is None else list(self.mix.items())
+        return self._request(labels, mix, seed, interpolation)
+
+
+def _interpolation(to_seed: int, steps: int | None, at: float | None) -> Interpolation:
+    if at is not None and steps is not None:
+        raise invalid_value("at", at, "cannot be combined with steps; give one of them")
+    if at is not None:
+        return Interpolation(to_seed, [at])
+    if steps is None:
+        raise invalid_value("steps", None, "is required to interpolate, unless at is given")
+    return Interpolation(to_seed, [step / (steps - 1) for step in range(steps)])
 
 
 _WEIGHT: TypeAdapter[float] = TypeAdapter(_Weight)
 
-# Whichever way a value is wrong, the error says what is allowed.
+# They replace pydantic's messages, which differ from one way of being invalid to the other.
 _ALLOWED = {
     "label": f"must be given once to {MAX_IMAGES} times, each a class index or a class name",
     "labels": f"must be a list of 1 to {MAX_IMAGES} class names or indices",
@@ -161,89 +207,55 @@ _ALLOWED = {
     "index": f"must be an integer from 0 to {MAX_INDEX}",
     "truncation": "must be a number above 0 and up to 1",
     "format": f"must be one of {', '.join(MEDIA_TYPES)}",
-    "scale": "must be an integer from 1 to 16",
+    "scale": f"must be an integer from 1 to {MAX_SCALE}",
     "timeout_ms": f"must be an integer from 1 to {MAX_TIMEOUT_MS}",
 }
 
 
-def _order(
-    asked: GenerateQuery | GenerateBody,
-    generation: Generation,
-    labels: Sequence[str | int] | None,
-    weights: list[tuple[str, float]] | None,
-    seed: int | None,
-    walk: GenerateQuery | InterpolationBody | None,
-) -> GenerationRequest:
-    if labels is None and weights is None:
-        raise wrong_value("label", None, "is required, or a mix in its place")
-    if labels is not None and weights is not None:
-        raise wrong_value("mix", weights, "takes the place of label; not both")
-    return generation.order(
-        labels=labels or (),
-        mix=weights or (),
-        n=asked.n,
-        seed=seed,
-        index=asked.index,
-        walk=None if walk is None or walk.to_seed is None else _walk(walk.to_seed, walk),
-        truncation=asked.truncation,
-        model=asked.model,
-    )
-
-
-def _walk(to_seed: int, asked: GenerateQuery | InterpolationBody) -> Interpolation:
-    if asked.at is not None and asked.steps is not None:
-        raise wrong_value("at", asked.at, "is one image and steps are several; not both")
-    if asked.at is not None:
-        return Interpolation(to_seed, [asked.at])
-    if asked.steps is None:
-        raise wrong_value("steps", None, "is required for a walk, or at in its place")
-    return Interpolation(to_seed, [step / (asked.steps - 1) for step in range(asked.steps)])
-
-
 def parse_query(query: bytes) -> GenerateQuery:
-    """The parameters in a query string.
+    """Parse a query string.
 
     Raises:
-        Problem: 422, naming every wrong value and what is allowed.
+        Problem: 422, naming every invalid value and what is allowed.
     """
-    return _parse_again(query) if len(query) <= _REMEMBERED_BYTES else _parse_query(query)
+    return _parse_cached(query) if len(query) <= _MAX_CACHED_QUERY_BYTES else _parse_query(query)
 
 
 def _parse_query(query: bytes) -> GenerateQuery:
     values: dict[str, str | list[str]] = {}
     for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if name in ("label", "mix"):
-            several = values.setdefault(name, [])
-            assert isinstance(several, list)
-            several.append(value)
+            repeated = values.setdefault(name, [])
+            assert isinstance(repeated, list)
+            repeated.append(value)
         else:
             values[name] = value
     try:
         return GenerateQuery.model_validate(values)
     except ValidationError as error:
-        raise wrong_values(error.errors(), _ALLOWED) from error
+        raise invalid_values(error.errors(), _ALLOWED) from error
 
 
-# Most clients ask for the same few things again and again; what was wrong is not remembered.
-_parse_again = lru_cache(maxsize=4096)(_parse_query)
+# Most clients repeat a few queries. Errors are not cached.
+_parse_cached = lru_cache(maxsize=4096)(_parse_query)
 
 
 def parse_body(body: bytes | bytearray) -> GenerateBody:
-    """The parameters in a JSON body.
+    """Parse a JSON body.
 
     Raises:
-        Problem: 422, naming every wrong value and what is allowed.
+        Problem: 422, naming every invalid value and what is allowed.
     """
     try:
         return GenerateBody.model_validate_json(body)
     except ValidationError as error:
-        wrong = {_place(each["loc"]): each for each in error.errors()}
-        found = [{**each, "loc": place} for place, each in wrong.items()]
-        raise wrong_values(found, _ALLOWED) from error
+        by_parameter = {_parameter(each["loc"]): each for each in error.errors()}
+        found = [{**each, "loc": parameter} for parameter, each in by_parameter.items()]
+        raise invalid_values(found, _ALLOWED) from error
 
 
-def _place(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """The parameter of an error that is somewhere in a JSON body."""
+def _parameter(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Return the parameter to which a location in a JSON body belongs."""
     if not loc:
         return ("body",)
     return loc[:2] if loc[0] == "interpolate" else loc[:1]

@@ -14,8 +14,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.errors import ServiceError
 from service.settings import ClusterSettings, Settings
-from service.startup import ServiceError
 
 NAME = "cgan-service"
 _MAX_ONGOING_REQUESTS = 1024  # so high that the admission of the replica decides, not Ray

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO, TypeVar
 import httpx
 from tqdm import tqdm
 
+from service.errors import ServiceError
 from service.settings import FetchSettings
-from service.startup import ServiceError
 
 T = TypeVar("T")
 

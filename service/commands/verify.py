@@ -2,12 +2,18 @@
 
 import asyncio
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from service.encoding.verification import Found, VerificationResult, compare, read_png, repeat
+from service.disconnect import Client
+from service.encoding.verification import (
+    ParsedPNG,
+    VerificationResult,
+    compare,
+    read_png,
+    request_from_recipe,
+)
 from service.errors import Problem
-from service.generation import Client, Generation
+from service.generation import Generation
 from service.inference.batcher import Batcher
 from service.inference.repository import ModelRepository, artifact_paths, load_repository
 from service.settings import MAX_TIMEOUT_MS, Settings, VerifySettings
@@ -51,13 +57,11 @@ def _find_artifact(models: Path, sha256: str) -> Path:
     raise ArtifactError(models, f"holds no model with the digest of the recipe, {sha256}")
 
 
-async def _verify(found: Found, registry: ModelRepository) -> VerificationResult:
-    order = repeat(found.recipe, registry)
+async def _verify(png: ParsedPNG, repository: ModelRepository) -> VerificationResult:
+    request = request_from_recipe(png.recipe, repository)
     metrics = Metrics()
-    batcher = Batcher(len(order.labels), MAX_TIMEOUT_MS / 1e3, metrics)
+    batcher = Batcher(len(request.labels), MAX_TIMEOUT_MS / 1e3, metrics)
     batcher.start()
-    with ThreadPoolExecutor(1) as encoders:
-        generation = Generation(registry, batcher, metrics, encoders)
-        images = await generation.fulfil(order, Client())
-        await batcher.close()
-    return compare(found, order, images)
+    result = await Generation(repository, batcher, metrics).generate(request, Client())
+    await batcher.close()
+    return compare(png, request, result)

@@ -1,10 +1,11 @@
-"""The forms in which images are answered: what each is called, and how it is made."""
+"""The formats of images in a response: names, media types and encoders."""
 
 import base64
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import mimeparse
@@ -12,8 +13,10 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from service.encoding.png import encode_contact_sheet, encode_png, enlarge
-from service.errors import wrong_value
-from service.generation import GeneratedImages, GenerationRequest, Steps
+from service.encoding.timeslice import Encoder, IncrementalEncoder
+from service.errors import invalid_value
+from service.generation import ResolvedRequest
+from service.inference.scheduling import GenerationResult
 
 Format = Literal["png", "zip", "json", "multipart", "npz"]
 MEDIA_TYPES: dict[Format, str] = {
@@ -23,27 +26,27 @@ MEDIA_TYPES: dict[Format, str] = {
     "multipart": "multipart/mixed",
     "npz": "application/x-npz",
 }
-# Ties go to the last one, so that */* means a picture.
+# Ties go to the last one: a PNG for */*.
 _OFFERED = [*reversed(MEDIA_TYPES.values())]
-# Nothing in a PNG reads so: text is in one line there, and the rest is compressed.
+# It cannot occur in our PNGs: their text is on one line, and the rest is compressed.
 _BOUNDARY = "cgan-image"
 CONTENT_TYPES = {name: media_type.encode() for name, media_type in MEDIA_TYPES.items()}
 CONTENT_TYPES["multipart"] += f'; boundary="{_BOUNDARY}"'.encode()
 
 
 class ImageEntry(BaseModel):
-    """One image and what it was made from."""
+    """An image and its recipe."""
 
     label: int | None = Field(description="null for a mixture")
     class_name: str | None
     seed: int
     index: int
-    recipe: dict[str, Any] = Field(description="all that it was made from")
-    png: str = Field(description="the PNG file, base64")
+    recipe: dict[str, Any] = Field(description="everything that determines the image")
+    png: str = Field(description="the PNG file in base64")
 
 
 class ImageList(BaseModel):
-    """The answer as JSON."""
+    """Images as JSON."""
 
     model: str
     sha256: str
@@ -52,10 +55,10 @@ class ImageList(BaseModel):
 
 
 def negotiate(accept: str | None) -> Format:
-    """The format that an Accept header prefers (RFC 9110, 12.5.1); a picture where there is none.
+    """Return the format that an Accept header prefers (RFC 9110, section 12.5.1).
 
     Raises:
-        Problem: 406, nothing on offer matches or the header makes no sense.
+        Problem: 406, it allows no format, or is malformed.
     """
     if not accept or accept == "*/*":
         return "png"
@@ -66,40 +69,42 @@ def negotiate(accept: str | None) -> Format:
     for name, media_type in MEDIA_TYPES.items():
         if media_type == best:
             return name
-    offered = ", ".join(MEDIA_TYPES.values())
-    problem = wrong_value("Accept", accept, f"nothing matches; on offer are {offered}", status=406)
+    message = f"allows no available format; available: {', '.join(MEDIA_TYPES.values())}"
+    problem = invalid_value("Accept", accept, message, status=406)
     problem.kind = "not-acceptable"
     raise problem
 
 
 def encoder(
-    chosen: Format, order: GenerationRequest, images: GeneratedImages, scale: int
-) -> Callable[[], bytes] | Steps:
-    """What makes the body of an answer, at once or in steps."""
-    if chosen == "png":
-        return lambda: encode_sheet(order, images, scale)
-    if chosen == "npz":
-        return lambda: encode_npz(order, images, scale)
-    in_steps = {"zip": encode_zip, "json": encode_json, "multipart": encode_multipart}
-    return in_steps[chosen](order, images, scale)
+    image_format: Format, request: ResolvedRequest, result: GenerationResult, scale: int
+) -> Encoder:
+    """Return the encoder of the body of a response."""
+    if image_format == "png":
+        return partial(encode_sheet, request, result, scale)
+    if image_format == "npz":
+        return partial(encode_npz, request, result, scale)
+    incremental = {"zip": encode_zip, "json": encode_json, "multipart": encode_multipart}
+    return incremental[image_format](request, result, scale)
 
 
-def encode_sheet(order: GenerationRequest, images: GeneratedImages, scale: int) -> bytes:
-    """One image as itself, several as a contact sheet."""
-    if len(order.labels) == 1:
-        return next(single_pngs(order, images, scale))
-    return encode_contact_sheet(enlarge(images.pixels, scale), order.recipe_of_all())
+def encode_sheet(request: ResolvedRequest, result: GenerationResult, scale: int) -> bytes:
+    """Encode one image as a PNG, or several as one contact sheet."""
+    if len(request.labels) == 1:
+        return next(single_pngs(request, result, scale))
+    return encode_contact_sheet(enlarge(result.pixels, scale), request.recipe_of_all())
 
 
-def encode_zip(order: GenerationRequest, images: GeneratedImages, scale: int) -> Steps:
-    """Single PNGs named by label and index, and `manifest.json`; always the same bytes."""
+def encode_zip(
+    request: ResolvedRequest, result: GenerationResult, scale: int
+) -> IncrementalEncoder:
+    """Encode single PNGs named by label and index, and `manifest.json`; always the same bytes."""
     lines = []
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed already
-        for position, png in enumerate(single_pngs(order, images, scale)):
-            name = _file_name(order, position)
-            # A line for each; the encoder's own way to indent takes as long as the packing.
-            lines.append(json.dumps({"file": name, **order.recipe(position)}))
+        for position, png in enumerate(single_pngs(request, result, scale)):
+            name = _file_name(request, position)
+            # One line an image: json's own indentation takes as long as the archive.
+            lines.append(json.dumps({"file": name, **request.recipe(position)}))
             archive.writestr(zipfile.ZipInfo(name), png)  # ZipInfo's date is fixed: 1980
             yield
         manifest = ",\n".join(lines)
@@ -108,11 +113,13 @@ def encode_zip(order: GenerationRequest, images: GeneratedImages, scale: int) ->
     return buffer.getvalue()
 
 
-def encode_json(order: GenerationRequest, images: GeneratedImages, scale: int) -> Steps:
-    """Single PNGs in base64, each with its recipe."""
+def encode_json(
+    request: ResolvedRequest, result: GenerationResult, scale: int
+) -> IncrementalEncoder:
+    """Encode single PNGs in base64, each with its recipe."""
     entries = []
-    for position, png in enumerate(single_pngs(order, images, scale)):
-        recipe = order.recipe(position)
+    for position, png in enumerate(single_pngs(request, result, scale)):
+        recipe = request.recipe(position)
         entry = ImageEntry(
             label=recipe.get("label"),
             class_name=recipe.get("class"),
@@ -123,19 +130,20 @@ def encode_json(order: GenerationRequest, images: GeneratedImages, scale: int) -
         )
         entries.append(entry)
         yield
-    answer = ImageList(
-        model=order.model.name, sha256=order.model.sha256, seed=order.seed, images=entries
-    )
-    return answer.model_dump_json().encode()
+    model = request.model
+    images = ImageList(model=model.name, sha256=model.sha256, seed=request.seed, images=entries)
+    return images.model_dump_json().encode()
 
 
-def encode_multipart(order: GenerationRequest, images: GeneratedImages, scale: int) -> Steps:
-    """Single PNGs one after the other (RFC 2046, 5.1.3), named as in a zip."""
+def encode_multipart(
+    request: ResolvedRequest, result: GenerationResult, scale: int
+) -> IncrementalEncoder:
+    """Encode single PNGs one after the other (RFC 2046, section 5.1.3), named as in a zip."""
     parts = []
-    for position, png in enumerate(single_pngs(order, images, scale)):
+    for position, png in enumerate(single_pngs(request, result, scale)):
         head = (
             f"--{_BOUNDARY}\r\nContent-Type: image/png\r\nContent-Length: {len(png)}\r\n"
-            f'Content-Disposition: attachment; filename="{_file_name(order, position)}"\r\n\r\n'
+            f'Content-Disposition: attachment; filename="{_file_name(request, position)}"\r\n\r\n'
         )
         parts += [head.encode(), png, b"\r\n"]
         yield
@@ -143,41 +151,41 @@ def encode_multipart(order: GenerationRequest, images: GeneratedImages, scale: i
     return b"".join(parts)
 
 
-def encode_npz(order: GenerationRequest, images: GeneratedImages, scale: int) -> bytes:
-    """Arrays for NumPy: `images` (N, H, W, C) uint8, and what each was made from.
+def encode_npz(request: ResolvedRequest, result: GenerationResult, scale: int) -> bytes:
+    """Encode arrays for NumPy: `images` (N, H, W, C) uint8, and what determines each image.
 
-    `labels`, `seeds` and `indices` are (N,); in place of labels a mixture has `mix`
-    (N, num_classes), the share of each class, and a walk has `at` (N,) as well.
+    `labels`, `seeds` and `indices` are (N,). A mixture has `mix` (N, num_classes), the share of
+    each class, in place of labels. An interpolation also has `at` (N,).
     """
     arrays: dict[str, Any] = {
-        "images": enlarge(images.pixels, scale),
-        "seeds": order.seeds,
-        "indices": order.indices,
-        "class_names": np.array(order.model.info.class_names),
+        "images": enlarge(result.pixels, scale),
+        "seeds": request.seeds,
+        "indices": request.indices,
+        "class_names": np.array(request.model.info.class_names),
     }
-    variation = order.variation
-    if variation is None or variation.mix is None:
-        arrays["labels"] = order.labels
+    options = request.options
+    if options is None or options.mix is None:
+        arrays["labels"] = request.labels
     else:
-        arrays["mix"] = np.tile(variation.mix / variation.mix.sum(), (len(order.labels), 1))
-    if variation is not None and variation.at is not None:
-        arrays["at"] = variation.at
+        arrays["mix"] = np.tile(options.mix / options.mix.sum(), (len(request.labels), 1))
+    if options is not None and options.at is not None:
+        arrays["at"] = options.at
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 
-def _file_name(order: GenerationRequest, position: int) -> str:
-    """By label and index; an image of a walk, by its place in the answer as well."""
-    variation, index = order.variation, order.indices[position]
-    if variation is None:
-        return f"{order.labels[position]:04d}-{index:04d}.png"
-    label = "mix" if variation.mix is not None else f"{order.labels[position]:04d}"
-    place = "" if variation.at is None else f"-{position:04d}"
-    return f"{label}-{index:04d}{place}.png"
+def _file_name(request: ResolvedRequest, position: int) -> str:
+    """Name a file by label and index; in an interpolation, by the position as well."""
+    options, index = request.options, request.indices[position]
+    if options is None:
+        return f"{request.labels[position]:04d}-{index:04d}.png"
+    label = "mix" if options.mix is not None else f"{request.labels[position]:04d}"
+    suffix = "" if options.at is None else f"-{position:04d}"
+    return f"{label}-{index:04d}{suffix}.png"
 
 
-def single_pngs(order: GenerationRequest, images: GeneratedImages, scale: int) -> Iterator[bytes]:
-    """The PNG of each image, with its recipe."""
-    for position, pixels in enumerate(images.pixels):
-        yield encode_png(enlarge(pixels, scale), order.recipe(position))
+def single_pngs(request: ResolvedRequest, result: GenerationResult, scale: int) -> Iterator[bytes]:
+    """Yield each image as a PNG with its recipe."""
+    for position, pixels in enumerate(result.pixels):
+        yield encode_png(enlarge(pixels, scale), request.recipe(position))

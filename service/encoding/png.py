@@ -1,9 +1,9 @@
-"""Pixels to PNG bytes, and many images to one contact sheet.
+"""PNG encoding of single images and contact sheets.
 
-Written here and not by an imaging library because every answer is made of it: for a small grey
-image this takes a fraction of the time (`tests/benchmarks`), and its bytes are part of the byte
-contract. The format is the PNG specification, third edition (https://www.w3.org/TR/png-3/); the
-compression is ISA-L's, which takes half as long as zlib's fastest or less.
+Hand-written, because the bytes are part of the byte contract, and because an imaging library takes
+several times as long for a small grey image (`tests/benchmarks`). The format is the PNG
+specification, third edition (https://www.w3.org/TR/png-3/). ISA-L compresses in at most half the
+time of zlib's fastest level.
 """
 
 import math
@@ -24,24 +24,24 @@ RECIPE_KEYWORD = "Recipe"
 _KEYWORD = RECIPE_KEYWORD.encode()
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {1: 0, 3: 2}  # grey, RGB
-# Level 1 makes files a sixth smaller and takes up to twice as long; for a single small image, which
-# takes less time than its table does to clear, six times.
+# Level 1 makes files a sixth smaller, but takes up to twice as long, and six times as long for a
+# single small image, where clearing its tables dominates.
 _LEVEL = 0
 _RECIPE: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 def encode_png(pixels: Pixels, recipe: Mapping[str, object]) -> bytes:
-    """One image as a PNG.
+    """Encode one image.
 
     Args:
         pixels: (H, W, C) uint8, C = 1 (grey) or 3 (RGB).
-        recipe: what the image was made from; written as JSON into a text chunk named `Recipe`.
+        recipe: everything that determines the image; written as JSON into the text chunk `Recipe`.
     """
     return _compress(_filter(pixels), pixels.shape[2], recipe)
 
 
 def encode_contact_sheet(images: Pixels, recipe: Mapping[str, object]) -> bytes:
-    """Many images as one PNG, laid out as by `contact_sheet`.
+    """Encode many images as one PNG, laid out as by `contact_sheet`.
 
     Args:
         images: (N, H, W, C) uint8, C = 1 (grey) or 3 (RGB).
@@ -51,20 +51,20 @@ def encode_contact_sheet(images: Pixels, recipe: Mapping[str, object]) -> bytes:
 
 
 def store_png(pixels: Pixels, recipe: str) -> bytes:
-    """One image as a PNG that is not compressed: its length depends on the shape alone.
+    """Encode one image without compression: the length depends on shape and recipe length alone.
 
     Args:
         pixels: (H, W, C) uint8, C = 1 (grey) or 3 (RGB).
-        recipe: as of `encode_png`, in JSON; its length counts, too.
+        recipe: as of `encode_png`, in JSON.
     """
     data = zlib.compress(_filter(pixels).data, 0)
     return _join(_head(*pixels.shape), recipe.encode("ascii"), data)
 
 
 def _filter(pixels: Pixels) -> Pixels:
-    """The rows (H, 1 + W * C) of an image, with filter type 0 before each.
+    """Return the rows (H, 1 + W * C) of an image, each after its filter type 0.
 
-    `_lay_out` gives the same for one image, in twice the time.
+    `_lay_out` returns the same for one image, in twice the time.
     """
     height, width, channels = pixels.shape
     rows = np.zeros((height, 1 + width * channels), dtype=np.uint8)
@@ -73,7 +73,7 @@ def _filter(pixels: Pixels) -> Pixels:
 
 
 def _lay_out(images: Pixels) -> Pixels:
-    """The rows of a contact sheet, as `_filter` gives them; the images are copied only once."""
+    """Return the rows of a contact sheet as `_filter` does, copying the images only once."""
     count, height, width, channels = images.shape
     columns = math.isqrt(count - 1) + 1
     lines = np.zeros((-(-count // columns), height, 1 + columns * width * channels), dtype=np.uint8)
@@ -89,7 +89,7 @@ def _lay_out(images: Pixels) -> Pixels:
 
 def _compress(lines: Pixels, channels: int, recipe: Mapping[str, object]) -> bytes:
     height, width = lines.shape[0], (lines.shape[1] - 1) // channels
-    # JSON keeps to ASCII here, so that a class name in any script fits the chunk's Latin-1.
+    # In ASCII, so that a class name in any script fits the Latin-1 of the chunk.
     text = _RECIPE.dump_json(recipe, ensure_ascii=True)
     return _join(_head(height, width, channels), text, isal_zlib.compress(lines, _LEVEL))
 
@@ -109,19 +109,19 @@ _TAIL = _chunk(b"IEND", b"")
 
 @lru_cache(maxsize=256)
 def _head(height: int, width: int, channels: int) -> bytes:
-    """Everything before the first chunk that differs between images of a shape."""
+    """Return the signature and header chunk, which all images of a shape share."""
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
     return SIGNATURE + _chunk(b"IHDR", header)
 
 
 def contact_sheet(images: Pixels) -> Pixels:
-    """Many images as one: columns = ceil(sqrt(N)), row by row, black where none is left.
+    """Arrange many images as one: ceil(sqrt(N)) columns, row by row, black after the last image.
 
     Args:
         images: (N, H, W, C) uint8.
 
     Returns:
-        (rows * H, columns * W, C) uint8; the image itself where there is only one.
+        (rows * H, columns * W, C) uint8; a single image as it is.
     """
     lines = _lay_out(images)[:, 1:]
     return lines.reshape(len(lines), -1, images.shape[3])

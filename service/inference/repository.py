@@ -1,14 +1,11 @@
 """The loaded models, by name."""
 
-import hashlib
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
-from service.encoding.png import encode_contact_sheet
 from service.inference.engine import Engine, resolve_dtype
 from service.inference.errors import EngineError
 from service.settings import Settings
@@ -72,16 +69,6 @@ class Model:
     def identity(self) -> bytes:
         """The X-Model header: the name, and which file of that name."""
         return f"{self.name}@sha256:{self.sha256}".encode()
-
-    @cached_property
-    def fingerprint(self) -> bytes:
-        """A digest of what known images are here, as a file.
-
-        The artifact alone does not tell what bytes are answered: another kind of device rounds
-        otherwise, and another version of the encoder packs otherwise.
-        """
-        sheet = encode_contact_sheet(self.engine.known.pixels, {"sha256": self.sha256})
-        return hashlib.sha256(sheet).digest()
 
     @property
     def info(self) -> ArtifactInfo:

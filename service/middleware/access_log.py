@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from random import getrandbits
 
 from prometheus_client import Counter, Histogram
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import errors
@@ -61,8 +60,7 @@ class AccessLogMiddleware:
             log.exception("request failed", extra={"fields": {"request_id": request_id}})
             if response_started:
                 raise  # too late for another response: the server has to cut the connection
-            response = errors.respond(Request(scope), errors.INTERNAL_ERROR)
-            await response(scope, receive, observed_send)
+            await errors.send_problem(errors.INTERNAL_ERROR, scope, observed_send)
         finally:
             self._metrics.requests_in_progress.dec(in_progress)
             self._report(scope, status, sent_bytes, time.perf_counter() - started_at)

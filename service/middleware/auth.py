@@ -8,10 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import Problem, respond
+from service.errors import Problem, send_problem
 from service.keys import APIKey
 from service.rate_limit import TokenBucket
 from service.settings import Settings
@@ -72,7 +71,7 @@ class APIKeyMiddleware:
             navigates = _header(scope, b"sec-fetch-mode") == b"navigate"
             headers = {"WWW-Authenticate": _BASIC if navigates else _BEARER}
             problem = Problem(401, "unauthorized", _KEY_REQUIRED, headers=headers)
-            await respond(Request(scope), problem)(scope, receive, send)
+            await send_problem(problem, scope, send)
             return
         state = scope.setdefault("state", {})
         state["key"], state["token_bucket"] = grant.key.name, grant.bucket

@@ -18,7 +18,7 @@ from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.generation import Stage, stages
+from service.generation import Stage
 from service.inference.scheduling import BatchRecord
 from service.middleware.access_log import PROBE_PATHS
 
@@ -129,11 +129,11 @@ class TracingMiddleware:
         state: dict[str, Any] = scope.setdefault("state", {})
         state["trace_id"] = trace.format_trace_id(span.get_span_context().trace_id)
         took: list[Stage] = []
-        before = stages.set(took if span.is_recording() else None)
+        if span.is_recording():
+            state["stages"] = took
         try:
             await self._app(scope, receive, observed_send)
         finally:
-            stages.reset(before)
             self._tracing.end(span, scope, status, took)
 
 

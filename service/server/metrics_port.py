@@ -9,9 +9,9 @@ from prometheus_client import CollectorRegistry
 from service import errors
 from service.api import health
 from service.middleware.auth import APIKeyGrant, APIKeyMiddleware
+from service.server.address import Address, address_of
 from service.server.sockets import open_sockets
 from service.settings import Settings
-from service.startup import Address, address_of
 
 
 def open_metrics_port(settings: Settings, registry: CollectorRegistry) -> Address | None:
@@ -30,7 +30,7 @@ def open_metrics_port(settings: Settings, registry: CollectorRegistry) -> Addres
     if settings.metrics_port is None:
         return None
     app = FastAPI(openapi_url=None)
-    errors.install(app)
+    errors.add_exception_handlers(app)
     app.include_router(health.create_metrics_router(registry))
     if settings.keys:
         app.add_middleware(APIKeyMiddleware, grants=[APIKeyGrant(key) for key in settings.keys])

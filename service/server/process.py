@@ -16,7 +16,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
+from service.errors import ServiceError
 from service.inference.repository import ModelRepository, load_repository
+from service.server.address import address_of, startup_message
 from service.server.metrics_port import open_metrics_port
 from service.server.protocol import (
     TIMEOUT_CHECK_S,
@@ -27,7 +29,6 @@ from service.server.protocol import (
 )
 from service.server.sockets import open_sockets
 from service.settings import Settings
-from service.startup import ServiceError, address_of, serving
 from service.telemetry.logging import configure_logging
 from service.telemetry.metrics import Metrics
 from training.artifact import ArtifactError
@@ -181,7 +182,7 @@ def create_server(settings: Settings, announce: Callable[[str], None]) -> Server
     metrics = Metrics()
     app = create_app(settings, repository, metrics)
     sockets = open_sockets(settings.host, settings.port)
-    line = serving(
+    line = startup_message(
         repository.names,
         address_of(sockets[0]),
         describe(repository.default.engine.device),

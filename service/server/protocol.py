@@ -21,8 +21,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from service.disconnect import CLIENT, Client
 from service.errors import Problem
-from service.generation import CLIENT, Client
 
 MAX_TARGET_BYTES = 1 << 14  # 16 KiB: 1024 labels with long names
 MAX_HEAD_BYTES = 1 << 16
@@ -141,9 +141,7 @@ class HTTPProtocol(HttpToolsProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         """End the connection and cancel its request."""
         super().connection_lost(error)
-        self._client.gone = True
-        if self._client.on_gone is not None:
-            self._client.on_gone()
+        self._client.disconnect()
 
     def drain(self) -> None:
         """Close the connection after the response to its latest request."""

@@ -3,7 +3,7 @@
 import socket
 from contextlib import ExitStack
 
-from service.startup import ServiceError
+from service.errors import ServiceError
 
 BACKLOG = 2048  # connections that the kernel holds until they are accepted
 

@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from service.errors import ServiceError
+from service.server.address import address_of, startup_message
 from service.server.sockets import reserve_port
 from service.settings import Settings
-from service.startup import ServiceError, address_of, serving
 from service.telemetry.logging import configure_logging
 from service.telemetry.metrics import SupervisorMetrics
 from service.telemetry.multiprocess import mark_worker_dead
@@ -61,7 +62,7 @@ def supervise(
             metrics_address = open_metrics_port(settings, metrics.registry)
 
         def on_ready(names: Sequence[str], devices: str) -> None:
-            announce(serving(names, address, devices, metrics_address))
+            announce(startup_message(names, address, devices, metrics_address))
 
         arguments = [str(folder), str(address[1]), *arguments]
         asyncio.run(Supervisor(settings.workers, arguments, folder, metrics, on_ready).run())

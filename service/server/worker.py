@@ -15,9 +15,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from service.errors import ServiceError
 from service.server.loading import loading
 from service.settings import parse_settings
-from service.startup import ServiceError
 
 
 def main() -> int:

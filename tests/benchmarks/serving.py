@@ -241,9 +241,11 @@ os.sched_setaffinity(0, {int(sys.argv[4])})
 import numpy as np, torch
 from pathlib import Path
 from service.inference.engine import Engine, resolve_dtype
-from service.generation import GeneratedImages, GenerationRequest, finish
-from service.inference.repository import Model
 from service.encoding.images import encode_zip
+from service.encoding.timeslice import finish
+from service.generation import ResolvedRequest
+from service.inference.scheduling import GenerationResult
+from service.inference.repository import Model
 from training.artifact import load_artifact
 torch.set_num_threads(1)
 cpu, n = torch.device("cpu"), int(sys.argv[2])
@@ -252,11 +254,11 @@ engine = Engine(artifact, device=cpu, dtype=resolve_dtype("auto", cpu), max_batc
 model = Model("mnist-mlp", engine)
 labels, indices = np.full(n, 7), np.arange(n)
 seeds = np.full(n, 1, np.uint64)
-order = GenerationRequest(model, seeds, labels, indices, {7: n})
+request = ResolvedRequest(model, seeds, labels, indices, {7: n})
 def make():
     batches = [slice(first, first + 64) for first in range(0, n, 64)]
     made = [engine(seeds[b], indices[b], labels[b]) for b in batches]
-    return finish(encode_zip(order, GeneratedImages(np.concatenate(made), 0.0, 0.0), 1))
+    return finish(encode_zip(request, GenerationResult(np.concatenate(made), 0.0, 0.0), 1))
 make()
 print("ready", flush=True)
 sys.stdin.readline()

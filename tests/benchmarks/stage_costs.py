@@ -7,7 +7,6 @@ where it says so. HTTP itself is in `tests.benchmarks.serving`, as the floors.
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -16,13 +15,16 @@ import uvloop
 from numpy.typing import NDArray
 
 from service.api.parameters import parse_query
+from service.disconnect import Client
 from service.encoding.images import encode_sheet, encode_zip
 from service.encoding.png import encode_contact_sheet
-from service.generation import Client, GeneratedImages, Generation, GenerationRequest, finish
+from service.encoding.timeslice import finish
+from service.generation import Generation, GenerationRequest, ResolvedRequest
 from service.inference.batcher import Batcher
 from service.inference.engine import Engine, resolve_dtype
 from service.inference.latents import draw_latents
 from service.inference.repository import Model, ModelRepository
+from service.inference.scheduling import GenerationResult
 from service.telemetry.metrics import Metrics
 from tests.benchmarks.serving import WEIGHTS
 from tests.support.engines import EngineStub
@@ -78,9 +80,9 @@ def forwards(engine: Engine) -> None:
         )
 
 
-def whole_zip(order: GenerationRequest, images: GeneratedImages) -> bytes:
+def whole_zip(request: ResolvedRequest, result: GenerationResult) -> bytes:
     """All single PNGs in one file."""
-    return finish(encode_zip(order, images, 1))
+    return finish(encode_zip(request, result, 1))
 
 
 def main() -> None:
@@ -94,18 +96,19 @@ def main() -> None:
     metrics = Metrics()
     batcher = Batcher(4096, 10.0, metrics)
     registry = ModelRepository([Model(WEIGHTS.stem, engine)], WEIGHTS.stem)
-    generation = Generation(registry, batcher, metrics, ThreadPoolExecutor(1))
+    generation = Generation(registry, batcher, metrics)
     for n in (1, 16, 64):
-        order = generation.order(labels=["3"], n=n, seed=5, model=None)
-        pixels = engine(order.seeds, order.indices, order.labels)
-        images = GeneratedImages(pixels, 0.0, 0.0)
+        asked = GenerationRequest(labels=["3"], n=n, seed=5)
+        request = generation.resolve(asked)
+        pixels = engine(request.seeds, request.indices, request.labels)
+        result = GenerationResult(pixels, 0.0, 0.0)
         steps: dict[str, Callable[[], object]] = {
             "parse and validate": partial(parse_query, b"label=3&n=16&seed=5"),
-            "order": partial(generation.order, labels=["3"], n=n, seed=5, model=None),
+            "resolve": partial(generation.resolve, asked),
             "sheet and PNG": partial(encode_contact_sheet, pixels, {}),
-            "sheet, PNG and recipe": partial(encode_sheet, order, images, 1),
-            "zip": partial(whole_zip, order, images),
-            "count": partial(generation.count, order, Client()),
+            "sheet, PNG and recipe": partial(encode_sheet, request, result, 1),
+            "zip": partial(whole_zip, request, result),
+            "record": partial(generation.record_sent, request, Client()),
         }
         found = ", ".join(f"{name} {microseconds(step):.1f}" for name, step in steps.items())
         print(f"n={n}: batcher {batching(n):.1f}, {found}")

@@ -411,7 +411,7 @@ def test_a_full_queue_is_said_in_words(visit: Open, limited: ServiceProcess) -> 
         stop.set()
         for thread in threads:
             thread.join()
-    expect(page.get_by_role("alert")).to_contain_text("Too much waits already")
+    expect(page.get_by_role("alert")).to_contain_text("The queue is full")
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=20_000)
     generate(page)
     expect(images(page)).to_have_count(1000)

@@ -98,7 +98,15 @@ def serving(app: FastAPI) -> Iterator[httpx.Client]:
     """An app on a real socket, served by uvicorn in a thread of this process."""
     http: Any = partial(HTTPProtocol, ConnectionLimits(app.state.error_app, 60.0, 1000))
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, http=http, ws="none", log_config=None, access_log=False)
+        uvicorn.Config(
+            app,
+            port=0,
+            http=http,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+        )
     )
     started = threading.Event()
 

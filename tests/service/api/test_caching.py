@@ -1,12 +1,12 @@
-"""Which answers share a name; that they are then the same bytes is seen in `test_native.py`."""
+"""Matching of ETags; `test_generate.py` checks that equal ETags mean equal bytes."""
 
 import pytest
 
-from service.api.caching import is_known
+from service.api.caching import matches
 
 
 @pytest.mark.parametrize(
-    ("header", "known"),
+    ("header", "expected"),
     [
         ('"a"', True),
         ('W/"a"', True),
@@ -19,5 +19,5 @@ from service.api.caching import is_known
         ('"ab"', False),
     ],
 )
-def test_a_tag_is_known_where_the_header_names_it(header: str | None, known: bool) -> None:
-    assert is_known(header, '"a"') is known
+def test_a_header_matches_a_tag_that_it_names(header: str | None, expected: bool) -> None:
+    assert matches(header, '"a"') is expected

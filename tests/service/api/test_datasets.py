@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.encoding.datasets import MEDIA_TYPES, DataSet, SetFormat, class_folders, lay_out
+from service.encoding.datasets import (
+    MEDIA_TYPES,
+    DatasetFormat,
+    GeneratedDataset,
+    class_folders,
+    lay_out,
+)
 from service.inference.repository import Weights
 from service.settings import Settings
 from tests.conftest import make_artifact
@@ -23,7 +29,7 @@ from tests.support.serving import ServiceProcess
 from tests.support.wire import wait_until
 from training.data.named import parse_idx
 
-FORMS: list[SetFormat] = list(MEDIA_TYPES)
+FORMS: list[DatasetFormat] = list(MEDIA_TYPES)
 PER_CLASS = 30  # more than one part of a download
 
 
@@ -167,7 +173,7 @@ def test_a_file_of_it_is_verified(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_length_and_number_of_images_are_announced(
-    client: httpx.Client, files: dict[str, bytes], form: SetFormat
+    client: httpx.Client, files: dict[str, bytes], form: DatasetFormat
 ) -> None:
     head = client.head("/dataset", params={"per_class": PER_CLASS, "seed": 3, "format": form})
     assert head.headers["Content-Length"] == str(len(files[form]))
@@ -178,7 +184,7 @@ def test_length_and_number_of_images_are_announced(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_any_range_is_that_part_of_the_file(
-    client: httpx.Client, files: dict[str, bytes], form: SetFormat
+    client: httpx.Client, files: dict[str, bytes], form: DatasetFormat
 ) -> None:
     whole = files[form]
 
@@ -265,7 +271,9 @@ def test_a_wrong_value_is_named(client: httpx.Client, query: str, field: str) ->
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_colour_and_odd_class_names_are_laid_out_as_well(tmp_path: Path, form: SetFormat) -> None:
+def test_colour_and_odd_class_names_are_laid_out_as_well(
+    tmp_path: Path, form: DatasetFormat
+) -> None:
     make_artifact(tmp_path / "colour.safetensors", channels=3)
     with ServiceProcess("--models", str(tmp_path)) as service:
         answer = service.client.get(f"/dataset?per_class=3&seed=0&format={form}")
@@ -281,11 +289,11 @@ def test_colour_and_odd_class_names_are_laid_out_as_well(tmp_path: Path, form: S
 
 def test_the_layout_of_ten_million_images_is_known_without_making_them() -> None:
     model = Weights(Settings(models=Settings().models / "mnist-mlp.safetensors")).load().default
-    dataset = DataSet(model, 0, 0, 1_000_000)
+    dataset = GeneratedDataset(model, 0, 0, 1_000_000)
     for form in MEDIA_TYPES:
         layout = lay_out(dataset, form)
         assert layout.length > 7_840_000_000
-        last = next(layout.parts(layout.length - 1, layout.length, 25))
+        last = next(layout.ranges(layout.length - 1, layout.length, 25))
         assert layout.seekable == (last.offset > 0)
 
 

@@ -172,7 +172,7 @@ SEEDS = f"an integer from 0 to {2**64 - 1}"
         ("label=7&format=gif", "format", "gif", "one of png, zip, json, multipart, npz"),
         ("label=7&scale=0", "scale", "0", "an integer from 1 to 16"),
         ("label=7&n=1024&scale=16", "scale", "16", "at most 16777216 are allowed"),
-        ("label=7&lable=8", "lable", "8", "there is no such parameter"),
+        ("label=7&lable=8", "lable", "8", "unknown parameter"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(

@@ -80,9 +80,9 @@ def test_metrics_are_served_in_the_format_that_is_asked_for(client: httpx.Client
 @pytest.mark.parametrize(
     ("method", "path", "status", "words"),
     [
-        ("GET", "/nothing", 404, "There is nothing at /nothing"),
-        ("PUT", "/generate", 405, "allowed is GET, HEAD, POST"),
-        ("DELETE", "/models", 405, "allowed is GET"),
+        ("GET", "/nothing", 404, "Nothing is served at /nothing"),
+        ("PUT", "/generate", 405, "allowed: GET, HEAD, POST"),
+        ("DELETE", "/models", 405, "allowed: GET"),
     ],
 )
 def test_a_wrong_path_or_method_is_a_problem(

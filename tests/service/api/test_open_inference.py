@@ -198,10 +198,10 @@ def test_truncation_is_a_parameter(client: httpx.Client) -> None:
 
 def test_a_wrong_value_is_named_to_a_triton_client(remote: Any) -> None:
     for inputs, words in (
-        ([tensor("LABEL", 10)], "LABEL: is not a class; allowed is an index from 0 to 9"),
+        ([tensor("LABEL", 10)], "LABEL: unknown class; allowed: an index from 0 to 9"),
         ([tensor("LABEL", -1)], "LABEL: must be from 0"),
         ([tensor("SEED", 1)], "LABEL: is required"),
-        ([tensor("LABEL", 1, 2), tensor("SEED", 1)], "SEED: has 1 rows, and LABEL has 2"),
+        ([tensor("LABEL", 1, 2), tensor("SEED", 1)], "SEED: has 1 rows, but LABEL has 2"),
         ([tensor("LABEL", 1), tensor("LABEL", 1)], "inputs: is given twice"),
         ([tensor("NOISE", 1)], "name: must be LABEL, SEED or INDEX"),
     ):
@@ -229,10 +229,10 @@ def test_a_timeout_in_microseconds_is_kept_to(remote: Any) -> None:
         ({"inputs": [label(7, shape=[2])]}, "LABEL: must have 2 values"),
         ({"inputs": [label("7")]}, "data: must be a list"),
         ({"inputs": [label(7)], "outputs": [{"name": "PICTURE"}]}, "name: must be"),
-        ({"inputs": [label(7)], "parameters": {"priority": 1}}, "priority: there is no such"),
+        ({"inputs": [label(7)], "parameters": {"priority": 1}}, "priority: unknown parameter"),
         (
             {"inputs": [label(7, parameters={"binary_data_size": 8})]},
-            "LABEL: is in data, or binary; not both",
+            "LABEL: cannot have both data and binary data",
         ),
     ],
 )
@@ -249,7 +249,7 @@ def test_binary_data_of_another_length_is_refused(client: httpx.Client) -> None:
     head = json.dumps({"inputs": [label(7, parameters={"binary_data_size": 8}, data=None)]})
     for rest, length, words in (
         (b"", str(len(head)), "binary_data_size: must be 8"),
-        (bytes(9), str(len(head)), "binary_data_size: bytes are left over"),
+        (bytes(9), str(len(head)), "binary_data_size: bytes follow the last tensor"),
         (bytes(8), str(len(head) + 9), "Inference-Header-Content-Length: must be"),
         (bytes(8), "x", "Inference-Header-Content-Length: must be"),
     ):

@@ -95,7 +95,7 @@ def test_models_are_listed(client: httpx.Client, remote: openai.OpenAI) -> None:
     served = [each["name"] for each in client.get("/models").json()["models"]]
     assert [each.id for each in remote.models.list()] == served
     assert remote.models.retrieve("mnist").owned_by == "cgan-service"
-    with pytest.raises(openai.NotFoundError, match="is not loaded; allowed is one of"):
+    with pytest.raises(openai.NotFoundError, match="is not loaded; allowed:"):
         remote.models.retrieve("nobody")
 
 
@@ -113,7 +113,7 @@ def test_a_wrong_value_is_an_error_of_the_client(remote: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         remote.images.generate(prompt="7", response_format="url")
     assert caught.value.param == "response_format"
-    with pytest.raises(openai.BadRequestError, match="there is no such parameter") as caught:
+    with pytest.raises(openai.BadRequestError, match="unknown parameter") as caught:
         remote.images.generate(prompt="7", quality="high")
     assert caught.value.param == "quality"
     with pytest.raises(openai.BadRequestError, match="pixels in all"):

@@ -5,9 +5,9 @@ import re
 import httpx
 import pytest
 
+from service.errors import ServiceError
 from service.server.metrics_port import open_metrics_port
 from service.settings import Settings
-from service.startup import ServiceError
 from service.telemetry.metrics import Metrics
 from tests.service.api.test_health import samples, total
 from tests.support.serving import ServiceProcess

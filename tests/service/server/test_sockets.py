@@ -4,8 +4,9 @@ from contextlib import ExitStack, closing
 
 import pytest
 
+from service.errors import ServiceError
+from service.server.address import address_of
 from service.server.sockets import open_sockets, reserve_port
-from service.startup import ServiceError, address_of
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])

@@ -1,0 +1,133 @@
+"""The endpoints `/models` and `/verify`."""
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from service.api.respond import Responder
+from service.encoding.verification import (
+    ParsedPNG,
+    VerificationResult,
+    compare,
+    read_png,
+    request_from_recipe,
+)
+from service.errors import GENERATION_ERRORS, error_responses
+from service.generation import ResolvedRequest
+from service.inference.repository import Model
+from service.inference.scheduling import GenerationResult
+
+
+class ModelEntry(BaseModel):
+    """A loaded model."""
+
+    name: str
+    default: bool
+    sha256: str = Field(description="digest of the artifact's file; the model's identity")
+    classes: list[str] = Field(description="class names, in the order of their indices")
+    image_size: int = Field(description="height and width in pixels")
+    channels: int
+    device: str
+    dtype: str
+    images_seen: int = Field(description="real images shown during training")
+    source_commit: str | None
+    network: dict[str, Any]
+    training: dict[str, Any]
+    certificate: dict[str, Any] | None = Field(
+        description="evaluation report, stored inside the artifact"
+    )
+
+
+class LoadErrorEntry(BaseModel):
+    """A file that cannot be served."""
+
+    file: str
+    error: str
+
+
+class RefusedFile(BaseModel):
+    """The former form of `LoadErrorEntry`."""
+
+    file: str
+    cause: str
+
+
+class ModelList(BaseModel):
+    """All loaded models."""
+
+    models: list[ModelEntry]
+    load_errors: list[LoadErrorEntry] = Field(
+        description="files that cannot be served; a model of that name, if listed, was loaded from "
+        "an earlier file"
+    )
+    refused: list[RefusedFile] = Field(
+        deprecated="use load_errors; to be removed in the next release"
+    )
+
+
+def create_router(responder: Responder) -> APIRouter:
+    """Create the routes of this module."""
+    router = APIRouter()
+    repository = responder.generation.repository
+
+    @router.post(
+        "/verify",
+        summary="Generate the images of a PNG's recipe again and compare them",
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+            }
+        },
+        response_model=VerificationResult,
+        responses=error_responses(*GENERATION_ERRORS),
+    )
+    async def verify(request: Request) -> Response:
+        # On another thread: a small file may hold a large picture.
+        png = await run_in_threadpool(read_png, await request.body())
+        resolved = request_from_recipe(png.recipe, repository)
+        encoded = await responder.respond(
+            resolved,
+            request.scope,
+            lambda result: partial(_compare, png, resolved, result),
+            pixels=png.pixels.size,
+        )
+        return Response(encoded.body, media_type="application/json")
+
+    @router.get("/models", summary="List the loaded models")
+    async def models() -> ModelList:
+        errors = {file: each.cause for file, each in repository.refused.items()}
+        return ModelList(
+            models=[_entry(each, each is repository.default) for each in repository],
+            load_errors=[LoadErrorEntry(file=file, error=text) for file, text in errors.items()],
+            refused=[RefusedFile(file=file, cause=text) for file, text in errors.items()],
+        )
+
+    return router
+
+
+def _compare(png: ParsedPNG, request: ResolvedRequest, result: GenerationResult) -> bytes:
+    return compare(png, request, result).model_dump_json().encode()
+
+
+def _entry(model: Model, default: bool) -> ModelEntry:
+    info, engine = model.info, model.engine
+    return ModelEntry(
+        name=model.name,
+        default=default,
+        sha256=model.sha256,
+        classes=list(info.class_names),
+        image_size=info.network.image_size,
+        channels=info.network.channels,
+        device=str(engine.device),
+        dtype=str(engine.dtype).removeprefix("torch."),
+        images_seen=info.images_seen,
+        source_commit=info.source_commit,
+        network=asdict(info.network),
+        training=info.training,
+        certificate=info.certificate,
+    )
