@@ -193,6 +193,6 @@ def test_workers_send_the_remaining_spans_at_the_end(bundled: Path) -> None:
 
 def test_an_invalid_endpoint_is_rejected() -> None:
     assert refused("--otlp-endpoint", "localhost:4318") == (
-        "--otlp-endpoint (or CGAN_OTLP_ENDPOINT): has to begin with http:// or https:// and a "
+        "--otlp-endpoint (or CGAN_OTLP_ENDPOINT): must begin with http:// or https:// and a "
         "host, not 'localhost:4318'\n"
     )
