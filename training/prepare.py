@@ -108,14 +108,7 @@ def prepare_run(
     )
     preset = settings.preset or DEFAULT_PRESET
     folder = RunFolder(settings.out or Path("runs") / f"{train_set.name}-{preset}")
-    metadata = RunMetadata(
-        dataset=train_set.name,
-        dataset_digest=train_set.digest,
-        preset=preset,
-        seed=settings.seed or 0,
-        config=_configure(PRESETS[preset], train_set, settings.overrides, world.size),
-        minutes=settings.minutes,
-    )
+    metadata = _describe(settings, preset, train_set, world)
     source = _read_source(settings.init_from, preset) if settings.init_from else None
     resumed = _read_resumed(folder, metadata, settings) if settings.resume else None
     if resumed is not None:
@@ -143,6 +136,19 @@ def prepare_run(
     state.started_at = started_at
     run = Run(folder, state, train_set, metadata, evaluate=evaluate, seconds=seconds)
     return run, evaluator
+
+
+def _describe(
+    settings: TrainSettings, preset: str, train_set: Dataset, world: DistributedContext
+) -> RunMetadata:
+    return RunMetadata(
+        dataset=train_set.name,
+        dataset_digest=train_set.digest,
+        preset=preset,
+        seed=settings.seed or 0,
+        config=_configure(PRESETS[preset], train_set, settings.overrides, world.size),
+        minutes=settings.minutes,
+    )
 
 
 def select_device(name: str) -> torch.device:

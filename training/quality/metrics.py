@@ -59,7 +59,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Return the squared Fréchet distance of normal distributions fitted to (N, D) and (M, D).
 
     The root of the product of covariances is taken in its symmetric form: it has the same trace and
-    real eigenvalues, so there is no imaginary part to discard.
+    real eigenvalues, without an imaginary part.
     """
     a, b = first.double(), second.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)

@@ -1,4 +1,4 @@
-"""What a browser is given, and what it is told not to do."""
+"""The pages, and the headers that restrict them."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def test_a_page_runs_no_script_that_the_service_did_not_send(
 
 
 def test_every_reference_in_the_schema_leads_somewhere(client: httpx.Client) -> None:
-    """Where one does not, the page begins with an error."""
+    """A reference that leads nowhere is an error at the top of the page."""
     whole = client.get("/openapi.json").json()
     found = re.findall(r'"\$ref": ?"#/([^"]+)"', json.dumps(whole))
     assert found

@@ -1,4 +1,4 @@
-"""Which form an Accept header chooses; the forms themselves are seen in `test_native.py`."""
+"""The format that an Accept header chooses; `test_generate.py` tests the formats."""
 
 import pytest
 
