@@ -191,12 +191,12 @@ class Generation:
         if name is None:
             return self.repository.default
         plain, pinned, digest = name.partition("@sha256:")
-        model = self.repository.find(plain)
+        model = self.repository.get(plain)
         if model is None:
             message = f"is not loaded; allowed: {', '.join(self.repository.names)}"
             raise invalid_value("model", name, message, status=404)
         if pinned and digest != model.sha256:
-            message = f"is not loaded; {plain} is now {model.identity.decode()}"
+            message = f"is not loaded; {plain} is now {model.versioned_name}"
             raise invalid_value("model", name, message, status=404)
         return model
 
@@ -286,7 +286,7 @@ class Generation:
             Problem: 429 overloaded, 503 draining or failed, 504 past the deadline.
             Disconnected: the client disconnected first.
         """
-        stats = request.model.tally
+        stats = request.model.stats
         began = time.perf_counter()
         try:
             result = await self._generate(request, client, timeout_s)

@@ -24,7 +24,7 @@ def _fingerprint(model: Model) -> bytes:
     """
     known = _fingerprints.get(model.engine)
     if known is None:
-        sheet = encode_contact_sheet(model.engine.known.pixels, {"sha256": model.sha256})
+        sheet = encode_contact_sheet(model.engine.reference.pixels, {"sha256": model.sha256})
         known = _fingerprints[model.engine] = hashlib.sha256(sheet).digest()
     return known
 

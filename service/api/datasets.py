@@ -145,7 +145,7 @@ async def _respond(responder: Responder, request: Request, query: DatasetQuery) 
     headers = {
         "X-Images": str(dataset.images),
         "X-Seed": str(dataset.seed),
-        "X-Model": dataset.model.identity.decode(),
+        "X-Model": dataset.model.versioned_name,
         "Content-Disposition": f'attachment; filename="{dataset.file_name(query.format)}"',
         "Cache-Control": cache_control(request.scope, tag, query.model),
     }

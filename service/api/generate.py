@@ -108,7 +108,7 @@ class GenerateEndpoint:
             )
             caching = _caching_headers(scope, parameters, tag)
             if tag is not None and matches(headers.if_none_match, tag):
-                return 304, [*caching, (b"x-model", request.model.identity)], b""
+                return 304, [*caching, (b"x-model", request.model.versioned_name.encode())], b""
         encoded = await self._responder.respond(
             request,
             scope,

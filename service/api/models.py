@@ -100,7 +100,7 @@ def create_router(responder: Responder) -> APIRouter:
 
     @router.get("/models", summary="List the loaded models")
     async def models() -> ModelList:
-        errors = {file: each.cause for file, each in repository.refused.items()}
+        errors = {path.name: cause for path, cause in repository.load_errors.items()}
         return ModelList(
             models=[_entry(each, each is repository.default) for each in repository],
             load_errors=[LoadErrorEntry(file=file, error=text) for file, text in errors.items()],

@@ -265,7 +265,7 @@ def _metadata(model: Model) -> ModelMetadata:
 
 
 def _statistics(generation: Generation, model: Model) -> ModelStatistics:
-    stats = model.tally
+    stats = model.stats
     queue_ns, forward_ns = int(1e9 * stats.queue_s), int(1e9 * stats.forward_s)
     nothing = StatisticDuration(count=0, ns=0)
     return ModelStatistics(

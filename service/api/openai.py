@@ -104,7 +104,7 @@ def create_router(responder: Responder) -> APIRouter:
                 n=body.n or 1,
                 seed=body.seed,
                 truncation=body.truncation or 1.0,
-                model=model.identity.decode(),
+                model=model.versioned_name,
             )
         )
         encoded = await responder.respond(
@@ -206,4 +206,4 @@ def _scale(model: Model, size: str) -> int:
 
 
 def _model(model: Model) -> ModelObject:
-    return ModelObject(id=model.name, created=int(model.tally.since), owned_by="cgan-service")
+    return ModelObject(id=model.name, created=int(model.stats.since), owned_by="cgan-service")

@@ -157,6 +157,6 @@ def _generation_headers(
     )
     return [
         (b"x-seed", b"%d" % request.seed),
-        (b"x-model", request.model.identity),
+        (b"x-model", request.model.versioned_name.encode()),
         (b"server-timing", timing.encode()),
     ]

@@ -104,7 +104,7 @@ def request_from_recipe(recipe: Recipe, repository: ModelRepository) -> Resolved
         if model.sha256 == recipe.sha256:
             break
     else:
-        loaded = ", ".join(each.identity.decode() for each in repository)
+        loaded = ", ".join(each.versioned_name for each in repository)
         message = f"is the digest of a model that is not loaded; loaded: {loaded}"
         raise invalid_value("sha256", recipe.sha256, message, status=404)
     indices = _one_of("index", recipe.index, recipe.indices)
@@ -174,7 +174,7 @@ def compare(
         same_pixels=same_size and not differing,
         same_file=same_file,
         detail=detail,
-        model=request.model.identity.decode(),
+        model=request.model.versioned_name,
         recipe=png.recipe.model_dump(exclude_none=True, exclude_defaults=True, by_alias=True),
     )
 

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from service.inference.engine import Engine
 from service.inference.errors import (
     CorruptRows,
     DeadlineExceeded,
@@ -36,7 +37,6 @@ from service.inference.scheduling import (
     SMALL_REQUEST_ROWS,
     Batch,
     BatchRecord,
-    Engine,
     EngineQueue,
     GenerationResult,
     Outcome,
@@ -135,16 +135,6 @@ class Batcher:
         queue = self._queues.get(engine)
         return 0 if queue is None else queue.forwards
 
-    async def submit(
-        self,
-        engine: Engine,
-        seeds: NDArray[np.uint64],  # (n,), n >= 1
-        indices: NDArray[np.int64],  # (n,)
-        labels: NDArray[np.int64],  # (n,)
-    ) -> GenerationResult:
-        """Generate one image per row: `admit`, then `wait`."""
-        return await self.wait(self.admit(engine, seeds, indices, labels))
-
     async def wait(self, request: PendingRequest) -> GenerationResult:
         """Return the images of an admitted request. Call this once per request.
 
@@ -171,21 +161,13 @@ class Batcher:
     def admit(
         self,
         engine: Engine,
-        seeds: NDArray[np.uint64],
-        indices: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        timeout_s: float | None = None,
+        seeds: NDArray[np.uint64],  # (n,), n >= 1
+        indices: NDArray[np.int64],  # (n,)
+        labels: NDArray[np.int64],  # (n,)
+        timeout_s: float | None = None,  # if shorter than the batcher's
         options: SamplingOptions | None = None,
     ) -> PendingRequest:
         """Queue one row per image. Call this on the event loop; the arrays must not change.
-
-        Args:
-            engine: computes the rows.
-            seeds: (n,), n >= 1.
-            indices: (n,).
-            labels: (n,).
-            timeout_s: maximum duration of the request if shorter than the batcher's.
-            options: how the rows differ from plain draws of a class.
 
         Raises:
             ValueError: the arrays have wrong shapes or types.
@@ -340,26 +322,18 @@ class Batcher:
         outcomes: list[Outcome] = []
         if corrupt is not None:
             outcomes += self._fail_requests(batch.slices_with(corrupt.rows), corrupt)
-        self._count_wasted(batch)
-        return outcomes + scatter(batch, pixels, BatchRecord(rows, started_at, done_at))
-
-    def _count_wasted(self, batch: Batch) -> None:
-        wasted = 0
         with self._lock:
             for request, start, stop in batch.slices:
+                request.rows_done += stop - start
                 if request.cancelled:
-                    wasted += stop - start
-                else:
-                    request.rows_done += stop - start
-        if wasted:
-            self._observer.wasted(wasted)
+                    self._observer.wasted(stop - start)
+        return outcomes + scatter(batch, pixels, BatchRecord(rows, started_at, done_at))
 
     def _fail_requests(self, slices: list[Slice], error: Exception) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        with self._lock:
-            for request, _, _ in slices:
-                self._withdraw(request)
         for request, _, _ in slices:
+            with self._lock:
+                self._withdraw(request)
             failure = ForwardFailed("the forward of a batch with rows of this request failed")
             failure.__cause__ = error
             outcomes.append((request.future, failure))

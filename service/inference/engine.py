@@ -1,24 +1,23 @@
 """The engine: an artifact on a device, as one function from seeds, indices and labels to pixels.
 
-The generator is rewritten for inference: batch norm, where there is any, is folded into the layer
-before it, and what a row is drawn from, its latent and its label's embedding, is put together
-before the network, so that a mixture of classes is a row like any other. Warm-up compares the
-rewritten network with the artifact's own and proves that an image does not depend on its batch; an
-engine that fails either does not serve.
+The generator is rewritten for inference: batch norm is folded into the layer before it, and the
+network takes a latent and a class embedding side by side, so that a mixture of classes is a row
+like any other. At start-up the engine compares the rewritten network with the artifact's own and
+proves that an image does not depend on its batch; an engine that fails either does not serve.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import fuse_linear_bn_eval
 
-from service.inference.backends import REFERENCE_ROWS, ROW_MULTIPLE, Layer, chain
-from service.inference.errors import CorruptRows, DeviceLost, EngineError, OutOfMemory
+from service.inference.backends import compile_mlp, translated_errors
+from service.inference.errors import CorruptRows, EngineError
 from service.inference.latents import RowOptions, draw_latents
 from training.artifact import Artifact
 from training.devices import has_native_bfloat16
@@ -26,21 +25,23 @@ from training.networks import ConvGenerator, Generator, MLPGenerator
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 
-# Shapes of batches on the CPU are compared by values, since few that differ do so in a pixel; those
-# of so many rows or fewer by twice as many images.
-_SMALL_ROWS = 64
-# By how many levels of 255 the served pixels may differ, on average, from the artifact's own
-# float32 forward, which is not rounded to levels. A network folded wrongly is off by tens of them.
+# On the CPU a batch is padded to a multiple of this, because few shapes are few kernels, or to one
+# of a few smaller sizes if these give the same images.
+ROW_MULTIPLE = 8
+REFERENCE_ROWS = 256  # size of the batch on the CPU whose images every other size must reproduce
+# Sizes up to this are compared on twice as many images, because those that differ do so in few.
+_CLOSELY_COMPARED_ROWS = 64
+# Allowed mean difference, in levels of 255, from the artifact's own float32 forward, which is not
+# rounded to levels. A network that is folded wrongly is off by tens of levels.
 _TOLERANCE = {torch.float32: 0.5, torch.bfloat16: 1.5}
-_KNOWN_SEED, _KNOWN = 0, 8  # seed and number of the images that prove a device
-
-T = TypeVar("T", bound=np.generic)
+_REFERENCE_SEED, _REFERENCE_IMAGES = 0, 8
 
 ForwardFn = Callable[[Tensor], tuple[Tensor, Tensor]]
+Rows = tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]  # seeds, indices, labels
 
 
 class ReferenceImages(NamedTuple):
-    """Rows, and the pixels (N, H, W, C) that they have to give."""
+    """Rows, and the pixels (N, H, W, C) that they must give."""
 
     seeds: NDArray[np.uint64]
     indices: NDArray[np.int64]
@@ -48,84 +49,53 @@ class ReferenceImages(NamedTuple):
     pixels: NDArray[np.uint8]
 
 
-@contextmanager
-def _faults() -> Iterator[None]:
-    """PyTorch's exceptions as ours."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(str(error)) from error
-    except torch.AcceleratorError as error:
-        raise DeviceLost(str(error)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # the CPU's allocator has no type for it
-            raise OutOfMemory(str(error)) from error
-        raise
-
-
 def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    """The dtype that an option names; `auto` is bfloat16 where the device computes in it."""
+    """Return the dtype that an option names; `auto` is bfloat16 if the device is fast in it."""
     if name == "auto":
         return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
 class FusedMLP:
-    """An `MLPGenerator` in evaluation mode, as linear layers alone.
-
-    Batch norm y = (x - mean) / sqrt(var + eps) * gamma + beta follows a linear layer, so both are
-    one linear layer with scaled weights.
+    """An `MLPGenerator` in evaluation mode, as linear layers only: batch norm is folded into them.
 
     Attributes:
-        few_rows: numbers of rows that it can draw for themselves.
-        few_inputs: whether the inputs of so few rows are enough for them.
+        small_batches: numbers of rows that it can compute by themselves.
+        pads_inputs: False: a small batch needs the inputs of its own rows only.
     """
 
-    few_inputs = True
+    pads_inputs = False
 
     def __init__(
         self, generator: MLPGenerator, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        weights: list[Tensor] = []
-        biases: list[Tensor] = []
-        for layer in generator.main:
+        layers: list[nn.Linear] = []
+        # In double precision, so that folding rounds each weight once.
+        for layer in deepcopy(generator.main).double():
             if isinstance(layer, nn.Linear):
-                weights.append(layer.weight.double())
-                biases.append(layer.bias.double())
+                layers.append(layer)
             elif isinstance(layer, nn.BatchNorm1d):
-                mean, var = layer.running_mean, layer.running_var
-                if mean is None or var is None:
-                    raise EngineError("batch norm without running statistics cannot be folded")
-                scale = layer.weight.double() / (var.double() + layer.eps).sqrt()
-                weights[-1] = weights[-1] * scale[:, None]
-                biases[-1] = (biases[-1] - mean.double()) * scale + layer.bias.double()
-        layers = [
-            Layer(weight.float(), added.float(), "leaky_relu")
-            for weight, added in zip(weights, biases, strict=True)
-        ]
-        layers[-1] = layers[-1]._replace(activation="tanh")
-        self._chain = chain(layers, device=device, dtype=dtype)
-        self.few_rows = self._chain.few_rows
+                layers[-1] = fuse_linear_bn_eval(layers[-1], layer)
+        layers = [layer.float() for layer in layers]
+        self._mlp = compile_mlp(layers, device=device, dtype=dtype)
+        self.small_batches = self._mlp.small_batches
 
     def __call__(self, x: Tensor, rows: int | None = None) -> Tensor:
-        """Latents and embeddings (N, F) float32 to (N, C * H * W) in [-1, 1], or the first rows.
-
-        On the CPU the next call may write it again.
-        """
-        return self._chain(x if rows is None or rows == len(x) else x[:rows])
+        """Map latents and embeddings (N, F) float32 to (N, C * H * W) in [-1, 1], or the first."""
+        return self._mlp(x if rows is None or rows == len(x) else x[:rows])
 
 
 class FusedConv:
     """A `ConvGenerator` in evaluation mode, in channels-last order; there is nothing to fold.
 
     Attributes:
-        few_rows: numbers of rows that convolutions alone may draw: these take less time then, and
-            may round as those of many rows do where dense layers do not.
-        few_inputs: no, the dense layers need those of a batch.
+        small_batches: numbers of rows that the convolutions can compute by themselves; these take
+            less time, and may round as those of many rows do where dense layers do not.
+        pads_inputs: True: the dense layers need a whole batch.
     """
 
-    few_rows: Sequence[int] = (2, 4)
-    few_inputs = False
+    small_batches: Sequence[int] = (2, 4)
+    pads_inputs = True
 
     def __init__(
         self, generator: ConvGenerator, *, device: torch.device, dtype: torch.dtype
@@ -136,35 +106,35 @@ class FusedConv:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, rows: int | None = None) -> Tensor:
-        """Latents and embeddings (N, F) float32 to (N, C * H * W) in [-1, 1], or the first rows."""
+        """Map latents and embeddings (N, F) float32 to (N, C * H * W) in [-1, 1], or the first."""
         style = self.synthesis.trunk(x.to(self._dtype))  # (N, style_dim)
         images: Tensor = self.synthesis.synthesise(style, rows)
         return images.flatten(1)
 
 
 def fuse(generator: Generator, *, device: torch.device, dtype: torch.dtype) -> FusedMLP | FusedConv:
-    """A generator rewritten for inference on a device."""
+    """Return a generator rewritten for inference on a device."""
     if isinstance(generator, ConvGenerator):
         return FusedConv(generator, device=device, dtype=dtype)
     return FusedMLP(generator, device=device, dtype=dtype)
 
 
 class Engine:
-    """A generator on a device; calling it makes pixels. One thread at a time.
+    """A generator on a device; calling it makes pixels. Not safe for several threads at a time.
 
     Attributes:
-        artifact: what is served.
-        device: where it runs.
-        dtype: what it computes in.
-        max_batch: most rows a call takes; fewer than were asked for, where more give other results.
+        artifact: the loaded file.
+        device: computes the images.
+        dtype: of the computation.
+        max_batch: maximum rows of a call; less than requested if larger batches round differently.
         image_shape: (H, W, C).
-        known: a few images that are not to change, by which the device can be proved later.
+        reference: a few images that must never change, to test the device with later.
     """
 
     def __init__(
         self, artifact: Artifact, *, device: torch.device, dtype: torch.dtype, max_batch: int
     ) -> None:
-        """Load, rewrite, warm up and check.
+        """Rewrite the generator, warm it up and test it.
 
         Raises:
             EngineError: the rewritten network differs from the artifact's own, or an image depends
@@ -180,43 +150,36 @@ class Engine:
         embedding = artifact.generator.label_embedding.weight.detach()
         self._embedding: NDArray[np.float32] = embedding.numpy()  # (classes, embedding_dim)
         self._network = fuse(artifact.generator, device=device, dtype=dtype)
-        # Not `self._eager` otherwise: what refers to itself is only freed by a collection, and what
-        # was there at the start, which is frozen, never.
-        self._captured: _Captured | None = None
-        self._least_rows = ROW_MULTIPLE  # of a batch on the CPU
-        self._few_rows: tuple[int, ...] = ()  # that need not be drawn as one batch of the least
+        # None instead of `self._eager`: an object that refers to itself is only freed by the
+        # garbage collector, and one from before start-up, which is frozen, never.
+        self._graph: _CUDAGraph | None = None
+        self._min_rows = ROW_MULTIPLE  # of a batch on the CPU
+        self._small_batches: tuple[int, ...] = ()  # smaller ones that need no padding to it
         if device.type == "cuda":
             width = network.latent_dim + self._embedding.shape[1]
-            self._captured = _Captured(self._on_device, max_batch, width, device)
+            self._graph = _CUDAGraph(self._forward, max_batch, width, device)
         else:
-            self._choose_shapes()
-        self.known = self._check()
+            self._find_reproducible_batch_sizes()
+        self.reference = self._self_test()
 
     def __call__(
         self,
-        seeds: NDArray[np.uint64],
-        indices: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        row_options: Sequence[RowOptions] = (),
+        seeds: NDArray[np.uint64],  # (B,), with 1 <= B <= max_batch
+        indices: NDArray[np.int64],  # (B,), not negative
+        labels: NDArray[np.int64],  # (B,) in [0, num_classes)
+        row_options: Sequence[RowOptions] = (),  # of rows that are not plain draws of their class
     ) -> NDArray[np.uint8]:
-        """Make one image a row.
+        """Generate one image per row: (B, H, W, C), owned by the caller.
 
-        Args:
-            seeds: (B,) uint64, with 1 <= B <= max_batch.
-            indices: (B,) int64, not negative.
-            labels: (B,) int64 in [0, num_classes).
-            row_options: the rows that are not plain draws of their class.
-
-        Returns:
-            (B, H, W, C) uint8, owned by the caller.
+        The arguments are not written to and not kept.
 
         Raises:
-            OutOfMemory: so many rows do not fit.
-            CorruptRows: some rows are not numbers.
+            OutOfMemory: the rows do not fit the memory.
+            CorruptRows: some rows are not finite.
             DeviceLost: the device failed, and this process cannot use it any more.
         """
-        forward = self._captured or self._eager
-        with _faults():
+        forward = self._graph or self._eager
+        with translated_errors():
             pixels, finite = forward(self._inputs(seeds, indices, labels, row_options))
         if not finite.all():
             raise CorruptRows(pixels, ~finite)
@@ -229,143 +192,129 @@ class Engine:
         labels: NDArray[np.int64],
         row_options: Sequence[RowOptions] = (),
     ) -> NDArray[np.float32]:
-        """Latents, and the embeddings of labels, (B, latent_dim + embedding_dim)."""
+        """Return latents and class embeddings, (B, latent_dim + embedding_dim)."""
         latents = draw_latents(seeds, indices, self._latent_dim)
         embedded = self._embedding.take(labels, 0)
-        for rows, own, variation in row_options:
-            latents[rows] = variation.latents(latents[rows], indices[rows], own)
-            if variation.mix is not None:
-                # In double precision: what is mixed of one class alone is that class.
-                embedded[rows] = variation.mix / variation.mix.sum() @ self._embedding.astype(float)
+        for rows, request_rows, options in row_options:
+            latents[rows] = options.apply(latents[rows], indices[rows], request_rows)
+            if options.mix is not None:
+                # In double precision: a mixture of one class only is exactly that class.
+                embedded[rows] = options.mix / options.mix.sum() @ self._embedding.astype(float)
         return np.concatenate((latents, embedded), 1)
 
+    @torch.inference_mode()
     def _eager(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """As `_on_device`, but in numpy, whose operations take less time to begin."""
+        """Compute a batch on the CPU, padded to a size that rounds alike."""
         rows = len(inputs)
-        few = next((few for few in self._few_rows if few >= rows), None)
-        missing = max(self._least_rows - rows, -rows % ROW_MULTIPLE)
-        if few is not None and self._network.few_inputs:
-            missing = few - rows
-        drawn = self._network(torch.from_numpy(_pad(inputs, missing) if missing else inputs), few)
-        x = (drawn if drawn.dtype is torch.float32 else drawn.float()).numpy()[:rows]
-        finite = np.isfinite(np.maximum.reduce(x, 1))
-        x = x * 127.5  # and not in place: it may be the network's own
-        x += 128.0
-        if not finite.all():
-            x[~finite] = 0.0  # no pixel is what is no number
-        height, width, channels = self.image_shape
-        pixels = x.astype(np.uint8).reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
-        return np.ascontiguousarray(pixels), finite
+        small = next((size for size in self._small_batches if size >= rows), None)
+        padding = max(self._min_rows - rows, -rows % ROW_MULTIPLE)
+        if small is not None and not self._network.pads_inputs:
+            padding = small - rows
+        if padding:
+            blank = np.zeros((padding, inputs.shape[1]), dtype=np.float32)
+            inputs = np.concatenate((inputs, blank))
+        pixels, finite = self._forward(torch.from_numpy(inputs), small)
+        return pixels[:rows].numpy(), finite[:rows].numpy()
 
-    def _on_device(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (N, H, W, C), and whether each row is of numbers (N,)."""
-        x = self._network(inputs).float()  # (N, C * H * W)
-        finite = x.sum(1).isfinite()  # (N,): between -1 and 1 only what is no number spoils a sum
-        # To the nearest level: the conversion cuts off what follows the point.
+    def _forward(self, inputs: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return pixels (N, H, W, C), and which rows are finite (N,), of all or the first rows."""
+        x = self._network(inputs, rows).float()  # (N, C * H * W)
+        finite = x.sum(1).isfinite()  # values between -1 and 1 cannot overflow a sum
+        # To the nearest level: the conversion truncates.
         pixels = x.mul_(127.5).add_(128.0).to(torch.uint8)
         height, width, channels = self.image_shape
         return pixels.view(-1, channels, height, width).permute(0, 2, 3, 1).contiguous(), finite
 
-    def _choose_shapes(self) -> None:
-        """Find the batches that give what those of `REFERENCE_ROWS` do, and prepare their kernels.
+    def _find_reproducible_batch_sizes(self) -> None:
+        """Find the batch sizes that give the same images as `REFERENCE_ROWS`, and warm them up.
 
-        They are all multiples of `ROW_MULTIPLE` from a least to a largest one, and few rows of a
-        batch of the least where the network can draw these for themselves.
+        These are all multiples of `ROW_MULTIPLE` from a smallest to a largest one, and small
+        batches that the network can compute by themselves.
         """
-        most = self.max_batch + -self.max_batch % ROW_MULTIPLE
-        count = max(2 * REFERENCE_ROWS, most)
-        inputs = torch.from_numpy(self._inputs(*self._order(count)))
+        largest = self.max_batch + -self.max_batch % ROW_MULTIPLE
+        count = max(2 * REFERENCE_ROWS, largest)
+        inputs = torch.from_numpy(self._inputs(*self._reference_rows(count)))
 
-        def made(rows: int, among: int) -> Tensor:
-            """As many images as fill whole batches of so many rows."""
-            starts = range(0, among - rows + 1, rows)
-            parts = [slice(start, start + rows) for start in starts]
-            return torch.cat([self._network(inputs[part]).clone() for part in parts])
+        def compute(rows: int, count: int, step: int | None = None) -> Tensor:
+            """Compute as many images as fill whole batches, all or the first `step` of each."""
+            starts = range(0, count - (step or rows) + 1, step or rows)
+            return torch.cat(
+                [self._network(inputs[start : start + rows], step).clone() for start in starts]
+            )
 
-        def agrees(rows: int) -> bool:
-            among = count if rows <= _SMALL_ROWS else max(rows, REFERENCE_ROWS)
-            found = made(rows, among)
-            return torch.equal(found[: len(reference)], reference[: len(found)])
+        def reproduces(images: Tensor) -> bool:
+            common = min(len(images), len(reference))
+            return torch.equal(images[:common], reference[:common])
 
-        def drawn_alike(few: int) -> bool:
-            """Whether the first rows of a batch of the least are what they are among many."""
-            starts = range(0, REFERENCE_ROWS, few)
-            parts = [slice(start, start + least) for start in starts]
-            found = [self._network(inputs[part], few).clone() for part in parts]
-            return torch.equal(torch.cat(found), reference[:REFERENCE_ROWS])
+        def is_reproducible(rows: int) -> bool:
+            few = max(rows, REFERENCE_ROWS)
+            return reproduces(compute(rows, count if rows <= _CLOSELY_COMPARED_ROWS else few))
 
         with torch.inference_mode():
             # Now and then half of the rows that a process computes first are off by 0.00005.
-            made(REFERENCE_ROWS, REFERENCE_ROWS)
-            reference = made(REFERENCE_ROWS, count)
-            while most > REFERENCE_ROWS and not agrees(most):
-                most -= ROW_MULTIPLE
-            least = most
-            while least < REFERENCE_ROWS and not agrees(least):
-                least += ROW_MULTIPLE
-            while least <= most and least > ROW_MULTIPLE and agrees(least - ROW_MULTIPLE):
-                least -= ROW_MULTIPLE
-            self._few_rows = tuple(filter(drawn_alike, self._network.few_rows))
-        self.max_batch, self._least_rows = min(self.max_batch, most), least
+            compute(REFERENCE_ROWS, REFERENCE_ROWS)
+            reference = compute(REFERENCE_ROWS, count)
+            while largest > REFERENCE_ROWS and not is_reproducible(largest):
+                largest -= ROW_MULTIPLE
+            smallest = largest
+            while smallest < REFERENCE_ROWS and not is_reproducible(smallest):
+                smallest += ROW_MULTIPLE
+            while ROW_MULTIPLE < smallest <= largest and is_reproducible(smallest - ROW_MULTIPLE):
+                smallest -= ROW_MULTIPLE
+            self._small_batches = tuple(
+                small
+                for small in self._network.small_batches
+                if reproduces(compute(smallest, REFERENCE_ROWS, small))
+            )
+        self.max_batch, self._min_rows = min(self.max_batch, largest), smallest
 
-    def _order(self, count: int) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
+    def _reference_rows(self, count: int) -> Rows:
         indices = np.arange(count, dtype=np.int64)
         labels = indices % self.artifact.info.network.num_classes
-        return np.full(count, _KNOWN_SEED, dtype=np.uint64), indices, labels
+        return np.full(count, _REFERENCE_SEED, dtype=np.uint64), indices, labels
 
-    def _check(self) -> ReferenceImages:
-        """Prove the two things that an answer relies on."""
-        seeds, indices, labels = self._order(self.max_batch)
-        known = self(seeds, indices, labels)
+    def _self_test(self) -> ReferenceImages:
+        """Test the two properties that every answer relies on; return a few images."""
+        seeds, indices, labels = self._reference_rows(self.max_batch)
+        pixels = self(seeds, indices, labels)
         for rows in {1, max(1, self.max_batch // 2)}:
             some = self(seeds[-rows:], indices[-rows:], labels[-rows:])
-            if not np.array_equal(some, known[-rows:]):
+            if not np.array_equal(some, pixels[-rows:]):
                 raise EngineError(
-                    f"an image in a batch of {rows} differs from the same in a larger"
+                    f"an image in a batch of {rows} differs from the same image in a batch of "
+                    f"{self.max_batch}"
                 )
         with torch.inference_mode():
             latents = torch.from_numpy(draw_latents(seeds, indices, self._latent_dim))
             images = self.artifact.generator(latents, torch.from_numpy(labels))
-        reference = images.mul(127.5).add(127.5).permute(0, 2, 3, 1).numpy()
-        difference = float(np.abs(known - reference).mean())
-        if not difference <= _TOLERANCE[self.dtype]:
+        expected = images.mul(127.5).add(127.5).permute(0, 2, 3, 1).numpy()
+        difference = float(np.abs(pixels - expected).mean())
+        tolerance = _TOLERANCE[self.dtype]
+        if not difference <= tolerance:
             raise EngineError(
-                f"the known images differ from the artifact's by {difference:.2f} levels on average"
+                f"images differ from those of the artifact's own network by {difference:.2f} "
+                f"levels on average; allowed are {tolerance}"
             )
-        return ReferenceImages(
-            seeds[:_KNOWN], indices[:_KNOWN], labels[:_KNOWN], known[:_KNOWN].copy()
-        )
+        few = slice(_REFERENCE_IMAGES)
+        return ReferenceImages(seeds[few], indices[few], labels[few], pixels[few].copy())
 
 
-def _pad(rows: NDArray[T], more: int) -> NDArray[T]:
-    """Some rows, and so many of zeros; PyTorch's function takes five times as long, or longer."""
-    padded = np.zeros((len(rows) + more, *rows.shape[1:]), dtype=rows.dtype)
-    padded[: len(rows)] = rows
-    return padded
-
-
-class _Captured:
+class _CUDAGraph:
     """A CUDA graph of one fixed batch shape, replayed for every batch.
 
-    A fixed shape takes the same kernels every time, which is what makes a row independent of how
-    many others ride with it; rows that nobody asked for are computed and left behind.
+    A fixed shape always takes the same kernels, so a row does not depend on the number of rows
+    beside it; unused rows are computed and dropped.
     """
 
-    def __init__(
-        self,
-        function: ForwardFn,
-        rows: int,
-        width: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, function: ForwardFn, rows: int, width: int, device: torch.device) -> None:
         self._inputs = torch.zeros((rows, width), device=device)
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            for _ in range(3):  # libraries choose kernels and take workspaces before the capture
+            for _ in range(3):  # libraries choose kernels and workspaces before the capture
                 function(self._inputs)
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads go on: another engine may be serving while this one is made.
+            # Other threads may use the device: an engine may serve while this one is built.
             with torch.cuda.graph(
                 self._graph, stream=self._stream, capture_error_mode="thread_local"
             ):
@@ -380,6 +329,6 @@ class _Captured:
             for host, result in zip(self._host, self._results, strict=True):
                 host[:rows].copy_(result[:rows], non_blocking=True)
         self._stream.synchronize()
-        # The pinned buffers are written again by the next batch.
+        # The next batch overwrites the pinned buffers.
         pixels, finite = (host[:rows].numpy().copy() for host in self._host)
         return pixels, finite

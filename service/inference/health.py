@@ -1,4 +1,4 @@
-"""Whether new work is taken, and the proof that the devices still compute what they did."""
+"""Readiness, and the scheduled self-test of the devices."""
 
 import asyncio
 import logging
@@ -22,13 +22,13 @@ log = logging.getLogger("service")
 
 
 class Readiness:
-    """Why new work is not taken, if it is not.
+    """State that decides if the service takes new work.
 
     Attributes:
-        draining: whether the service is shutting down.
-        fault: what is wrong with a device, in words.
-        lost: whether it will stay so.
-        on_lost: called when a device is lost, after which only another process may help.
+        draining: True while the service shuts down.
+        fault: description of a device's fault.
+        lost: True if the fault is permanent.
+        on_device_lost: called when a device is lost; only a new process can help then.
     """
 
     def __init__(self, metrics: Metrics) -> None:
@@ -36,12 +36,12 @@ class Readiness:
         self.draining = False
         self.fault: str | None = None
         self.lost = False
-        self.on_lost: Callable[[], object] | None = None
+        self.on_device_lost: Callable[[], object] | None = None
         metrics.ready.set(0)
 
     @property
     def problem(self) -> Problem | None:
-        """What a load balancer is told; nothing while new work is taken."""
+        """The answer of the readiness probe; None while the service takes new work."""
         if self.draining:
             return Problem(503, "draining", "The service is shutting down.")
         if self.fault is not None:
@@ -49,78 +49,77 @@ class Readiness:
         return None
 
     def drain(self) -> None:
-        """Turn readiness off, for good."""
+        """Turn readiness off permanently."""
         self.draining = True
         self.refresh()
 
-    def find(self, fault: str | None) -> None:
-        """Turn readiness off while there is a fault, and on again."""
+    def set_fault(self, fault: str | None) -> None:
+        """Turn readiness off while there is a fault, and on again with None."""
         if not self.lost:
             self.fault = fault
         self.refresh()
 
     def lose(self, error: DeviceLost) -> None:
-        """Turn readiness off, and let the server end the process."""
+        """Turn readiness off permanently, and let the server end the process."""
         log.critical("the device is lost", extra={"fields": {"cause": str(error)}})
         self._metrics.devices_lost.inc()
-        self.find("it is lost")
+        self.set_fault("it is lost")
         self.lost = True
-        if self.on_lost is not None:
-            self.on_lost()
+        if self.on_device_lost is not None:
+            self.on_device_lost()
 
     def refresh(self) -> None:
-        """Write the gauge."""
+        """Update the gauge."""
         self._metrics.ready.set(self.problem is None)
 
 
 class SelfTest:
-    """Makes known images of every model again, on a schedule, and compares them.
+    """A test of every model on a schedule: generate its reference images and compare them.
 
-    They take the way of every request, so what they prove is the queue and the engine as well.
+    The images take the path of every request, so this tests the queue and the engine as well.
 
     Args:
-        registry: the models.
-        batcher: makes the images, and is told when they are wrong.
-        readiness: is off while they cannot be made.
+        repository: the models.
+        batcher: generates the images; fails all requests if they are wrong.
+        readiness: is off while they cannot be generated.
         metrics: count the outcomes.
-        every_s: seconds between two proofs.
+        interval_s: seconds between two tests.
     """
 
     def __init__(
         self,
-        registry: ModelRepository,
+        repository: ModelRepository,
         batcher: Batcher,
         readiness: Readiness,
         metrics: Metrics,
-        every_s: float,
+        interval_s: float,
     ) -> None:
-        self._registry, self._batcher, self._readiness = registry, batcher, readiness
-        self._checks, self._every_s = metrics.device_checks, every_s
+        self._repository, self._batcher, self._readiness = repository, batcher, readiness
+        self._outcomes, self._interval_s = metrics.device_checks, interval_s
 
     async def run(self) -> None:
-        """Prove every model again and again, until cancelled."""
+        """Test every model repeatedly, until cancelled."""
         while True:
-            await asyncio.sleep(self._every_s)
-            faults = [await self.prove(model) for model in list(self._registry)]
-            self._readiness.find(next(filter(None, faults), None))
+            await asyncio.sleep(self._interval_s)
+            faults = [await self.check(model) for model in list(self._repository)]
+            self._readiness.set_fault(next(filter(None, faults), None))
 
-    async def prove(self, model: Model) -> str | None:
-        """What is wrong with a model's device, in words."""
-        known = model.engine.known
+    async def check(self, model: Model) -> str | None:
+        """Test one model; return a description of its device's fault."""
+        reference = model.engine.reference
         try:
-            made = await self._batcher.submit(
-                model.engine, known.seeds, known.indices, known.labels
-            )
-        except (Draining, Overloaded, DeviceLost):  # it is at work, or known to be at its end
-            self._checks.labels("skipped").inc()
+            rows = reference.seeds, reference.indices, reference.labels
+            result = await self._batcher.wait(self._batcher.admit(model.engine, *rows))
+        except (Draining, Overloaded, DeviceLost):  # the device works, or its end is known
+            self._outcomes.labels("skipped").inc()
             return None
         except (DeadlineExceeded, ForwardFailed):
-            self._checks.labels("failed").inc()
-            log.exception("known images failed", extra={"fields": {"model": model.name}})
-            return f"images of {model.name} that were made before cannot be made now"
-        if np.array_equal(made.pixels, known.pixels):
-            self._checks.labels("passed").inc()
+            self._outcomes.labels("failed").inc()
+            log.exception("the self-test failed", extra={"fields": {"model": model.name}})
+            return f"the reference images of {model.name} cannot be generated"
+        if np.array_equal(result.pixels, reference.pixels):
+            self._outcomes.labels("passed").inc()
             return None
-        self._checks.labels("wrong").inc()
-        self._batcher.fail_all(DeviceLost(f"known images of {model.name} are not what they were"))
+        self._outcomes.labels("wrong").inc()
+        self._batcher.fail_all(DeviceLost(f"the reference images of {model.name} are wrong"))
         return None

@@ -1,7 +1,7 @@
-"""(seed, index) to latent, and what may be done to it: where the byte contract starts.
+"""Latents from (seed, index), and what may be done to them: where the byte contract starts.
 
 The latent of image `index` of `seed` is a pure function of those two numbers, so an image does not
-depend on how many were asked for, on its batch, or on its neighbours. The generator is SplitMix64
+depend on how many were requested, on its batch, or on its neighbours. The generator is SplitMix64
 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), used by
 counter: output i of a stream is a hash of (seed + (i + 1) * GAMMA), so any entry can be computed
 alone, and a batch is a few array operations over (rows, entries).
@@ -18,41 +18,40 @@ from numpy.typing import NDArray
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _QUARTERS = np.array([[[0]], [[3 << 30]]], dtype=np.uint32)  # no turn, and three quarters of one
-_1, _27, _30, _31, _32 = (np.uint64(number) for number in (1, 27, 30, 31, 32))
-_BLOCK = 256  # rows at a time: the arrays in between stay in the processor's cache
+_BLOCK = 256  # rows at a time, so that intermediate arrays stay in the processor's cache
 
 
 def splitmix64(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Output number `positions` (from 0) of the streams that start at `seeds`, broadcast."""
-    return _mixed(seeds + (positions + _1) * GAMMA)  # wraps, as the algorithm wants
+    """Return the outputs at `positions` (from 0) of the streams that `seeds` start, broadcast."""
+    return _finalize(seeds + (positions + 1) * GAMMA)  # wraps around, as the algorithm requires
 
 
 @lru_cache
-def _positions(count: int) -> NDArray[np.uint64]:
-    """What is added to a seed for each of the first outputs (count,) of its stream."""
+def _offsets(count: int) -> NDArray[np.uint64]:
+    """Return the offsets (count,) from a seed of the first states of its stream."""
     return np.arange(1, count + 1, dtype=np.uint64) * GAMMA
 
 
-def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The outputs for some states, in their place."""
-    z ^= z >> _30
+def _finalize(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Replace states by their outputs, in place."""
+    z ^= z >> 30
     z *= _MIX_1
-    z ^= z >> _27
+    z ^= z >> 27
     z *= _MIX_2
-    z ^= z >> _31
+    z ^= z >> 31
     return z
 
 
 def draw_latents(
     seeds: NDArray[np.uint64], indices: NDArray[np.int64], latent_dim: int
 ) -> NDArray[np.float32]:
-    """Standard normal latents, one a row.
+    """Return standard normal latents, one per row.
 
-    The output `index` of the seed's stream starts a stream of the image's own; each of its words
-    gives two normals (Box & Muller 1958): the upper half a radius, and the lower half an angle,
-    whose sine is the cosine of a quarter turn less. Computed in double precision, so that the last
-    digits of a processor's cosine and logarithm vanish when the result is rounded to float32. They
-    are taken from PyTorch, whose take less time than numpy's without AVX-512.
+    Output `index` of the seed's stream starts a stream of the image's own, each word of which gives
+    two normals (Box & Muller 1958): the upper half is a radius and the lower half an angle, whose
+    sine is the cosine of a quarter turn less. Double precision makes the last digits of a
+    processor's cosine and logarithm vanish when the result is rounded to float32. Both functions
+    are PyTorch's, which take less time than numpy's without AVX-512.
 
     Args:
         seeds: (N,) uint64.
@@ -64,13 +63,12 @@ def draw_latents(
     """
     keys = splitmix64(seeds, indices.view(np.uint64))  # (N,)
     pairs = (latent_dim + 1) // 2
-    positions = _positions(pairs)
     latents = np.empty((len(seeds), 2, pairs), dtype=np.float32)
     for first in range(0, len(seeds), _BLOCK):
         block = slice(first, first + _BLOCK)
-        words = _mixed(keys[block, None] + positions)  # (B, pairs)
-        radius = (words >> _32) + 0.5
-        radius *= 2.0**-32  # in (0, 1): its logarithm is finite
+        words = _finalize(keys[block, None] + _offsets(pairs))  # (B, pairs)
+        radius = (words >> 32) + 0.5
+        radius *= 2.0**-32  # in (0, 1), so that its logarithm is finite
         torch.from_numpy(radius).log_()
         radius *= -2.0
         np.sqrt(radius, out=radius)
@@ -83,60 +81,47 @@ def draw_latents(
 
 @dataclass(frozen=True, eq=False)
 class SamplingOptions:
-    """What makes the images of a request other than plain draws of a class.
+    """Settings by which the images of a request differ from plain draws of a class."""
 
-    Attributes:
-        truncation: in (0, 1]; factor of every latent.
-        to_seed: where walks lead, each from the image of its own seed to that of this one.
-        at: (N,) float64 in [0, 1], how far along its walk each row is; given with `to_seed`.
-        mix: (num_classes,) float64, the weight of each class in place of a label: shares of their
-            sum, so that what was asked for can be repeated as it stood.
-    """
-
-    truncation: float = 1.0
-    to_seed: int | None = None
-    at: NDArray[np.float64] | None = None
+    truncation: float = 1.0  # factor of every latent, in (0, 1]
+    to_seed: int | None = None  # at which an interpolation from the request's own seed ends
+    at: NDArray[np.float64] | None = None  # (N,) in [0, 1], each row's place on it
+    # (num_classes,) weights of the classes in place of a label, relative to their sum, so that a
+    # request can be repeated as it was given.
     mix: NDArray[np.float64] | None = None
 
-    def latents(
-        self, plain: NDArray[np.float32], indices: NDArray[np.int64], rows: slice
+    def apply(
+        self, latents: NDArray[np.float32], indices: NDArray[np.int64], rows: slice
     ) -> NDArray[np.float32]:
-        """The latents of some rows of the request.
+        """Return the latents that some rows of the request have with these options.
 
         Args:
-            plain: (B, latent_dim) float32, what `draw_latents` gives for them.
-            indices: (B,) int64, theirs.
-            rows: which of the request's they are.
+            latents: (B, latent_dim) float32, the result of `draw_latents` for these rows.
+            indices: (B,) int64 of these rows.
+            rows: their place in the request.
         """
-        latents = plain
         if self.to_seed is not None and self.at is not None:
             seeds = np.full(len(indices), self.to_seed, dtype=np.uint64)
-            ends = draw_latents(seeds, indices, plain.shape[1])
-            latents = slerp(plain, ends, self.at[rows])
+            ends = draw_latents(seeds, indices, latents.shape[1])
+            latents = slerp(latents, ends, self.at[rows])
         return latents * np.float32(self.truncation)
 
 
 class RowOptions(NamedTuple):
-    """Rows of a batch that are not plain draws of a class.
+    """Sampling options of some rows of a batch."""
 
-    Attributes:
-        rows: which of the batch.
-        own: which of their request these are.
-        variation: of the request.
-    """
-
-    rows: slice
-    own: slice
-    variation: SamplingOptions
+    rows: slice  # place in the batch
+    request_rows: slice  # place in their request
+    options: SamplingOptions
 
 
 def slerp(
     starts: NDArray[np.float32], ends: NDArray[np.float32], at: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """Points between two latents, on the arc and not on the chord (Shoemake, SIGGRAPH 1985).
+    """Interpolate between latents on the arc, not on the chord (Shoemake, SIGGRAPH 1985).
 
-    Nearly all latents of many dimensions have about the same length; the middle of a chord is
-    shorter, and what a generator makes of it is as pale as with truncation.
+    Nearly all latents of many dimensions have about the same length. The middle of a chord is
+    shorter, and its image as pale as with truncation.
 
     Args:
         starts: (N, D) float32.
@@ -151,7 +136,7 @@ def slerp(
     cosine = np.clip((first * last).sum(1) / lengths, -1.0, 1.0)
     angle = np.arccos(cosine)
     sine = np.sin(angle)
-    straight = sine < 1e-6  # the same latent twice, or opposite ones, which no arc joins
+    straight = sine < 1e-6  # equal or opposite latents: no single arc joins them
     divisor = np.where(straight, 1.0, sine)
     weights = np.where(straight, 1.0 - at, np.sin((1.0 - at) * angle) / divisor)
     others = np.where(straight, at, np.sin(at * angle) / divisor)

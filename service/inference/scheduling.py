@@ -8,11 +8,12 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.inference.engine import Engine
 from service.inference.errors import DeviceLost, ForwardFailed
 from service.inference.latents import RowOptions, SamplingOptions
 
@@ -23,45 +24,6 @@ ROWS_PER_WAITING_REQUEST = 8  # added to the size of the next batch for each wai
 TARGET_FORWARD_S, TARGET_FORWARD_FACTOR = 0.0015, 2.0
 MIN_SPLIT_ROWS = 64  # fewer rows are not split: that would about double their time
 EMA_ALPHA = 0.2  # weight of the newest batch in the moving averages
-
-
-class Engine(Protocol):
-    """A loaded model, as the batcher uses it.
-
-    Engines are compared by identity, and the batcher refers weakly to an engine without work, so
-    it does not keep a replaced model in memory.
-    """
-
-    max_batch: int
-
-    def __call__(
-        self,
-        seeds: NDArray[np.uint64],
-        indices: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        row_options: Sequence[RowOptions] = (),
-    ) -> NDArray[np.uint8]:
-        """Generate one image per row, on the engine thread.
-
-        The caller owns the returned array and hands out views of it, so the engine must never
-        write to it again. The engine must neither keep the arguments nor write to them.
-
-        Args:
-            seeds: (B,) with 1 <= B <= max_batch.
-            indices: (B,).
-            labels: (B,).
-            row_options: the sampling options of rows that have any.
-
-        Returns:
-            (B, H, W, C) uint8.
-
-        Raises:
-            OutOfMemory: the batch does not fit; fewer rows may fit.
-            CorruptRows: some rows are not finite; the exception holds the others.
-            DeviceLost: the device will not compute again.
-            Exception: this batch failed; the next one may succeed.
-        """
-        ...
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -113,19 +75,12 @@ class Slice(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Slices of one engine's requests.
-
-    Attributes:
-        queue: where the requests come from.
-        engine: computes them.
-        size: number of rows that would have made a full batch.
-        slices: at most one per request.
-    """
+    """Slices of one engine's requests."""
 
     queue: "EngineQueue"
     engine: Engine
-    size: int
-    slices: list[Slice]
+    size: int  # number of rows that would have made a full batch
+    slices: list[Slice]  # at most one per request
 
     def halves(self) -> "tuple[Batch, ...]":
         """Return two batches of half the rows, or none if there is only one row."""
@@ -156,14 +111,12 @@ class Batch(NamedTuple):
 
     def columns(self) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
         """Return seeds (B,), indices (B,) and labels (B,)."""
-        parts = [
-            (request.seeds[start:stop], request.indices[start:stop], request.labels[start:stop])
-            for request, start, stop in self.slices
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        seeds, indices, labels = map(np.concatenate, zip(*parts, strict=True))
-        return seeds, indices, labels
+        slices = self.slices
+        return (
+            np.concatenate([request.seeds[start:stop] for request, start, stop in slices]),
+            np.concatenate([request.indices[start:stop] for request, start, stop in slices]),
+            np.concatenate([request.labels[start:stop] for request, start, stop in slices]),
+        )
 
     def row_options(self) -> list[RowOptions]:
         """Return the sampling options of the rows that have any."""
@@ -269,20 +222,16 @@ class EngineQueue:
         return Batch(self, engine, size, slices)
 
     def record(self, rows: int, size: int, *, forward_s: float, total_s: float) -> None:
-        """Learn from a successful forward.
+        """Learn from a successful forward of some rows, where `size` would have been a full batch.
 
-        Args:
-            rows: computed.
-            size: of a full batch then.
-            forward_s: of the forward alone.
-            total_s: from the end of the batch before it, or from the arrival of work.
+        `forward_s` is the time of the forward alone, and `total_s` that since the end of the batch
+        before it, or since the arrival of work.
         """
         self.forwards += 1
         self.forward_row_s = _update_row_s(self.forward_row_s, rows, size, forward_s)
         self.row_s = _update_row_s(self.row_s, rows, size, total_s)
         if rows <= SMALL_REQUEST_ROWS:
-            before_s = self.small_batch_s or forward_s
-            self.small_batch_s = _update_ema(before_s, forward_s)
+            self.small_batch_s = _update_ema(self.small_batch_s or forward_s, forward_s)
 
 
 def _take(waiting: deque[PendingRequest], room: int, starts: dict[PendingRequest, int]) -> int:

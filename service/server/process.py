@@ -81,7 +81,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
-        app.state.readiness.on_lost = self._on_device_lost
+        app.state.readiness.on_device_lost = self._on_device_lost
         self._state = app.state
         self._drain_delay_s = settings.drain_delay_s
         self._sockets, self._supervised = sockets, supervised
@@ -119,7 +119,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        loop.add_signal_handler(signal.SIGHUP, self._state.reloader.on_hangup)
+        loop.add_signal_handler(signal.SIGHUP, self._state.reloader.on_sighup)
         yield
 
     def _on_signal(self) -> None:

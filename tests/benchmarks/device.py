@@ -71,9 +71,9 @@ def microseconds(function: Callable[[], object], seconds: float) -> float:
 
 def forward_alone(engine: Engine, rows: int, seconds: float) -> float:
     """Return the time of a forward of `rows` rows alone, in microseconds."""
-    captured = engine._captured
+    captured = engine._graph
     if captured is None:
-        nothing = torch.zeros(rows, engine._inputs(*engine._order(1)).shape[1])
+        nothing = torch.zeros(rows, engine._inputs(*engine._reference_rows(1)).shape[1])
         return microseconds(partial(engine._network, nothing), seconds)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     found: list[float] = []

@@ -59,8 +59,8 @@ def batching(rows: int, together: int = 64, rounds: int = 200) -> float:
         seeds, numbers = np.zeros(rows, np.uint64), np.arange(rows)
         began = time.process_time()
         for _ in range(rounds):
-            requests = [batcher.submit(engine, seeds, numbers, numbers) for _ in range(together)]
-            await asyncio.gather(*requests)
+            requests = [batcher.admit(engine, seeds, numbers, numbers) for _ in range(together)]
+            await asyncio.gather(*map(batcher.wait, requests))
         spent = time.process_time() - began
         await batcher.close()
         return spent / (rounds * together) * 1e6

@@ -225,7 +225,7 @@ def test_a_device_that_makes_other_images_than_before_is_lost(
     engine: GatedEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.gate.set()
-    engine.known.pixels[1] += 1
+    engine.reference.pixels[1] += 1
     with serving(build(engine, self_check_s=0.1)) as client:
         wait_until(client, 'cgan_device_checks_total{outcome="wrong"}', 1)
         assert client.get("/readyz").status_code == 503
@@ -234,7 +234,7 @@ def test_a_device_that_makes_other_images_than_before_is_lost(
         assert problem(refused)["type"] == "urn:cgan:problem:device-lost"
         assert client.get("/livez").status_code == 200
     (record,) = [each for each in caplog.records if each.levelname == "CRITICAL"]
-    assert record.__dict__["fields"] == {"cause": "known images of small are not what they were"}
+    assert record.__dict__["fields"] == {"cause": "the reference images of small are wrong"}
 
 
 def test_the_memory_of_a_gpu_is_read_at_every_scrape_until_the_gpu_is_lost(

@@ -44,7 +44,7 @@ class EngineStub(Engine):
             seeds, numbers = np.zeros(2, np.uint64), np.arange(2)
             pixels = paint(seeds, numbers, numbers)
             self.image_shape = pixels.shape[1:]
-            self.known = ReferenceImages(seeds, numbers, numbers, pixels)
+            self.reference = ReferenceImages(seeds, numbers, numbers, pixels)
 
     def __call__(
         self,

@@ -3,9 +3,9 @@
     python -m tests.support.faulty_engines [OPTION]...
 
 takes the options of `python -m service`. Of the ten classes, label 6 takes half a second, 7 makes
-images of what is no number, 8 runs out of memory where more than four images are made at once, and
-9 loses the device. On a GPU the last two are real: a tensor larger than any memory, and an index
-out of bounds in a kernel, after which the process cannot use the device any more.
+images that are not finite, 8 runs out of memory if a batch has more than four of its images, and 9
+loses the device. On a GPU the last two are real: a tensor larger than any memory, and an index out
+of bounds in a kernel, after which the process cannot use the device any more.
 """
 
 import sys
@@ -35,12 +35,12 @@ def lose(device: torch.device) -> None:
     raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
 
-class Broken:
-    """A network on a device that fails."""
+class FaultyNetwork:
+    """A network on a device that fails for some labels."""
 
     def __init__(self, engine: Engine) -> None:
         self.network, self.device = engine._network, engine.device
-        self.few_inputs = engine._network.few_inputs
+        self.pads_inputs = engine._network.pads_inputs
         self.embedding = torch.from_numpy(engine._embedding)  # (classes, embedding_dim)
 
     def __call__(self, x: Tensor, rows: int | None = None) -> Tensor:
@@ -53,19 +53,19 @@ class Broken:
             lose(self.device)
         if (labels == MEMORY).sum() > FITS:
             exhaust(self.device)
-        made = self.network(x.to(self.device), rows).cpu()
-        return made.masked_fill((labels == NAN)[:rows, None], torch.nan)
+        images = self.network(x.to(self.device), rows).cpu()
+        return images.masked_fill((labels == NAN)[:rows, None], torch.nan)
 
 
 def load(settings: Settings) -> ModelRepository:
-    registry = sound_load(settings)
-    for model in registry:
-        model.engine._network = Broken(model.engine)  # type: ignore[assignment]
-        model.engine._captured = None  # a captured forward is the sound one
-    return registry
+    repository = original_load(settings)
+    for model in repository:
+        model.engine._network = FaultyNetwork(model.engine)  # type: ignore[assignment]
+        model.engine._graph = None  # a captured forward would not call the network
+    return repository
 
 
-sound_load = server.load
+original_load = server.load
 
 if __name__ == "__main__":
     server.load = load

@@ -22,7 +22,7 @@ from service.encoding.datasets import (
     class_folders,
     lay_out,
 )
-from service.inference.repository import Weights
+from service.inference.repository import load_repository
 from service.settings import Settings
 from tests.conftest import make_artifact
 from tests.support.serving import ServiceProcess
@@ -288,7 +288,7 @@ def test_colour_and_odd_class_names_are_laid_out_as_well(
 
 
 def test_the_layout_of_ten_million_images_is_known_without_making_them() -> None:
-    model = Weights(Settings(models=Settings().models / "mnist-mlp.safetensors")).load().default
+    model = load_repository(Settings(models=Settings().models / "mnist-mlp.safetensors")).default
     dataset = GeneratedDataset(model, 0, 0, 1_000_000)
     for form in MEDIA_TYPES:
         layout = lay_out(dataset, form)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from service.api.openai import find_class
 from service.errors import Problem
-from service.inference.repository import Model, Weights
+from service.inference.repository import Model, load_repository
 from service.settings import Settings
 from tests.support.serving import ServiceProcess
 
@@ -30,7 +30,7 @@ def remote(service: ServiceProcess) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Model]:
-    return {model.name: model for model in Weights(Settings()).load()}
+    return {model.name: model for model in load_repository(Settings())}
 
 
 def files(response: openai.types.ImagesResponse) -> list[bytes]:

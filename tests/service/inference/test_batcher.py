@@ -177,15 +177,11 @@ def rows_of(seed: int, n: int, label: int = 7) -> list[Row]:
     return [(seed, index, label) for index in range(n)]
 
 
-def submit(
+async def submit(
     batcher: Batcher, engine: FakeEngine, seed: int, n: int = 1, label: int = 7
-) -> Coroutine[None, None, GenerationResult]:
-    return batcher.submit(
-        engine,
-        np.full(n, seed, np.uint64),
-        np.arange(n, dtype=np.int64),
-        np.full(n, label, np.int64),
-    )
+) -> GenerationResult:
+    rows = np.full(n, seed, np.uint64), np.arange(n), np.full(n, label)
+    return await batcher.wait(batcher.admit(engine, *rows))
 
 
 async def admitted(
@@ -668,7 +664,7 @@ def test_rows_of_the_wrong_shape_or_type_are_refused(
 
     async def scenario(batcher: Batcher) -> None:
         with pytest.raises(ValueError, match="expected uint64, int64, int64"):
-            await batcher.submit(engine, seeds, indices, np.zeros(seeds.shape, np.int64))
+            batcher.admit(engine, seeds, indices, np.zeros(seeds.shape, np.int64))
 
     run(scenario)
     assert engine.batches == []

@@ -131,11 +131,11 @@ def test_an_arc_from_a_latent_to_itself_stays_there() -> None:
         assert points == pytest.approx(first * (1.0 if end is first else 0.5), rel=1e-6)
 
 
-def test_a_variation_takes_the_rows_that_it_is_asked_for() -> None:
+def test_options_apply_to_rows_by_their_place_in_the_request() -> None:
     at = np.array([0.0, 0.25, 1.0])
-    variation = SamplingOptions(0.5, to_seed=2, at=at)
+    options = SamplingOptions(0.5, to_seed=2, at=at)
     first, last = ends(1)
     for row in range(3):
-        varied = variation.latents(first, i64(0), slice(row, row + 1))
+        latents = options.apply(first, i64(0), slice(row, row + 1))
         expected = slerp(first, last, at[row : row + 1]) * np.float32(0.5)
-        assert (varied == expected).all()
+        assert (latents == expected).all()
