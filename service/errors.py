@@ -6,7 +6,6 @@ A problem tells the caller what to change. Nothing internal ever reaches a body.
 import http
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, Field
@@ -110,10 +109,6 @@ class ErrorFormat(NamedTuple):
     model: type[BaseModel]
     render: Callable[[Problem, str | None], dict[str, Any]]
     invalid_value_status: int
-
-    def status(self, problem: Problem) -> int:
-        """Return the HTTP status of a problem in this format."""
-        return self.invalid_value_status if problem.status == 422 else problem.status
 
 
 def _render_details(problem: Problem, request_id: str | None) -> dict[str, Any]:
@@ -249,21 +244,9 @@ def render(problem: Problem, scope: Scope) -> tuple[int, str, bytes]:
     """Return the status, media type and body of the response to a request with a problem."""
     error_format = format_for(scope["path"])
     request_id: str | None = scope.get("state", {}).get("request_id")
-    if error_format is _DETAILS and not problem.errors:
-        before, after = _split_at_request_id(problem.status, problem.kind, problem.detail)
-        body = f"{before}{_to_json(request_id)}{after}".encode()
-    else:
-        body = _to_json(error_format.render(problem, request_id)).encode()
-    return error_format.status(problem), error_format.media_type, body
-
-
-@lru_cache(maxsize=256)  # an overloaded service sends the same problem again and again
-def _split_at_request_id(status: int, kind: str, detail: str) -> tuple[str, str]:
-    """Return the body of a problem without invalid values, before and after the request id."""
-    name = '"request_id":'  # never within a string, where quotes are escaped
-    body = _to_json(_render_details(Problem(status, kind, detail), None))
-    before, _, after = body.partition(f"{name}null")
-    return before + name, after
+    body = _to_json(error_format.render(problem, request_id)).encode()
+    status = error_format.invalid_value_status if problem.status == 422 else problem.status
+    return status, error_format.media_type, body
 
 
 async def send_problem(problem: Problem, scope: Scope, send: Send) -> None:

@@ -7,13 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from random import getrandbits
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import Counter as CounterMetric
 
 from service.disconnect import Client, Disconnected
 from service.errors import Problem, invalid_value
@@ -176,8 +175,6 @@ class Generation:
         self.repository = repository
         self._batcher = batcher
         self._metrics = metrics
-        self._sent: dict[tuple[str, int | str], CounterMetric] = {}  # of `metrics.images`
-        self._rejection = cache(metrics.rejections.labels)
         self._queue_seconds, self._forward_seconds = (
             metrics.stage_seconds.labels(stage) for stage in ("queue", "forward")
         )
@@ -352,11 +349,7 @@ class Generation:
             self._metrics.wasted(len(request.labels))
             return
         for label, count in request.counts.items():
-            sent = self._sent.get((request.model.name, label))
-            if sent is None:
-                sent = self._metrics.images.labels(request.model.name, label)
-                self._sent[request.model.name, label] = sent
-            sent.inc(count)
+            self._metrics.images.labels(request.model.name, label).inc(count)
 
     def forwards(self, model: Model) -> int:
         """Return the number of forwards that computed images of a model."""
@@ -365,7 +358,7 @@ class Generation:
     def _rejected(
         self, status: int, kind: str, detail: str, retry_after_s: int | None = None
     ) -> Problem:
-        self._rejection(kind).inc()
+        self._metrics.rejections.labels(kind).inc()
         headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
         return Problem(status, kind, detail, headers=headers)
 

@@ -171,7 +171,7 @@ class SegmentRange(NamedTuple):
 
 @dataclass(frozen=True)
 class FileLayout:
-    """A data set as a file, which can be read once: its segments keep running checksums.
+    """A data set as a file; to be read once, since its segments accumulate checksums.
 
     Attributes:
         blocks: number of blocks of the data set.

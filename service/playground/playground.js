@@ -1,13 +1,13 @@
 "use strict";
 
-// All state is in the form and in the page's address, which is a link to it. Every address is
+// All state is in the form and in the page's URL, which therefore is a link to it. Every URL is
 // relative, so that the page also works behind a prefix.
 
 const $ = (id) => document.getElementById(id);
 const form = $("form");
 let models = [];
-let shown = { images: [], seed: "", query: new URLSearchParams() }; // what the grid has
-let open = 0; // which of them the viewer has
+let shown = { images: [], seed: "", query: new URLSearchParams() }; // in the grid
+let open = 0; // the position of the image in the viewer
 let request = null; // an AbortController
 let countdown = 0;
 
@@ -39,9 +39,8 @@ function showMode() {
   for (const part of form.querySelectorAll("[data-mode]")) {
     part.hidden = !part.dataset.mode.split(" ").includes(mode());
   }
-  const walk = mode() === "walk";
-  form.querySelector("label[for=n]").textContent = mode() === "mix" ? "Images" : "Images of each";
-  form.querySelector("label[for=seed]").textContent = walk ? "From seed" : "Seed";
+  form.querySelector("label[for=n]").textContent = mode() === "mix" ? "Images" : "Images per class";
+  form.querySelector("label[for=seed]").textContent = mode() === "interpolate" ? "From seed" : "Seed";
 }
 
 function showValues() {
@@ -49,7 +48,7 @@ function showValues() {
   $("truncation-value").textContent = percent($("truncation").value);
 }
 
-/** What the form asks for, as the query of /generate; null where it is not complete. */
+/** Return the query of /generate that the form describes; null if it is incomplete. */
 function read() {
   const query = new URLSearchParams({ model: $("model").value });
   if (mode() === "mix") {
@@ -59,7 +58,7 @@ function read() {
     if ($("from").value === $("to").value) weights.set($("to").value, 1);
     for (const [label, weight] of weights) query.append("mix", `${label}:${+weight.toFixed(4)}`);
     query.set("n", $("n").value);
-  } else if (mode() === "walk") {
+  } else if (mode() === "interpolate") {
     query.set("label", $("subject").value);
     query.set("to_seed", $("to-seed").value);
     query.set("steps", $("steps").value);
@@ -78,14 +77,14 @@ function read() {
   return query;
 }
 
-/** Fill the form from such a query. */
+/** Fill the form from a query of /generate. */
 function write(query) {
   const name = query.get("model");
   if (models.some((each) => each.name === name)) $("model").value = name;
   fillClasses();
   showCertificate();
   const mix = query.getAll("mix").map((each) => each.split(":"));
-  form.elements.mode.value = mix.length ? "mix" : query.has("to_seed") ? "walk" : "classes";
+  form.elements.mode.value = mix.length ? "mix" : query.has("to_seed") ? "interpolate" : "classes";
   if (mix.length) {
     const [[from], [to, share]] = [mix[0], mix[1] ?? [mix[0][0], 0]];
     $("from").value = from;
@@ -107,12 +106,12 @@ function write(query) {
   showValues();
 }
 
-// Asking --------------------------------------------------------------------------------------
+// Requests ------------------------------------------------------------------------------------
 
 function complain(text, retryAfterS = 0) {
   clearInterval(countdown);
   const say = () => {
-    $("problem").textContent = retryAfterS > 0 ? `${text} Try again in ${retryAfterS} s.` : text;
+    $("problem").textContent = retryAfterS > 0 ? `${text} Retry in ${retryAfterS} s.` : text;
     $("generate").disabled = retryAfterS > 0;
   };
   $("problem").hidden = !text;
@@ -121,7 +120,7 @@ function complain(text, retryAfterS = 0) {
       retryAfterS -= 1;
       if (retryAfterS <= 0) {
         clearInterval(countdown);
-        text += " Now it is worth another try.";
+        text += " You can retry now.";
       }
       say();
     }, 1000);
@@ -129,7 +128,7 @@ function complain(text, retryAfterS = 0) {
   say();
 }
 
-/** An answer of the service, or an Error in words for whoever looks at the page. */
+/** Return a response of the service, or throw an Error whose message is for the user. */
 async function ask(path, options = {}) {
   let answer;
   try {
@@ -140,10 +139,10 @@ async function ask(path, options = {}) {
   }
   if (answer.ok) return answer;
   const problem = await answer.json().catch(() => ({}));
-  const words = new Error(problem.detail ?? `The service answered with status ${answer.status}.`);
-  words.retryAfterS = answer.status === 429 ? Number(answer.headers.get("Retry-After") ?? 1) : 0;
-  if (words.retryAfterS) words.message = words.message.replace(/[;,.]? ?(try again|retry) in \d+ s\.?$/i, ".");
-  throw words;
+  const retryAfterS = answer.status === 429 ? Number(answer.headers.get("Retry-After") ?? 1) : 0;
+  // The detail of a 429 states the seconds too, but does not count them down.
+  const text = retryAfterS && problem.title ? `${problem.title}.` : problem.detail;
+  throw Object.assign(new Error(text ?? `The service responded with status ${answer.status}.`), { retryAfterS });
 }
 
 async function generate(query) {
@@ -157,7 +156,7 @@ async function generate(query) {
     const answer = await ask(`generate?${query}&format=json`, { method: "POST", signal: mine.signal });
     const { images, sha256 } = await answer.json();
     const took = performance.now() - began;
-    // A seed may have more digits than a number keeps here, but its header is a text.
+    // A seed may exceed the precision of a JavaScript number, so it is read from its header.
     shown = { images, sha256, query, seed: answer.headers.get("X-Seed") };
     showImages();
     showTiming(answer.headers.get("Server-Timing") ?? "", took);
@@ -206,7 +205,7 @@ function showTiming(header, took) {
   $("timing").hidden = false;
 }
 
-/** The query that makes one image, and this one for ever. */
+/** Return a URL that always gives this image. */
 function permanent(image) {
   const { model: name, mix, label, at, truncation } = image.recipe;
   const query = new URLSearchParams({ model: `${name}@sha256:${shown.sha256}` });
@@ -219,7 +218,7 @@ function permanent(image) {
     query.set("at", at);
   }
   if (truncation !== undefined) query.set("truncation", truncation);
-  // As people write it: neither sign has a meaning in a query.
+  // Readable: neither character has a meaning in a query.
   return new URL(`generate?${query}`, document.baseURI).href.replaceAll("%40", "@").replaceAll("%3A", ":");
 }
 
@@ -251,7 +250,7 @@ function turn(by) {
   const place = open + by;
   if (place < 0 || place >= shown.images.length) return;
   view(place);
-  // A button that has become useless does not keep the focus.
+  // A disabled button loses the focus.
   if ($("previous").disabled && document.activeElement === document.body) $("next").focus();
   if ($("next").disabled && document.activeElement === document.body) $("previous").focus();
 }
@@ -262,15 +261,15 @@ async function copy(id) {
     await navigator.clipboard.writeText(text);
     $("copied").textContent = "Copied.";
   } catch {
-    getSelection().selectAllChildren($(id)); // where the page is not served securely
+    getSelection().selectAllChildren($(id)); // without HTTPS
     $("copied").textContent = "Selected; copy it with your keyboard.";
   }
 }
 
 // The certificate -----------------------------------------------------------------------------
 
-const MEASURES = [
-  ["Recognised as its class (GAN-test)", "gan_test", (value) => `${(100 * value).toFixed(1)} %`],
+const METRICS = [
+  ["Recognised as their class (GAN-test)", "gan_test", (value) => `${(100 * value).toFixed(1)} %`],
   ["Precision", "precision", (value) => value.toFixed(3)],
   ["Recall", "recall", (value) => value.toFixed(3)],
   ["Density", "density", (value) => value.toFixed(3)],
@@ -284,15 +283,15 @@ function showCertificate() {
   if (!certificate) return;
   const { generated, real, gan_train: train, dataset, images } = certificate;
   $("about").textContent =
-    `${name} has seen ${seen.toLocaleString("en")} real images of ${dataset}; ${images.toLocaleString("en")} of its own were measured.`;
+    `${name} has seen ${seen.toLocaleString("en")} real images of ${dataset}; ${images.toLocaleString("en")} generated images were evaluated.`;
   const row = (...cells) =>
     make("tr", {}, make("th", { scope: "row", textContent: cells[0] }), ...cells.slice(1).map((text) => make("td", { textContent: text })));
-  const rows = MEASURES.filter(([, key]) => key in generated).map(([words, key, format]) => row(words, format(generated[key]), format(real[key])));
+  const rows = METRICS.filter(([, key]) => key in generated).map(([words, key, format]) => row(words, format(generated[key]), format(real[key])));
   if (train) {
     const mean = train.accuracies.reduce((sum, each) => sum + each, 0) / train.accuracies.length;
-    rows.unshift(row("A classifier trained on it alone (GAN-train)", `${(100 * mean).toFixed(1)} %`, `${(100 * train.real).toFixed(1)} %`));
+    rows.unshift(row("Classifier trained on generated images only (GAN-train)", `${(100 * mean).toFixed(1)} %`, `${(100 * train.real).toFixed(1)} %`));
   }
-  $("figures").tBodies[0].replaceChildren(...rows);
+  $("metrics").tBodies[0].replaceChildren(...rows);
   $("per-class").tBodies[0].replaceChildren(
     ...classes.map((each, label) => {
       const recognised = generated.gan_test_per_class?.[label];
@@ -316,11 +315,11 @@ async function showSamples({ name, sha256, classes }) {
       rows[image.label].append(make("img", { src: source(image), alt: `${image.class_name}, sample ${image.index + 1}` }));
     }
   } catch {
-    // The table stands without them; asking for images will say what is wrong.
+    // The table is useful without them; the next request for images reports the error.
   }
 }
 
-// What happens --------------------------------------------------------------------------------
+// Events ------------------------------------------------------------------------------------
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();

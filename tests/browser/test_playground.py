@@ -36,8 +36,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def limited() -> Iterator[ServiceProcess]:
-    """With a key for 40 images a second, and a queue that is soon full."""
-    keys = f"visitor:{SECRET}:40,flood:{SECRET}-of-the-flood"
+    """A service with a key for 1 image a second, and a queue that fills quickly."""
+    keys = f"visitor:{SECRET}:1,flood:{SECRET}-of-the-flood"
     with ServiceProcess(
         "--api-keys", keys, "--burst-images", "1024", "--max-queue-images", "1024"
     ) as one:
@@ -104,7 +104,7 @@ def test_what_is_picked_is_what_the_api_makes(visit: Open, service: ServiceProce
     page = visit()
     expect(images(page)).to_have_count(20)
     only(page, "seven", "three")
-    page.get_by_label("Images of each").fill("3")
+    page.get_by_label("Images per class").fill("3")
     page.get_by_role("textbox", name="Seed").fill("18446744073709551615")
     generate(page)
     expect(images(page)).to_have_count(6)
@@ -124,7 +124,7 @@ def test_another_model_has_other_classes(visit: Open) -> None:
     expect(page.get_by_text("fashion-mnist has seen")).to_be_visible()
 
 
-@pytest.mark.parametrize("mode", ["Mix", "Walk"])
+@pytest.mark.parametrize("mode", ["Mix", "Interpolate"])
 def test_a_permanent_link_gives_the_image_that_is_shown(
     visit: Open, service: ServiceProcess, mode: str
 ) -> None:
@@ -191,7 +191,7 @@ def test_a_drawn_seed_can_be_kept(visit: Open) -> None:
 def test_a_link_restores_what_was_asked_for_and_so_does_going_back(visit: Open) -> None:
     page = visit("/?model=mnist&mix=3:0.25&mix=8:0.75&n=4&seed=9&truncation=0.5")
     expect(images(page)).to_have_count(4)
-    assert page.get_by_label("Share of the second").input_value() == "0.75"
+    assert page.get_by_label("Weight of the second class").input_value() == "0.75"
     assert page.get_by_label("Variety").input_value() == "0.5"
     page.get_by_role("spinbutton", name="Images").fill("2")
     generate(page)
@@ -218,7 +218,7 @@ def test_it_shows_the_certificate_with_samples_of_each_class(
     (certificate,) = [each["certificate"] for each in models if each["default"]]
     share = 100 * certificate["generated"]["gan_test_per_class"][7]
     expect(table.nth(7)).to_contain_text(f"{share:.1f} %")
-    expect(page.locator("#figures")).to_contain_text(f"{certificate['generated']['coverage']:.3f}")
+    expect(page.locator("#metrics")).to_contain_text(f"{certificate['generated']['coverage']:.3f}")
 
 
 def test_it_can_be_used_by_keyboard_alone(visit: Open) -> None:
@@ -250,7 +250,7 @@ def test_every_control_has_a_name(visit: Open) -> None:
     page = visit("/?model=mnist&label=7&n=2&seed=1")
     expect(images(page)).to_have_count(2)
     named = 0
-    for show in ("Mix", "Walk", "Classes", "dialog"):
+    for show in ("Mix", "Interpolate", "Classes", "dialog"):
         if show == "dialog":
             page.locator("#grid button").first.click()
         else:
@@ -372,9 +372,7 @@ def test_a_key_is_the_password_and_its_limit_is_counted_down(
     only(page, *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"))
     generate(page)
     alert = page.get_by_role("alert")
-    expect(alert).to_have_text(
-        re.compile(r"This key may have 40 images a second\. Try again in \d+ s\.")
-    )
+    expect(alert).to_have_text(re.compile(r"Rate limited\. Retry in \d+ s\."))
     expect(page.get_by_role("button", name="Generate")).to_be_disabled()
     before = alert.inner_text()
     expect(alert).not_to_have_text(before)  # it counts
@@ -397,7 +395,7 @@ def test_a_full_queue_is_said_in_words(visit: Open, limited: ServiceProcess) -> 
     credentials = {"username": "anybody", "password": f"{SECRET}-of-the-flood"}
     page = visit(at=str(limited.client.base_url), http_credentials=credentials)
     expect(images(page)).to_have_count(20)
-    page.get_by_label("Images of each").fill("100")
+    page.get_by_label("Images per class").fill("100")
     for thread in threads:
         thread.start()
     try:
@@ -411,7 +409,7 @@ def test_a_full_queue_is_said_in_words(visit: Open, limited: ServiceProcess) -> 
         stop.set()
         for thread in threads:
             thread.join()
-    expect(page.get_by_role("alert")).to_contain_text("The queue is full")
+    expect(page.get_by_role("alert")).to_contain_text("Overloaded")
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=20_000)
     generate(page)
     expect(images(page)).to_have_count(1000)

@@ -7,15 +7,19 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from service.app import create_app
+from service.inference.repository import ModelRepository, load_repository
 from service.server.protocol import ConnectionLimits, HTTPProtocol
+from service.settings import parse_settings
 from tests.support.processes import REPOSITORY, run, start
 
 MODEL = REPOSITORY / "weights" / "mnist.safetensors"
@@ -28,6 +32,12 @@ def _environment() -> dict[str, str]:
     """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CGAN_")}
     return {"OMP_NUM_THREADS": "1", **clean, "CGAN_MODELS": str(MODEL)}
+
+
+class Service(Protocol):
+    """A running service, wherever it runs."""
+
+    client: httpx.Client
 
 
 class ServiceProcess:
@@ -127,3 +137,20 @@ def serving(app: FastAPI) -> Iterator[httpx.Client]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@dataclass
+class LocalService:
+    """A service in this process."""
+
+    client: httpx.Client
+    repository: ModelRepository
+
+
+@contextmanager
+def serve_here(*arguments: str) -> Iterator[LocalService]:
+    """Serve in this process, with the options of `ServiceProcess`: no interpreter has to start."""
+    settings = parse_settings(["--models", str(MODEL), *arguments])
+    repository = load_repository(settings)
+    with serving(create_app(settings, repository)) as client:
+        yield LocalService(client, repository)

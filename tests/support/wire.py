@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from typing import Any, cast
 
-from tests.support.serving import ServiceProcess
+from tests.support.serving import Service
 
 TIMEOUT_S = 60.0
 LAST = b"GET /livez HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
@@ -43,7 +43,7 @@ class Answer:
 class Client:
     """A connection, and all that came over it."""
 
-    service: ServiceProcess
+    service: Service
     window: int | None = None  # bytes that may wait here to be read; None: as many as usual
     received: bytearray = field(default_factory=bytearray)
     ended: bool = False  # by the service
@@ -93,11 +93,11 @@ def wait_until(reached: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)  # for threads of this process, which may be what it waits for
 
 
-def address(service: ServiceProcess) -> tuple[str, int]:
+def address(service: Service) -> tuple[str, int]:
     return service.client.base_url.host, service.client.base_url.port or 0
 
 
-def ask(service: ServiceProcess, *parts: bytes) -> list[Answer]:
+def ask(service: Service, *parts: bytes) -> list[Answer]:
     """The answers to bytes sent in parts, by a service that then ends the connection."""
     client = Client(service)
     for part in parts:

@@ -22,10 +22,8 @@ from service.encoding.datasets import (
     class_folders,
     lay_out,
 )
-from service.inference.repository import load_repository
-from service.settings import Settings
 from tests.conftest import make_artifact
-from tests.support.serving import ServiceProcess
+from tests.support.serving import LocalService, Service, ServiceProcess, serve_here
 from tests.support.wire import wait_until
 from training.data.named import parse_idx
 
@@ -33,13 +31,8 @@ FORMS: list[DatasetFormat] = list(MEDIA_TYPES)
 PER_CLASS = 30  # more than one part of a download
 
 
-@pytest.fixture
-def client(service: ServiceProcess) -> httpx.Client:
-    return service.client
-
-
 @pytest.fixture(scope="module")
-def files(service: ServiceProcess) -> dict[str, bytes]:
+def files(service: Service) -> dict[str, bytes]:
     """A small set in every format."""
     return {form: fetch(service.client, form).content for form in FORMS}
 
@@ -275,7 +268,7 @@ def test_colour_and_odd_class_names_are_laid_out_as_well(
     tmp_path: Path, form: DatasetFormat
 ) -> None:
     make_artifact(tmp_path / "colour.safetensors", channels=3)
-    with ServiceProcess("--models", str(tmp_path)) as service:
+    with serve_here("--models", str(tmp_path)) as service:
         answer = service.client.get(f"/dataset?per_class=3&seed=0&format={form}")
         assert answer.headers["Content-Length"] == str(len(answer.content))
         if form == "npz":
@@ -287,9 +280,10 @@ def test_colour_and_odd_class_names_are_laid_out_as_well(
     assert class_folders(["a/b", "..", "c d", "é"]) == ["0-a_b", "1-..", "2-c_d", "3-_"]
 
 
-def test_the_layout_of_ten_million_images_is_known_without_making_them() -> None:
-    model = load_repository(Settings(models=Settings().models / "mnist-mlp.safetensors")).default
-    dataset = GeneratedDataset(model, 0, 0, 1_000_000)
+def test_the_layout_of_ten_million_images_is_known_without_making_them(
+    service: LocalService,
+) -> None:
+    dataset = GeneratedDataset(service.repository.default, 0, 0, 1_000_000)
     for form in MEDIA_TYPES:
         layout = lay_out(dataset, form)
         assert layout.length > 7_840_000_000
@@ -308,7 +302,7 @@ def test_a_small_request_is_answered_between_the_parts_of_a_large_set(
         assert received < int(stream.headers["Content-Length"])
 
 
-def test_whoever_leaves_ends_it(client: httpx.Client) -> None:
+def test_a_client_that_disconnects_ends_it(client: httpx.Client) -> None:
     def waiting() -> float:
         text = client.get("/metrics").text
         return sum(
@@ -323,7 +317,7 @@ def test_whoever_leaves_ends_it(client: httpx.Client) -> None:
 
 
 def test_a_key_over_its_limit_waits_in_the_middle_of_a_set() -> None:
-    with ServiceProcess(
+    with serve_here(
         "--api-keys",
         "me:a-secret-of-16-characters",
         "--images-per-second",

@@ -17,15 +17,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from service.encoding.images import MEDIA_TYPES
-from tests.support.serving import ServiceProcess
+from tests.support.serving import Service
 from tests.support.wire import address, wait_until
 
 Params = list[tuple[str, str]]
-
-
-@pytest.fixture
-def client(service: ServiceProcess) -> httpx.Client:
-    return service.client
 
 
 def post(client: httpx.Client, query: str, **headers: str) -> httpx.Response:
@@ -249,7 +244,7 @@ def test_models_tell_what_is_served(client: httpx.Client) -> None:
     assert models["fashion-mnist"]["classes"][7] == "sneaker"
 
 
-def test_the_schema_describes_the_front_door(client: httpx.Client) -> None:
+def test_the_schema_describes_generate(client: httpx.Client) -> None:
     operations = client.get("/openapi.json").json()["paths"]["/generate"]
     plain = {"label", "n", "seed", "index", "model", "format", "scale", "timeout_ms"}
     for operation in operations.values():
@@ -308,20 +303,22 @@ def test_a_mixture_names_its_weights_as_they_were_given(client: httpx.Client) ->
         assert "labels" not in arrays
 
 
-def test_a_walk_leads_from_the_image_of_one_seed_to_that_of_another(client: httpx.Client) -> None:
-    walk = images(post(client, "label=7&seed=1&to_seed=2&steps=9&n=2&format=npz"))
-    assert len(walk) == 18
+def test_an_interpolation_leads_from_the_image_of_one_seed_to_that_of_another(
+    client: httpx.Client,
+) -> None:
+    path = images(post(client, "label=7&seed=1&to_seed=2&steps=9&n=2&format=npz"))
+    assert len(path) == 18
     for first, index in ((0, 0), (9, 1)):
         start = images(post(client, f"label=7&seed=1&index={index}&format=npz"))
         end = images(post(client, f"label=7&seed=2&index={index}&format=npz"))
-        assert (walk[first] == start[0]).all()
-        assert (walk[first + 8] == end[0]).all()
-        moved = np.abs(np.diff(walk[first : first + 9].astype(int), axis=0)).mean(axis=(1, 2, 3))
+        assert (path[first] == start[0]).all()
+        assert (path[first + 8] == end[0]).all()
+        moved = np.abs(np.diff(path[first : first + 9].astype(int), axis=0)).mean(axis=(1, 2, 3))
         apart = np.abs(start.astype(int) - end).mean()
         assert (moved > 0).all()
         assert moved.max() < apart
     between = images(post(client, "label=7&seed=1&to_seed=2&at=0.25&format=npz"))
-    assert (between[0] == walk[2]).all()
+    assert (between[0] == path[2]).all()
 
 
 def test_less_truncation_is_more_variety(client: httpx.Client) -> None:
@@ -495,7 +492,7 @@ def made(client: httpx.Client) -> float:
     return float(line)
 
 
-def test_what_can_never_change_may_be_kept_for_ever(client: httpx.Client) -> None:
+def test_images_of_a_pinned_model_may_be_cached_forever(client: httpx.Client) -> None:
     identity = get(client, "label=7&seed=3").headers["X-Model"]
     pinned = get(client, f"label=7&seed=3&model={identity}")
     assert pinned.headers["Cache-Control"] == "public, max-age=31536000, immutable"
@@ -554,12 +551,13 @@ def test_every_image_is_what_its_recipe_says(client: httpx.Client, query: str) -
     verdict = verify(client, saved(image, text))
     assert (verdict["same_pixels"], verdict["same_file"]) == (False, False)
     assert verdict["detail"].startswith("1 of ")
-    verdict = verify(client, saved(image.crop((0, 0, 9, 9)), text))
-    assert verdict["same_pixels"] is False
+    for size in ((9, 9), (100_000, 1)):  # the second must not enlarge anything to its width
+        verdict = verify(client, saved(Image.new(image.mode, size), text))
+        assert verdict["same_pixels"] is False
 
 
-def test_who_leaves_before_the_end_of_a_file_is_no_fault(
-    client: httpx.Client, service: ServiceProcess
+def test_a_client_that_disconnects_before_the_end_of_its_file_is_not_a_fault(
+    client: httpx.Client, service: Service
 ) -> None:
     def gone() -> bool:
         text = client.get("/metrics").text

@@ -2,13 +2,6 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.serving import ServiceProcess
-
-
-@pytest.fixture
-def client(service: ServiceProcess) -> httpx.Client:
-    return service.client
-
 
 def samples(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     text = client.get("/metrics").text

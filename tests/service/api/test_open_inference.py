@@ -15,16 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from tests.support.serving import ServiceProcess
+from tests.support.serving import Service, serve_here
 
 
 @pytest.fixture
-def client(service: ServiceProcess) -> httpx.Client:
-    return service.client
-
-
-@pytest.fixture
-def address(service: ServiceProcess) -> str:
+def address(service: Service) -> str:
     return f"127.0.0.1:{service.client.base_url.port}"
 
 
@@ -274,7 +269,7 @@ def test_what_was_compressed_is_bounded_when_it_is_not(client: httpx.Client) -> 
 
 
 def test_only_liveness_needs_no_key() -> None:
-    with ServiceProcess("--api-keys", "me:a-secret-of-16-characters") as service:
+    with serve_here("--api-keys", "me:a-secret-of-16-characters") as service:
         assert service.client.get("/v2/health/live").status_code == 200
         refused = service.client.get("/v2/health/ready")
         assert refused.status_code == 401

@@ -11,26 +11,20 @@ from PIL import Image
 
 from service.api.openai import find_class
 from service.errors import Problem
-from service.inference.repository import Model, load_repository
-from service.settings import Settings
-from tests.support.serving import ServiceProcess
+from service.inference.repository import Model
+from tests.support.serving import LocalService, Service, serve_here
 
 
 @pytest.fixture
-def client(service: ServiceProcess) -> httpx.Client:
-    return service.client
-
-
-@pytest.fixture
-def remote(service: ServiceProcess) -> Iterator[openai.OpenAI]:
+def remote(service: Service) -> Iterator[openai.OpenAI]:
     base_url = f"{service.client.base_url}/v1"
     with openai.OpenAI(base_url=base_url, api_key="any", max_retries=0) as found:
         yield found
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, Model]:
-    return {model.name: model for model in load_repository(Settings())}
+@pytest.fixture
+def models(service: LocalService) -> dict[str, Model]:
+    return {model.name: model for model in service.repository}
 
 
 def files(response: openai.types.ImagesResponse) -> list[bytes]:
@@ -71,7 +65,7 @@ def test_size_enlarges_by_whole_pixels(client: httpx.Client, remote: openai.Open
         assert np.array_equal(pixels, np.asarray(image).repeat(3, 0).repeat(3, 1))
 
 
-def test_the_asynchronous_client_is_answered_too(service: ServiceProcess) -> None:
+def test_the_asynchronous_client_is_answered_too(service: Service) -> None:
     async def ask() -> list[list[bytes]]:
         base_url = f"{service.client.base_url}/v1"
         async with openai.AsyncOpenAI(base_url=base_url, api_key="any") as remote:
@@ -133,11 +127,11 @@ def test_what_is_no_json_is_an_error_of_that_shape(client: httpx.Client) -> None
 
 
 def test_a_key_is_that_of_the_client_and_its_limit_is_retried() -> None:
-    with ServiceProcess(
+    with serve_here(
         "--api-keys",
         "me:a-secret-of-16-characters",
         "--images-per-second",
-        "10",
+        "2",
         "--burst-images",
         "5",
     ) as service:

@@ -6,14 +6,6 @@ import re
 import httpx
 import pytest
 
-from tests.support.serving import ServiceProcess
-
-
-@pytest.fixture
-def client(service: ServiceProcess) -> httpx.Client:
-    return service.client
-
-
 PAGES = ("/", "/docs")
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.config import SchemathesisConfig
 
-from tests.support.serving import ServiceProcess
+from tests.support.serving import Service
 from tests.support.wire import LAST, ask
 
 CASES = int(os.environ.get("CGAN_SCHEMA_CASES", "50"))
@@ -34,9 +34,7 @@ CONFIG = SchemathesisConfig.from_dict(
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
-def test_the_service_does_what_the_schema_says(
-    service: ServiceProcess, mode: GenerationMode
-) -> None:
+def test_the_service_does_what_the_schema_says(service: Service, mode: GenerationMode) -> None:
     schema = schemathesis.openapi.from_url(f"{service.client.base_url}/openapi.json", config=CONFIG)
     operations: list[Any] = [found.ok() for found in schema.get_all_operations()]  # type: ignore[union-attr]
     assert len(operations) > 4

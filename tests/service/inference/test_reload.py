@@ -92,8 +92,10 @@ def default(service: ServiceProcess) -> list[str]:
 
 
 def refused(service: ServiceProcess) -> dict[str, str]:
-    found = service.client.get("/models").json()["refused"]
-    return {each["file"]: each["cause"] for each in found}
+    listed = service.client.get("/models").json()
+    errors = {each["file"]: each["error"] for each in listed["load_errors"]}
+    assert {each["file"]: each["cause"] for each in listed["refused"]} == errors  # deprecated
+    return errors
 
 
 def named(answer: httpx.Response) -> str:
