@@ -37,7 +37,7 @@ def figures(quality: Quality) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Floor:
-    """What a certificate must show at least."""
+    """The least that a certificate must show."""
 
     gan_train: float
     gan_test: float

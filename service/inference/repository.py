@@ -229,11 +229,11 @@ def artifact_paths(path: Path) -> list[Path]:
     """Return the artifacts of a folder, sorted by their models' names, or a file itself.
 
     Raises:
-        ArtifactError: there is none, or the folder cannot be read.
+        ArtifactError: no artifact was found, or the folder cannot be read.
     """
     try:
         if not path.is_dir():
-            path.stat()  # raises if there is no file
+            path.stat()  # raises if the file is missing
             return [path]
         found = [file for file in path.iterdir() if file.suffix == ".safetensors"]
     except OSError as error:

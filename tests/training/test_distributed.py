@@ -192,7 +192,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory, alone: Command) -> RunFolder:
-    """What one process leaves."""
+    """Return the results of a single process."""
     folder = RunFolder(tmp_path_factory.mktemp("single") / "run")
     alone(folder)
     return folder

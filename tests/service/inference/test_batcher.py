@@ -320,7 +320,7 @@ def test_a_lone_request_that_is_not_large_is_not_split_however_slow_the_engine_i
 def test_batches_of_a_lone_request_grow_where_even_the_smallest_takes_long(
     clock: FakeClock,
 ) -> None:
-    """What comes meanwhile waits for no more than twice the least."""
+    """A request that arrives during a batch waits for at most twice the least."""
     fixed_s = 2 * TARGET_FORWARD_S
     engine = TimedEngine(clock, max_batch=256, fixed_s=fixed_s, row_s=fixed_s / 64)
 

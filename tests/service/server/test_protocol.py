@@ -50,7 +50,7 @@ class Transport:
 
 
 def calls_after(act: Callable[[WriteCoalescingTransport], None]) -> list[object]:
-    """What a transport was told to do one turn of the event loop after `act`."""
+    """Return the calls of a transport one turn of the event loop after `act`."""
 
     async def scene() -> list[object]:
         transport = Transport()
@@ -172,7 +172,7 @@ def begin(service: ServiceProcess, data: bytes = GOOD[:1], window: int | None = 
 
 
 def kept(service: ServiceProcess, clients: list[Client]) -> int:
-    """How many connections of these clients a service has, or has yet to accept."""
+    """Return the number of connections of these clients that a service has or will accept."""
     port, theirs = address(service)[1], {each.socket.getsockname()[1] for each in clients}
     found = 0
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
