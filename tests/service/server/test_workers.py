@@ -35,6 +35,13 @@ def scraped(service: ServiceProcess, name: str) -> float:
         return total(samples(client), name)
 
 
+def write_snapshots(service: ServiceProcess) -> None:
+    """Scrape every worker, so that the next scrape of any of them is exact."""
+    for pid in pids(service):
+        with closing(client_of(service, pid)) as client:
+            samples(client)
+
+
 def wait_for(service: ServiceProcess, name: str, value: float) -> None:
     wait_until(lambda: scraped(service, name) == value, f"{name} is {value:g}")
 
@@ -74,6 +81,7 @@ def test_every_worker_gives_the_bytes_that_a_single_process_gives(
 
 def test_metrics_are_of_all_workers_whichever_is_asked(two: ServiceProcess) -> None:
     clients = [client_of(two, pid) for pid in pids(two)]
+    write_snapshots(two)
     for count, client in enumerate(clients, start=1):
         before = scraped(two, "cgan_images_total")
         for _ in range(count):
@@ -124,12 +132,13 @@ def test_a_killed_worker_is_replaced_while_the_others_serve(two: ServiceProcess)
     for pid in (killed, other):  # so that both count
         with closing(client_of(two, pid)) as client:
             client.post("/generate?label=7&n=10").raise_for_status()
+    write_snapshots(two)
     before = counters(two)
     assert before["cgan_images_total"] >= 20
-    its, others = client_of(two, killed), client_of(two, other)
-    with ThreadPoolExecutor(1) as pool, closing(its), closing(others):
+    its, watching, others = (client_of(two, pid) for pid in (killed, killed, other))
+    with ThreadPoolExecutor(1) as pool, closing(its), closing(watching), closing(others):
         held = pool.submit(its.post, "/generate?label=3&n=1024&scale=4&format=zip")
-        wait_until(lambda: total(samples(others), "cgan_requests_in_progress") > 0, "it works")
+        wait_until(lambda: total(samples(watching), "cgan_requests_in_progress") > 0, "it works")
         os.kill(killed, signal.SIGKILL)
         with pytest.raises(httpx.TransportError):
             held.result()
