@@ -2,56 +2,21 @@
 
 import math
 import socket
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import numpy as np
 import pytest
 import torch
 from fastapi import FastAPI
-from numpy.typing import NDArray
 
 from service.app import create_app
 from service.inference.errors import DeviceLost
-from service.inference.latents import RowOptions
 from service.inference.repository import Model, ModelRepository
 from service.settings import Settings
-from tests.support.engines import EngineStub
+from tests.support.engines import GatedEngine
 from tests.support.serving import serving
 from training.artifact import Artifact
-
-
-def paint_indices(
-    _seeds: NDArray[np.uint64], indices: NDArray[np.int64], _labels: NDArray[np.int64]
-) -> NDArray[np.uint8]:
-    pixels = np.zeros((len(indices), 12, 12, 1), dtype=np.uint8)
-    pixels += indices.astype(np.uint8)[:, None, None, None]
-    return pixels
-
-
-class GatedEngine(EngineStub):
-    """Paints each image with its index; waits for `gate` before each batch."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        super().__init__(8, paint_indices, artifact)
-        self.gate = threading.Event()
-        self.started = threading.Semaphore(0)
-        self.failure: Exception | None = None
-
-    def __call__(
-        self,
-        seeds: NDArray[np.uint64],
-        indices: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        row_options: Sequence[RowOptions] = (),
-    ) -> NDArray[np.uint8]:
-        self.started.release()
-        assert self.gate.wait(60)
-        if self.failure is not None:
-            raise self.failure
-        return super().__call__(seeds, indices, labels, row_options)
 
 
 @pytest.fixture

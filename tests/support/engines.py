@@ -1,5 +1,6 @@
 """An engine without a network, for tests and benchmarks of what surrounds an engine."""
 
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -69,3 +70,34 @@ class EngineStub(Engine):
     def sizes(self) -> list[int]:
         """The number of rows of each call."""
         return [len(seeds) for seeds, _, _ in self._calls]
+
+
+def paint_indices(
+    _seeds: NDArray[np.uint64], indices: NDArray[np.int64], _labels: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    pixels = np.zeros((len(indices), 12, 12, 1), dtype=np.uint8)
+    pixels += indices.astype(np.uint8)[:, None, None, None]
+    return pixels
+
+
+class GatedEngine(EngineStub):
+    """Paints each image with its index; waits for `gate` before each batch."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(8, paint_indices, artifact)
+        self.gate = threading.Event()
+        self.started = threading.Semaphore(0)
+        self.failure: Exception | None = None
+
+    def __call__(
+        self,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        row_options: Sequence[RowOptions] = (),
+    ) -> NDArray[np.uint8]:
+        self.started.release()
+        assert self.gate.wait(60)
+        if self.failure is not None:
+            raise self.failure
+        return super().__call__(seeds, indices, labels, row_options)

@@ -24,7 +24,7 @@ from service.inference.repository import Model, ModelRepository, ModelSet, load_
 from service.settings import Settings
 from tests.conftest import make_artifact
 from tests.service.api.test_health import samples
-from tests.service.test_app import GatedEngine
+from tests.support.engines import GatedEngine
 from tests.support.serving import ServiceProcess, serving
 from tests.support.wire import wait_until
 from tests.support.workers import client_of, logged, pids
@@ -255,10 +255,10 @@ def test_swaps_under_load_lose_no_request_and_no_byte(
 
 
 def gated(weights: Path, engine: GatedEngine) -> ModelRepository:
-    """A registry of the files, whose model in service is another one that can be held up."""
-    registry = load_repository(Settings(models=weights, device="cpu", max_batch=8))
-    registry.replace(ModelSet([Model("small", engine)], "small"))
-    return registry
+    """Return a repository of the files that serves a model which can be held up."""
+    repository = load_repository(Settings(models=weights, device="cpu", max_batch=8))
+    repository.replace(ModelSet([Model("small", engine)], "small"))
+    return repository
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def path(tmp_path: Path) -> Path:
 def test_what_is_in_flight_is_answered_by_the_old_model_which_then_is_released(path: Path) -> None:
     engine = GatedEngine(load_artifact(path))
     gate, old = engine.gate, engine.artifact.sha256
-    reference, started = weakref.ref(engine), engine.started
+    alive, started = weakref.ref(engine), engine.started
     app = create_app(Settings(), gated(path.parent, engine))
     del engine
     with serving(app) as client, ThreadPoolExecutor(1) as pool:
@@ -277,21 +277,21 @@ def test_what_is_in_flight_is_answered_by_the_old_model_which_then_is_released(p
         started.acquire()
         put(make_artifact(path.with_name("next"), seed=1), path)
         wait_until(lambda: served(client) != {"small": old}, "the new file is served")
-        assert reference() is not None
+        assert alive() is not None
         gate.set()
         answer = in_flight.result()
         assert named(answer) == old
         assert len(answer.json()["images"]) == 20
         assert named(client.post(RECIPE)) == digest(path) != old
-        wait_until(lambda: reference() is None, "nothing holds the old engine")
+        wait_until(lambda: alive() is None, "nothing holds the old engine")
 
 
 def test_a_replaced_model_leaves_nothing_behind(path: Path) -> None:
-    registry = load_repository(Settings(models=path.parent, device="cpu", max_batch=8))
-    engine = registry.default.engine
-    left = [weakref.ref(each) for each in (registry.default, engine, engine.artifact.generator)]
+    repository = load_repository(Settings(models=path.parent, device="cpu", max_batch=8))
+    engine = repository.default.engine
+    left = [weakref.ref(each) for each in (repository.default, engine, engine.artifact.generator)]
     del engine
-    with serving(create_app(Settings(), registry)) as client:
+    with serving(create_app(Settings(), repository)) as client:
         assert named(client.post(RECIPE)) == digest(path)
         put(make_artifact(path.with_name("next"), seed=1), path)
         wait_until(lambda: served(client) == {"small": digest(path)}, "the new file is served")
@@ -306,8 +306,8 @@ def test_a_service_that_cannot_watch_says_so_and_serves(
         yield set()
 
     monkeypatch.setattr(reload, "awatch", no_watch)
-    registry = load_repository(Settings(models=path, device="cpu", max_batch=8))
-    with serving(create_app(Settings(), registry)) as client:
+    repository = load_repository(Settings(models=path, device="cpu", max_batch=8))
+    with serving(create_app(Settings(), repository)) as client:
         assert client.post(RECIPE).status_code == 200
     assert "cannot watch the models" in caplog.text
 
