@@ -142,7 +142,7 @@ def test_files_that_cannot_be_parsed_mean_no_limit(root: Path, mount: str) -> No
     assert available_cores(root) == 16
 
 
-def test_the_cores_of_this_process_can_be_told() -> None:
+def test_the_cores_of_this_process_are_at_least_one() -> None:
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
 
 

@@ -1,4 +1,4 @@
-"""The batcher: who rides in which batch, who is refused, and who lives on when something fails."""
+"""The batcher: admission, batches, deadlines, failures and the end."""
 
 import asyncio
 import gc
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 TIMEOUT_S = 30.0  # a hung test fails by it; no test passes by it
 POISON = 666  # the label that makes a forward fail
-CORRUPT = 667  # the label of rows that are not numbers
+CORRUPT = 667  # the label of rows that are not finite
 
 
 class Gate:
@@ -94,7 +94,7 @@ class FakeEngine(EngineStub):
 
 @dataclass
 class Recorder:
-    """An observer that keeps what it was told."""
+    """An observer that keeps its calls."""
 
     batches: list[tuple[int, float]] = field(default_factory=list)
 
@@ -187,7 +187,7 @@ async def submit(
 async def admitted(
     request: Coroutine[None, None, GenerationResult],
 ) -> "asyncio.Task[GenerationResult]":
-    """Start a request and return when it is admitted or refused, which takes no waiting."""
+    """Start a request and return when it is admitted or rejected, which takes no waiting."""
     task = asyncio.create_task(request)
     await asyncio.sleep(0)
     return task
@@ -215,7 +215,7 @@ def assert_is_own(answer: GenerationResult, rows: list[Row]) -> None:
 # Batches
 
 
-def test_an_idle_engine_starts_at_once_with_what_there_is() -> None:
+def test_an_idle_engine_starts_at_once_with_the_requests_that_wait() -> None:
     gate = Gate()
     engine = FakeEngine(gate=gate)
 
@@ -230,7 +230,7 @@ def test_an_idle_engine_starts_at_once_with_what_there_is() -> None:
     run(scenario)
 
 
-def test_requests_that_came_during_a_forward_ride_together() -> None:
+def test_requests_that_arrive_during_a_forward_share_a_batch() -> None:
     gate = Gate()
     engine = FakeEngine(gate=gate)
 
@@ -248,7 +248,7 @@ def test_requests_that_came_during_a_forward_ride_together() -> None:
     run(scenario)
 
 
-def test_an_engine_is_told_which_rows_of_a_batch_have_a_variation() -> None:
+def test_an_engine_gets_the_options_of_the_rows_that_have_any() -> None:
     gate = Gate()
     engine = FakeEngine(max_batch=8, gate=gate)
     options = SamplingOptions(truncation=0.5)
@@ -272,7 +272,7 @@ def test_an_engine_is_told_which_rows_of_a_batch_have_a_variation() -> None:
     ]
 
 
-def test_a_batch_never_exceeds_what_the_engine_takes() -> None:
+def test_a_batch_never_exceeds_the_engines_maximum() -> None:
     gate = Gate()
     engine = FakeEngine(max_batch=8, gate=gate)
 
@@ -287,14 +287,16 @@ def test_a_batch_never_exceeds_what_the_engine_takes() -> None:
     run(scenario)
 
 
-def test_a_lone_large_request_is_split_into_batches_that_take_a_moment(clock: FakeClock) -> None:
+def test_a_lone_large_request_is_split_into_batches_of_the_target_duration(
+    clock: FakeClock,
+) -> None:
     engine = TimedEngine(clock, row_s=TARGET_FORWARD_S / 32.5)
 
     async def scenario(batcher: Batcher) -> None:
         assert_is_own(await submit(batcher, engine, 1, n=150), rows_of(1, 150))
 
     run(scenario)
-    # Before anything is known it gives a quantum, and no small rest is left over.
+    # Before any measurement it is 16 rows, and no small remainder is left.
     assert engine.sizes == [SMALL_REQUEST_ROWS, 48, 48, 38]
 
 
@@ -471,7 +473,7 @@ def test_the_times_of_an_answer_begin_at_admission_and_end_with_its_last_row(
 # Admission
 
 
-def test_rows_beyond_the_bound_are_refused_and_nothing_is_queued() -> None:
+def test_rows_beyond_the_limit_are_rejected_and_not_queued() -> None:
     gate = Gate()
     engine = FakeEngine(gate=gate)
 
@@ -479,11 +481,11 @@ def test_rows_beyond_the_bound_are_refused_and_nothing_is_queued() -> None:
         tasks = [await admitted(submit(batcher, engine, 0, n=10))]  # an idle one takes max_queue
         await gate.entered()
         tasks.append(await admitted(submit(batcher, engine, 1, n=8)))
-        with pytest.raises(Overloaded) as refusal:
+        with pytest.raises(Overloaded) as rejection:
             await submit(batcher, engine, 2, n=4)  # 12 rows; an eighth more is for small ones
         assert batcher.queued_rows == 8
         # Nothing was measured yet: all that is certain is that none waits beyond its deadline.
-        assert refusal.value.retry_after_s == TIMEOUT_S
+        assert rejection.value.retry_after_s == TIMEOUT_S
         tasks.append(await admitted(submit(batcher, engine, 3, n=2)))
         gate.open(2)
         await asyncio.gather(*tasks)
@@ -521,17 +523,19 @@ def test_a_full_queue_says_when_there_will_be_room(clock: FakeClock) -> None:
         tasks = [await admitted(submit(batcher, engine, 1, n=10))]
         await gate.entered()
         tasks.append(await admitted(submit(batcher, engine, 2, n=18)))
-        with pytest.raises(Overloaded) as refusal:
+        with pytest.raises(Overloaded) as rejection:
             await submit(batcher, engine, 3, n=7)
         gate.open(3)
         await asyncio.gather(*tasks)
-        return refusal.value.retry_after_s
+        return rejection.value.retry_after_s
 
     # The batch of 10 that runs takes 1 s, and then 3 of the 18 must have made room: 22 may wait.
     assert run(scenario, max_queue=20) == pytest.approx(1.0 + 3 * 0.1)
 
 
-def test_what_cannot_finish_in_time_is_refused_and_told_when_it_could(clock: FakeClock) -> None:
+def test_a_request_that_cannot_meet_its_deadline_is_rejected_with_a_time_to_retry(
+    clock: FakeClock,
+) -> None:
     engine = TimedEngine(clock, max_batch=10, row_s=1.0)
 
     async def scenario(batcher: Batcher) -> float:
@@ -541,18 +545,18 @@ def test_what_cannot_finish_in_time_is_refused_and_told_when_it_could(clock: Fak
         await gate.entered()
         tasks.append(await admitted(submit(batcher, engine, 2, n=8)))
         clock.now_s += 4.0  # of the 10 s that the running batch takes
-        with pytest.raises(Overloaded) as refusal:
+        with pytest.raises(Overloaded) as rejection:
             await submit(batcher, engine, 3, n=20)
         tasks.append(await admitted(submit(batcher, engine, 4, n=9)))  # 6 + 8 + 9 s: just fits
         gate.open(4)
         await asyncio.gather(*tasks)
-        return refusal.value.retry_after_s
+        return rejection.value.retry_after_s
 
     # 6 s of the running batch, and 20 s of its own, of which small ones may take half the engine.
     assert run(scenario, timeout_s=30.0) == pytest.approx(6 + 2 * 20 - DEADLINE_UTILISATION * 30)
 
 
-def test_each_engine_is_reckoned_at_its_own_rate(clock: FakeClock) -> None:
+def test_each_engine_is_estimated_at_its_own_rate(clock: FakeClock) -> None:
     slow = TimedEngine(clock, max_batch=10, row_s=1.0)
     fast = TimedEngine(clock, max_batch=10, row_s=0.001)
 
@@ -657,7 +661,7 @@ def test_an_idle_batcher_tries_even_when_its_estimate_says_no(clock: FakeClock) 
         (np.zeros((1, 2), np.uint64), np.zeros((1, 2), np.int64)),
     ],
 )
-def test_rows_of_the_wrong_shape_or_type_are_refused(
+def test_rows_of_the_wrong_shape_or_type_are_an_error(
     seeds: NDArray[np.uint64], indices: NDArray[np.int64]
 ) -> None:
     engine = FakeEngine()
@@ -731,11 +735,11 @@ def test_cancelling_a_queued_request_frees_its_rows_for_another() -> None:
     async def scenario(batcher: Batcher) -> None:
         blocker = await admitted(submit(batcher, engine, 0))
         await gate.entered()
-        gone = await admitted(submit(batcher, engine, 1, n=10))
+        cancelled = await admitted(submit(batcher, engine, 1, n=10))
         with pytest.raises(Overloaded):
             await submit(batcher, engine, 2, n=2)
-        gone.cancel()
-        await asyncio.wait([gone])
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
         assert batcher.queued_rows == 0
         other = await admitted(submit(batcher, engine, 3, n=10))
         gate.open(2)
@@ -746,7 +750,7 @@ def test_cancelling_a_queued_request_frees_its_rows_for_another() -> None:
     assert engine.batches == [rows_of(0, 1), rows_of(3, 10)]
 
 
-def test_cancelling_a_request_withdraws_what_was_queued() -> None:
+def test_cancelling_a_request_withdraws_its_queued_rows() -> None:
     gate = Gate()
     engine = FakeEngine(gate=gate)
 
@@ -777,13 +781,13 @@ def test_cancelling_in_flight_leaves_the_neighbours_right() -> None:
         await gate.entered()
         left = await admitted(submit(batcher, engine, 1, n=3))
         right = await admitted(submit(batcher, engine, 3, n=3))
-        gone = await admitted(submit(batcher, engine, 2, n=9))  # two rows ride, seven wait
+        cancelled = await admitted(submit(batcher, engine, 2, n=9))  # two rows ride, seven wait
         gate.open()
         await blocker
         await gate.entered()
         assert batcher.queued_rows == 7
-        gone.cancel()
-        await asyncio.wait([gone])
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
         assert batcher.queued_rows == 0
         gate.open()
         assert_is_own(await left, rows_of(1, 3))
@@ -816,7 +820,7 @@ def test_a_failed_forward_rejects_its_own_requests_and_the_next_one_works() -> N
         for failure in failures:
             assert isinstance(failure, ForwardFailed)
             assert isinstance(failure.__cause__, ArithmeticError)
-            assert "poisoned" not in str(failure)  # a client is told that, not why
+            assert "poisoned" not in str(failure)  # it may reach a client
 
     run(scenario)
     # Of the seven poisoned rows, the four that did not ride were dropped.
@@ -877,7 +881,7 @@ def test_neither_a_success_nor_a_failure_keeps_a_replaced_engine_in_memory() -> 
 # The end
 
 
-def test_draining_finishes_what_was_admitted_and_refuses_the_rest() -> None:
+def test_draining_finishes_admitted_requests_and_rejects_others() -> None:
     gate = Gate()
     engine = FakeEngine(max_batch=4, gate=gate)
 
@@ -950,7 +954,7 @@ def test_the_thread_ends_quietly_when_the_event_loop_closes_under_it() -> None:
 
 
 class FaultyEngine(FakeEngine):
-    """Fails as told, and otherwise works."""
+    """Runs out of memory, marks corrupt rows, or loses its device."""
 
     def __init__(self, max_batch: int = 64, gate: Gate | None = None, *, memory_rows: int = 64):
         super().__init__(max_batch, gate)
@@ -991,7 +995,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_tried_again_as_two_halves() -> 
     assert engine.sizes == [1, 9, 4, 5]
 
 
-def test_what_does_not_fit_as_a_half_either_fails_alone() -> None:
+def test_a_half_that_does_not_fit_either_fails_alone() -> None:
     gate = Gate()
     engine = FaultyEngine(gate=gate, memory_rows=4)
 
@@ -1039,11 +1043,11 @@ def test_a_corrupt_row_fails_its_own_request_only() -> None:
 def test_a_lost_device_rejects_everything_at_once_and_for_good() -> None:
     gate = Gate()
     engine, other = FaultyEngine(max_batch=4, gate=gate), FakeEngine()
-    told: list[DeviceLost] = []
+    lost: list[DeviceLost] = []
 
     async def main() -> None:
         batcher = Batcher(1024, TIMEOUT_S, Recorder())
-        batcher.start(told.append)
+        batcher.start(lost.append)
         tasks = [await admitted(submit(batcher, engine, 1, n=9))]
         await gate.entered()
         tasks += [await admitted(submit(batcher, each, 2, n=5)) for each in (engine, other)]
@@ -1057,23 +1061,23 @@ def test_a_lost_device_rejects_everything_at_once_and_for_good() -> None:
         await asyncio.wait_for(batcher.close(), TIMEOUT_S)
 
     asyncio.run(main())
-    assert [str(each) for each in told] == ["the device fell off the bus"]
+    assert [str(each) for each in lost] == ["the device fell off the bus"]
     assert engine.sizes == [4]
     assert other.sizes == []
 
 
-def test_what_was_computed_for_nobody_is_counted() -> None:
+def test_rows_of_cancelled_requests_are_counted_as_wasted() -> None:
     gate = Gate()
     engine = FakeEngine(max_batch=4, gate=gate)
     recorder = Recorder()
 
     async def scenario(batcher: Batcher) -> None:
-        gone = await admitted(submit(batcher, engine, 1, n=11))
+        cancelled = await admitted(submit(batcher, engine, 1, n=11))
         await gate.entered()
         gate.open()
         await gate.entered()  # four are done, four are under way, three wait
-        gone.cancel()
-        await asyncio.wait([gone])
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
         assert recorder.wasted_rows == 4
         gate.open()
         gate.open()
@@ -1263,7 +1267,7 @@ class BatcherStateMachine(RuleBasedStateMachine):
                     raise AssertionError(other)
 
     def check_accounts(self) -> None:
-        """Every row that was computed went to whoever asked for it, or is known to be wasted."""
+        """Every computed row was returned, or counted as wasted."""
         answered = sum(
             len(rows)
             for task, rows in zip(self.tasks, self.rows, strict=True)

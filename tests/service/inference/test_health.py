@@ -14,7 +14,7 @@ MLP = REPOSITORY / "weights" / "mnist-mlp.safetensors"
 
 
 @pytest.fixture
-def broken() -> Iterator[ServiceProcess]:
+def faulty() -> Iterator[ServiceProcess]:
     with ServiceProcess("--models", str(MLP), module="tests.support.faulty_engines") as running:
         yield running
 
@@ -23,34 +23,34 @@ def kind(answer: dict[str, str]) -> str:
     return answer["type"].removeprefix("urn:cgan:problem:")
 
 
-def test_a_row_that_is_no_number_fails_its_request_and_no_other(broken: ServiceProcess) -> None:
-    whole = broken.client.post("/generate?label=3&n=4&seed=1").content
-    failed = broken.client.post(f"/generate?label=3&label={NAN}&n=4&seed=1")
+def test_a_row_that_is_not_finite_fails_its_own_request_only(faulty: ServiceProcess) -> None:
+    whole = faulty.client.post("/generate?label=3&n=4&seed=1").content
+    failed = faulty.client.post(f"/generate?label=3&label={NAN}&n=4&seed=1")
     assert failed.status_code == 503
     assert kind(failed.json()) == "forward-failed"
     with ThreadPoolExecutor(8) as pool:
         queries = [f"label={label}&n=4&seed=1" for label in (3, NAN) * 20]
-        answers = list(pool.map(lambda query: broken.client.post(f"/generate?{query}"), queries))
+        answers = list(pool.map(lambda query: faulty.client.post(f"/generate?{query}"), queries))
     assert [answer.status_code for answer in answers] == [200, 503] * 20
     assert {answer.content for answer in answers[::2]} == {whole}
-    assert broken.client.get("/readyz").status_code == 200
+    assert faulty.client.get("/readyz").status_code == 200
 
 
-def test_what_does_not_fit_the_memory_is_made_in_halves(broken: ServiceProcess) -> None:
+def test_a_batch_that_does_not_fit_the_memory_is_computed_in_halves(faulty: ServiceProcess) -> None:
     for n, status in ((FITS, 200), (2 * FITS, 200), (4 * FITS, 503)):
-        assert broken.client.post(f"/generate?label={MEMORY}&n={n}").status_code == status
+        assert faulty.client.post(f"/generate?label={MEMORY}&n={n}").status_code == status
     whole, halves = (
-        broken.client.post(f"/generate?label={MEMORY}&n={n}&seed=1&format=json").json()["images"]
+        faulty.client.post(f"/generate?label={MEMORY}&n={n}&seed=1&format=json").json()["images"]
         for n in (FITS, 2 * FITS)
     )
     assert halves[:FITS] == whole
 
 
 def test_a_lost_device_ends_the_process_with_a_status_that_asks_for_another(
-    broken: ServiceProcess,
+    faulty: ServiceProcess,
 ) -> None:
-    answer = broken.client.post(f"/generate?label={LOST}")
+    answer = faulty.client.post(f"/generate?label={LOST}")
     assert answer.status_code == 503
     assert kind(answer.json()) == "device-lost"
-    assert broken.wait() == os.EX_TEMPFAIL
-    assert any("CUDA error" in line for line in broken.errors)
+    assert faulty.wait() == os.EX_TEMPFAIL
+    assert any("CUDA error" in line for line in faulty.errors)

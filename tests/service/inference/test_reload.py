@@ -72,7 +72,7 @@ def weights(shared: tuple[ServiceProcess, Path], variants: list[Path]) -> Iterat
 
 
 def put(source: Path, target: Path) -> None:
-    """Copy beside the target and rename, as whoever exports a model does."""
+    """Copy beside the target and rename, as an export does."""
     beside = target.with_name(f".{target.name}.new")
     shutil.copy(source, beside)
     beside.replace(target)
@@ -136,7 +136,7 @@ def test_a_replaced_file_is_served_within_moments_and_named_everywhere(
     wait_until(lambda: logged(service, "a model was loaded")[-1]["sha256"] == new, "it is logged")
 
 
-def test_a_file_is_added_and_removed_with_all_that_was_told_of_it(
+def test_a_file_is_added_and_removed_from_the_metrics_too(
     service: ServiceProcess, weights: Path, variants: list[Path]
 ) -> None:
     put(variants[1], weights / "more.safetensors")
@@ -161,11 +161,11 @@ def test_the_default_is_chosen_again_by_the_same_rule(
     wait_until(lambda: default(service) == ["small"], "the first one is the default")
 
 
-def test_the_last_model_is_served_on_when_its_file_is_gone(
+def test_the_last_model_is_served_on_when_its_file_is_removed(
     service: ServiceProcess, weights: Path
 ) -> None:
     (weights / "small.safetensors").unlink()
-    wait_until(lambda: bool(refused(service)), "it is told")
+    wait_until(lambda: bool(refused(service)), "an error is reported")
     assert refused(service) == {weights.name: "holds no *.safetensors file"}
     assert service.client.post(RECIPE).status_code == 200
 
@@ -173,7 +173,7 @@ def test_the_last_model_is_served_on_when_its_file_is_gone(
 # What is refused ---------------------------------------------------------------------------------
 
 
-def test_a_bad_file_leaves_the_old_model_in_service_and_is_told_everywhere(
+def test_a_bad_file_leaves_the_old_model_in_service_and_is_reported_everywhere(
     service: ServiceProcess, weights: Path, variants: list[Path], tmp_path: Path
 ) -> None:
     before = reloads(service, "refused")
@@ -188,8 +188,8 @@ def test_a_bad_file_leaves_the_old_model_in_service_and_is_told_everywhere(
     assert reloads(service, "refused") == before + 2
     assert named(service.client.post(RECIPE)) == digest(variants[0])
     assert service.client.post(RECIPE + "&model=new").status_code == 404
-    told = {line["path"]: line["cause"] for line in logged(service, "a file was refused")}
-    assert told[str(weights / "small.safetensors")] == cause
+    causes = {line["path"]: line["cause"] for line in logged(service, "a file was refused")}
+    assert causes[str(weights / "small.safetensors")] == cause
     put(variants[1], weights / "small.safetensors")
     wait_until(lambda: list(refused(service)) == ["new.safetensors"], "a good one is not")
     assert named(service.client.post(RECIPE)) == digest(variants[1])
@@ -266,7 +266,9 @@ def path(tmp_path: Path) -> Path:
     return make_artifact(tmp_path / "small.safetensors")
 
 
-def test_what_is_in_flight_is_answered_by_the_old_model_which_then_is_released(path: Path) -> None:
+def test_a_request_in_flight_is_answered_by_the_old_model_which_is_then_released(
+    path: Path,
+) -> None:
     engine = GatedEngine(load_artifact(path))
     gate, old = engine.gate, engine.artifact.sha256
     alive, started = weakref.ref(engine), engine.started
@@ -295,7 +297,7 @@ def test_a_replaced_model_leaves_nothing_behind(path: Path) -> None:
         assert named(client.post(RECIPE)) == digest(path)
         put(make_artifact(path.with_name("next"), seed=1), path)
         wait_until(lambda: served(client) == {"small": digest(path)}, "the new file is served")
-        wait_until(lambda: gc.collect() >= 0 and not any(each() for each in left), "it is gone")
+        wait_until(lambda: gc.collect() >= 0 and not any(each() for each in left), "it is released")
 
 
 def test_a_service_that_cannot_watch_says_so_and_serves(
@@ -334,7 +336,7 @@ def test_sighup_has_every_worker_read_all_files_again(variants: list[Path], tmp_
         for pid in workers:
             with closing(client_of(service, pid)) as client:
                 assert named(client.post(RECIPE)) == digest(variants[1])
-        wait_until(lambda: of_models(service) == {("small", digest(variants[1]))}, "it is told")
+        wait_until(lambda: of_models(service) == {("small", digest(variants[1]))}, "it is reported")
         service.signal()
         assert service.wait() == 0
 

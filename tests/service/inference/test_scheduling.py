@@ -129,7 +129,7 @@ def test_rows_of_a_batch_belong_to_their_requests(
     (plain,) = add(queue, loop, 3)
     (other,) = add(queue, loop, 4, options=options)
     batch = queue.take_batch(overloaded=False)
-    assert queue.queued_rows == 0
+    assert (queue.queued_rows, queue.small_rows) == (0, 0)
     assert batch.row_options() == [(slice(3, 7), slice(0, 4), options)]
     assert batch.slices_with(np.arange(7) == 2) == [(plain, 0, 3)]
     assert batch.slices_with(np.arange(7) > 5) == [(other, 0, 4)]
