@@ -49,15 +49,7 @@ class ProblemDetails(BaseModel):
 
 
 class Problem(Exception):  # noqa: N818  (the name of RFC 9457)
-    """An error for the caller.
-
-    Args:
-        status: HTTP status.
-        kind: short name that becomes the type.
-        detail: one sentence for the caller.
-        errors: the invalid values, if any.
-        headers: to add to the response.
-    """
+    """An error for the caller: its HTTP status, a short name for its type, and one sentence."""
 
     def __init__(
         self,
@@ -74,19 +66,18 @@ class Problem(Exception):  # noqa: N818  (the name of RFC 9457)
         self.headers = dict(headers or {})
 
 
-class OpenAIError(BaseModel):
-    """An error as the OpenAI API describes it."""
-
-    message: str
-    type: str
-    param: str | None = Field(description="the first invalid parameter")
-    code: str
-
-
 class OpenAIErrorBody(BaseModel):
     """The body of every error of the OpenAI API."""
 
-    error: OpenAIError
+    class Error(BaseModel):
+        """An error."""
+
+        message: str
+        type: str
+        param: str | None = Field(description="the first invalid parameter")
+        code: str
+
+    error: Error
 
 
 class InferenceErrorBody(BaseModel):
@@ -96,19 +87,12 @@ class InferenceErrorBody(BaseModel):
 
 
 class ErrorFormat(NamedTuple):
-    """The format in which an API writes its errors.
-
-    Attributes:
-        media_type: of the body.
-        model: describes the body.
-        render: return the body of a problem with a request of this id.
-        invalid_value_status: used in place of 422, which some APIs do not know.
-    """
+    """The format in which an API writes its errors."""
 
     media_type: str
-    model: type[BaseModel]
-    render: Callable[[Problem, str | None], dict[str, Any]]
-    invalid_value_status: int
+    model: type[BaseModel]  # describes the body
+    render: Callable[[Problem, str | None], dict[str, Any]]  # the body, with the request id
+    invalid_value_status: int  # in place of 422, which some APIs do not know
 
 
 def _render_details(problem: Problem, request_id: str | None) -> dict[str, Any]:
@@ -125,13 +109,13 @@ def _render_details(problem: Problem, request_id: str | None) -> dict[str, Any]:
 def _render_openai(problem: Problem, _request_id: str | None) -> dict[str, Any]:
     types = {401: "authentication_error", 429: "rate_limit_error"}
     other = "server_error" if problem.status >= 500 else "invalid_request_error"
-    error = OpenAIError(
-        message=problem.detail,
-        type=types.get(problem.status, other),
-        param=problem.errors[0].field if problem.errors else None,
-        code=problem.kind.replace("-", "_"),
-    )
-    return {"error": error.model_dump()}
+    error = {
+        "message": problem.detail,
+        "type": types.get(problem.status, other),
+        "param": problem.errors[0].field if problem.errors else None,
+        "code": problem.kind.replace("-", "_"),
+    }
+    return {"error": error}
 
 
 def _render_inference(problem: Problem, _request_id: str | None) -> dict[str, Any]:
@@ -164,11 +148,8 @@ PROTOCOL_ERRORS = (400, 408, 413, 414, 431)  # of any request
 AUTH_ERRORS = (401,)
 GENERATION_ERRORS = (404, 422, 429, 503, 504)
 
-INTERNAL_ERROR = Problem(
-    500,
-    "internal-error",
-    "Internal server error. Include the request id when reporting it.",
-)
+_REPORT = "Internal server error. Include the request id when reporting it."
+INTERNAL_ERROR = Problem(500, "internal-error", _REPORT)
 
 
 def format_for(path: str) -> ErrorFormat:
@@ -208,12 +189,7 @@ def unsupported_media_type(field: str, value: str, message: str) -> Problem:
 def invalid_values(
     errors: Sequence[Mapping[str, Any]], allowed: Mapping[str, str] | None = None
 ) -> Problem:
-    """Return a problem with the values that a validation found invalid.
-
-    Args:
-        errors: pydantic's description of each.
-        allowed: messages by field name; they replace pydantic's.
-    """
+    """Return a problem with the values of pydantic's `errors`; `allowed` replaces its messages."""
     found = [_field_error(each, allowed or {}) for each in errors[:_MAX_FIELD_ERRORS]]
     detail = "; ".join(f"{each.field}: {each.message}" for each in found[:3])
     return Problem(422, "invalid-value", detail, errors=found)

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from random import getrandbits
 from typing import NamedTuple
 
@@ -37,80 +36,47 @@ log = logging.getLogger("service")
 
 
 class Stage(NamedTuple):
-    """A part of the time of a request, by `perf_counter`; kept in `scope["state"]["stages"]`.
+    """A part of the time of a request, by `perf_counter`; kept in `scope["state"]["stages"]`."""
 
-    Attributes:
-        name: `queue`, `forward` or `encode`.
-        began: start time.
-        ended: end time.
-        forwards: of a `forward`, the batches with rows of the request.
-    """
-
-    name: str
+    name: str  # queue, forward or encode
     began: float
     ended: float
-    forwards: Sequence[BatchRecord] = ()
+    forwards: Sequence[BatchRecord] = ()  # of a forward, the batches with rows of the request
 
 
 @dataclass(frozen=True)
 class Interpolation:
-    """A path from the images of one seed to those of another, along the arc between their latents.
-
-    Attributes:
-        to_seed: the seed at its end.
-        at: the position of each image on the path, in [0, 1].
-    """
+    """A path from the images of one seed to those of another, along the arc of their latents."""
 
     to_seed: int
-    at: Sequence[float]
+    at: Sequence[float]  # the position of each image on the path, in [0, 1]
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A request for images, not yet checked against the models.
+    """A request for images, not yet checked against the models."""
 
-    Attributes:
-        labels: class names or indices, `n` images of each.
-        mix: classes and their weights, in place of labels.
-        n: images, or interpolations, of each label.
-        seed: of all of them; drawn if None.
-        index: number of the first image.
-        interpolation: replaces every image by several.
-        truncation: in (0, 1].
-        model: name of a model, optionally followed by `@sha256:` and its digest; None for the
-            default model.
-    """
-
-    labels: Sequence[str | int] = ()
-    mix: Sequence[tuple[str, float]] = ()
-    n: int = 1
-    seed: int | None = None
-    index: int = 0
-    interpolation: Interpolation | None = None
-    truncation: float = 1.0
-    model: str | None = None
+    labels: Sequence[str | int] = ()  # class names or indices
+    mix: Sequence[tuple[str, float]] = ()  # in place of labels, classes and their weights
+    n: int = 1  # images, or interpolations, of each label
+    seed: int | None = None  # of all images; drawn if None
+    index: int = 0  # number of the first image
+    interpolation: Interpolation | None = None  # replaces every image by several
+    truncation: float = 1.0  # in (0, 1]
+    model: str | None = None  # NAME or NAME@sha256:DIGEST; the default model if None
 
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """A request for images of a loaded model, one row an image.
-
-    Attributes:
-        model: generates them.
-        seeds: (N,) uint64.
-        labels: (N,) int64 class indices; of a mixture, the class with the largest weight.
-        indices: (N,) int64, the number of each image among those of its seed and class.
-        counts: images by class index, or of a mixture, for the metrics; empty where the images
-            themselves are not sent.
-        options: set unless the images are plain draws of a class.
-    """
+    """A request for images of a loaded model, one row an image."""
 
     model: Model
-    seeds: NDArray[np.uint64]
-    labels: NDArray[np.int64]
-    indices: NDArray[np.int64]
+    seeds: NDArray[np.uint64]  # (N,)
+    labels: NDArray[np.int64]  # (N,) class indices; of a mixture, the class that weighs most
+    indices: NDArray[np.int64]  # (N,) the number of each image among those of its seed and class
+    # Images by class index, or of a mixture, for the metrics; empty if they are not sent.
     counts: Mapping[int | str, int]
-    options: SamplingOptions | None = None
+    options: SamplingOptions | None = None  # None for plain draws of a class
 
     @property
     def seed(self) -> int:
@@ -218,7 +184,7 @@ class Generation:
         if request.n * len(labels) * steps > MAX_IMAGES:
             raise _too_many(request.n, len(labels), steps)
         seed = getrandbits(_SEED_BITS) if request.seed is None else request.seed
-        rows, indices, counts = _number(tuple(labels), request.n, request.index)
+        rows, indices, counts = _number(labels, request.n, request.index)
         options = None
         if path is not None or weights is not None or request.truncation != 1.0:
             rows, indices = np.repeat(rows, steps), np.repeat(indices, steps)
@@ -229,8 +195,7 @@ class Generation:
             if path is not None:
                 to_seed, at = path.to_seed, np.tile(np.array(path.at), len(rows) // steps)
             options = SamplingOptions(request.truncation, to_seed, at, weights)
-        seeds = np.empty(len(rows), dtype=np.uint64)
-        seeds.fill(seed)  # at half the cost of np.full
+        seeds = np.full(len(rows), seed, dtype=np.uint64)
         return ResolvedRequest(model, seeds, rows, indices, counts, options)
 
     def resolve_rows(
@@ -403,16 +368,10 @@ def mix_weights(model: Model, mix: Sequence[tuple[str, float]]) -> NDArray[np.fl
     return weights
 
 
-@lru_cache(maxsize=256)
 def _number(
-    labels: tuple[int, ...], n: int, index: int
+    labels: Sequence[int], n: int, index: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int | str, int]]:
-    """Return the labels (N,) and indices (N,) of `n` images of each label, and the counts.
-
-    Cached, since few requests differ in these; the results must not be modified.
-    """
-    if len(labels) == 1:
-        return np.full(n, labels[0]), np.arange(index, index + n), {labels[0]: n}
+    """Return the labels (N,) and indices (N,) of `n` images of each label, and the counts."""
     counts: dict[int | str, int] = {}
     firsts = []  # the index of the first image of each label
     for label in labels:

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field
 from starlette.types import Send
 
 from service.api.caching import cache_control, entity_tag, matches
-from service.api.parameters import SamplingFields, Seed
+from service.api.parameters import SamplingFields
 from service.api.respond import Responder
 from service.disconnect import Disconnected
 from service.encoding.datasets import (
@@ -42,6 +42,12 @@ log = logging.getLogger("service")
 PATH = "/dataset"
 MAX_PER_CLASS = 1_000_000
 MAX_DATASET_IMAGES = 10_000_000
+_PER_CLASS = f"images of each class; at most {MAX_DATASET_IMAGES} in all"
+_FORMAT = (
+    "zip: a folder of PNGs for each class; webdataset: a tar of samples; idx: a tar of MNIST's two "
+    "files; npz: arrays for NumPy"
+)
+_START = "number of the first image, a multiple of the number of classes; leaves out earlier ones"
 _MAX_BATCH_IMAGES = 256  # generated at once, unless a single block has more
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 _NO_PIXELS = np.empty((0, 0, 0, 0), dtype=np.uint8)
@@ -52,26 +58,9 @@ class DatasetQuery(SamplingFields):
 
     model_config = ConfigDict(extra="forbid")
 
-    per_class: int = Field(
-        ge=1,
-        le=MAX_PER_CLASS,
-        description=f"images of each class; at most {MAX_DATASET_IMAGES} in all",
-        examples=[1000],
-    )
-    seed: Seed | None = Field(
-        None, description="the same seed gives the same bytes; drawn if not given"
-    )
-    format: DatasetFormat = Field(
-        "zip",
-        description="zip: a folder of PNGs for each class; webdataset: a tar of samples; idx: a "
-        "tar of MNIST's two files; npz: arrays for NumPy",
-    )
-    start: int = Field(
-        0,
-        ge=0,
-        description="number of the first image, a multiple of the number of classes; earlier ones "
-        "are left out",
-    )
+    per_class: int = Field(ge=1, le=MAX_PER_CLASS, description=_PER_CLASS, examples=[1000])
+    format: DatasetFormat = Field("zip", description=_FORMAT)
+    start: int = Field(0, ge=0, description=_START)
 
     def dataset(self, generation: Generation) -> GeneratedDataset:
         """Check the parameters against the models and return the data set.

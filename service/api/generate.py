@@ -1,9 +1,9 @@
 """The endpoint `/generate`."""
 
-from collections.abc import Iterable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -51,15 +51,6 @@ _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {
 }
 
 
-class RequestHeaders(NamedTuple):
-    """The headers of a request that matter here."""
-
-    accept: str | None
-    content_type: bytes
-    body: str | None  # the header that announces one
-    if_none_match: str | None
-
-
 class GenerateEndpoint:
     """ASGI middleware that answers `/generate` before the router sees it.
 
@@ -91,13 +82,13 @@ class GenerateEndpoint:
         await send({"type": "http.response.body", "body": body})
 
     async def _generate(self, scope: Scope, receive: Receive) -> tuple[int, RawHeaders, bytes]:
-        headers = read_headers(scope["headers"])
+        headers = Headers(scope=scope)
         parameters: GenerateQuery | GenerateBody
-        if headers.body is None:
-            parameters = parse_query(scope["query_string"])
-        else:
+        if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
             parameters = parse_body(await _read_body(headers, scope, receive))
-        image_format = parameters.format or negotiate(headers.accept)
+        else:
+            parameters = parse_query(scope["query_string"])
+        image_format = parameters.format or negotiate(", ".join(headers.getlist("accept")))
         request = self._responder.generation.resolve(parameters.to_request())
         scale = parameters.scale
         pixels = count_pixels(request, scale)
@@ -107,7 +98,7 @@ class GenerateEndpoint:
                 None if parameters.seed is None else request_tag(request, f"{image_format} {scale}")
             )
             caching = _caching_headers(scope, parameters, tag)
-            if tag is not None and matches(headers.if_none_match, tag):
+            if tag is not None and matches(", ".join(headers.getlist("if-none-match")), tag):
                 return 304, [*caching, (b"x-model", request.model.versioned_name.encode())], b""
         encoded = await self._responder.respond(
             request,
@@ -151,25 +142,7 @@ def create_router() -> APIRouter:
     return router
 
 
-def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> RequestHeaders:
-    """Parse the headers of a request, whose names are in lower case."""
-    accept = body = if_none_match = None
-    content_type = b""
-    for name, value in headers:
-        if name == b"accept":
-            more = value.decode("latin-1")
-            accept = more if accept is None else f"{accept}, {more}"  # lines of one list
-        elif (name == b"content-length" and value != b"0") or name == b"transfer-encoding":
-            body = (b"%b: %b" % (name, value)).decode("latin-1")
-        elif name == b"content-type":
-            content_type = value
-        elif name == b"if-none-match":
-            more = value.decode("latin-1")
-            if_none_match = more if if_none_match is None else f"{if_none_match}, {more}"
-    return RequestHeaders(accept, content_type, body, if_none_match)
-
-
-async def _read_body(headers: RequestHeaders, scope: Scope, receive: Receive) -> bytearray:
+async def _read_body(headers: Headers, scope: Scope, receive: Receive) -> bytearray:
     """Read the body, which must be JSON; the server bounds its size.
 
     Raises:
@@ -177,17 +150,16 @@ async def _read_body(headers: RequestHeaders, scope: Scope, receive: Receive) ->
         Disconnected: the client disconnected before its end.
     """
     if scope["method"] != "POST":
+        name = "transfer-encoding" if "transfer-encoding" in headers else "content-length"
         reason = "is not allowed; send the parameters in the query string"
-        raise invalid_value("body", headers.body, reason)
+        raise invalid_value("body", f"{name}: {headers[name]}", reason)
     if scope["query_string"]:
         query = scope["query_string"].decode("latin-1")
         raise invalid_value("query", query, "must be empty if the body has the parameters")
-    if headers.content_type.partition(b";")[0].strip().lower() != b"application/json":
-        raise unsupported_media_type(
-            "Content-Type",
-            headers.content_type.decode("latin-1"),
-            "must be application/json; or send no body and the parameters in the query string",
-        )
+    content_type = headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        reason = "must be application/json; or send no body and the parameters in the query string"
+        raise unsupported_media_type("Content-Type", content_type, reason)
     body = bytearray()
     while True:
         message = await receive()

@@ -69,17 +69,6 @@ class StatisticDuration(BaseModel):
     ns: int
 
 
-class InferenceStatistics(BaseModel):
-    """The time of a model's requests by stage; inputs and outputs take none of their own."""
-
-    success: StatisticDuration
-    fail: StatisticDuration
-    queue: StatisticDuration
-    compute_input: StatisticDuration
-    compute_infer: StatisticDuration
-    compute_output: StatisticDuration
-
-
 class ModelStatistics(BaseModel):
     """The statistics of a model since it was loaded: all APIs, but only the worker that answers."""
 
@@ -88,7 +77,7 @@ class ModelStatistics(BaseModel):
     last_inference: int = Field(description="milliseconds since 1970; 0 for never")
     inference_count: int = Field(description="images")
     execution_count: int = Field(description="forwards")
-    inference_stats: InferenceStatistics
+    inference_stats: dict[str, StatisticDuration]
     batch_stats: list[Any] = Field(description="always empty; /metrics has histograms of batches")
 
 
@@ -266,21 +255,23 @@ def _metadata(model: Model) -> ModelMetadata:
 
 def _statistics(generation: Generation, model: Model) -> ModelStatistics:
     stats = model.stats
-    queue_ns, forward_ns = int(1e9 * stats.queue_s), int(1e9 * stats.forward_s)
-    nothing = StatisticDuration(count=0, ns=0)
+    durations = {
+        "success": (stats.answered, stats.queue_s + stats.forward_s),
+        "fail": (stats.failed, stats.failed_s),
+        "queue": (stats.answered, stats.queue_s),
+        "compute_input": (0, 0.0),
+        "compute_infer": (stats.answered, stats.forward_s),
+        "compute_output": (0, 0.0),
+    }
     return ModelStatistics(
         name=model.name,
         version=model.sha256,
         last_inference=int(1e3 * stats.last_at),
         inference_count=stats.images,
         execution_count=generation.forwards(model),
-        inference_stats=InferenceStatistics(
-            success=StatisticDuration(count=stats.answered, ns=queue_ns + forward_ns),
-            fail=StatisticDuration(count=stats.failed, ns=int(1e9 * stats.failed_s)),
-            queue=StatisticDuration(count=stats.answered, ns=queue_ns),
-            compute_input=nothing,
-            compute_infer=StatisticDuration(count=stats.answered, ns=forward_ns),
-            compute_output=nothing,
-        ),
+        inference_stats={
+            name: StatisticDuration(count=count, ns=int(1e9 * seconds))
+            for name, (count, seconds) in durations.items()
+        },
         batch_stats=[],
     )

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from service.api.parameters import Truncation
 from service.encoding.images import single_pngs
 from service.encoding.timeslice import IncrementalEncoder
 from service.errors import Problem, invalid_value, invalid_values, unsupported_media_type
@@ -86,9 +87,7 @@ class InferenceParameters(BaseModel):
     timeout: Annotated[int, Field(ge=1, le=1000 * MAX_TIMEOUT_MS)] | None = Field(
         None, description="deadline in microseconds"
     )
-    truncation: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
-        1.0, description="lower values give more typical, less varied images"
-    )
+    truncation: Truncation = 1.0
 
 
 class InferenceRequest(BaseModel):
@@ -132,21 +131,13 @@ class InferenceResponse(BaseModel):
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A parsed request.
-
-    Attributes:
-        request: its JSON.
-        labels: (N,) int64.
-        seeds: (N,) uint64, or None.
-        indices: (N,) int64, or None.
-        outputs: requested tensors; true for those to be sent as binary.
-    """
+    """A parsed request."""
 
     request: InferenceRequest
-    labels: NDArray[np.int64]
-    seeds: NDArray[np.uint64] | None
-    indices: NDArray[np.int64] | None
-    outputs: Mapping[OutputName, bool]
+    labels: NDArray[np.int64]  # (N,)
+    seeds: NDArray[np.uint64] | None  # (N,)
+    indices: NDArray[np.int64] | None  # (N,)
+    outputs: Mapping[OutputName, bool]  # true for tensors to be sent as binary
 
 
 def decompress(body: bytes, encoding: str | None) -> bytes:
@@ -174,11 +165,7 @@ def decompress(body: bytes, encoding: str | None) -> bytes:
 
 
 def parse(body: bytes, head_length: str | None) -> ParsedRequest:
-    """Parse the body of a request.
-
-    Args:
-        body: JSON, followed by the binary tensors.
-        head_length: the header with the length of the JSON; None if there are no binary tensors.
+    """Parse a body: JSON, of a length that a header states, and then the binary tensors.
 
     Raises:
         Problem: 422, naming the field and what is allowed.
@@ -260,15 +247,11 @@ def describe_outputs(shape: tuple[int, ...], rows: int = -1) -> dict[OutputName,
 
 
 class ResponseEncoder:
-    """Encodes the body of a response.
-
-    Attributes:
-        head_bytes: length of the JSON at its beginning, once it is encoded.
-    """
+    """Encodes the body of a response."""
 
     def __init__(self, parsed: ParsedRequest, request: ResolvedRequest) -> None:
         self._parsed, self._request = parsed, request
-        self.head_bytes = 0
+        self.head_bytes = 0  # length of the JSON at its beginning, once it is encoded
 
     def encode(self, result: GenerationResult) -> IncrementalEncoder:
         """Encode the images of the request."""

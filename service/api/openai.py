@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict
 
-from service.api.parameters import MAX_SCALE, MAX_SEED
+from service.api.parameters import MAX_SCALE, Seed, Truncation
 from service.api.respond import Responder, count_pixels
 from service.encoding.images import single_pngs
 from service.encoding.timeslice import IncrementalEncoder
@@ -46,12 +46,8 @@ class ImageRequest(BaseModel):
         None, description="PNGs in base64; images are not stored, so URLs are not available"
     )
     user: str | None = Field(None, description="accepted for compatibility and ignored")
-    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] | None = Field(
-        None, description="as on /generate; an extension of the OpenAI API"
-    )
-    truncation: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
-        None, description="as on /generate; an extension of the OpenAI API"
-    )
+    seed: Annotated[Seed, Strict()] = None
+    truncation: Truncation | None = None
 
 
 class ImageData(BaseModel):

@@ -18,50 +18,41 @@ MAX_WEIGHT = 1e6
 MAX_SCALE = 16
 _MAX_CACHED_QUERY_BYTES = 256
 
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-_Steps = Annotated[int, Field(ge=2, le=MAX_IMAGES)]
-_At = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_TRUNCATION = "lower values give more typical, less varied images"
+_MODEL = "NAME of a model, or NAME@sha256:DIGEST to pin its file; the default model if not given"
+_SEED = "the same seed gives the same images; drawn if not given"
+_INDEX = "number of the first image among those of the seed"
+_N = f"images of each label; at most {MAX_IMAGES} in all"
+_STEPS = "images of an interpolation, both ends included"
+_AT = "in place of steps: the one image at this position, from 0 to 1"
+_TIMEOUT = "deadline in milliseconds, if shorter than the service's; rejects what cannot make it"
+
+SeedValue = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Seed = Annotated[SeedValue | None, Field(description=_SEED)]
+Truncation = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description=_TRUNCATION)]
+_Steps = Annotated[Annotated[int, Field(ge=2, le=MAX_IMAGES)] | None, Field(description=_STEPS)]
+_AtValue = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_At = Annotated[_AtValue | None, Field(description=_AT)]
 _Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT, allow_inf_nan=False)]
+_SEVERAL = Field(min_length=1, max_length=MAX_IMAGES)
 
 
 class SamplingFields(BaseModel):
     """The parameters that `/generate` and `/dataset` share."""
 
-    truncation: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        allow_inf_nan=False,
-        description="lower values give more typical, less varied images",
-    )
-    model: str | None = Field(
-        None,
-        description="name of a model, or name@sha256:digest to pin its file; the default model if "
-        "not given",
-    )
+    truncation: Truncation = 1.0
+    model: str | None = Field(None, description=_MODEL)
+    seed: Seed = None
 
 
 class _GenerateFields(SamplingFields):
     """The parameters that a query string and a body share."""
 
-    n: int = Field(
-        1, ge=1, le=MAX_IMAGES, description=f"images of each label; at most {MAX_IMAGES} in all"
-    )
-    seed: Seed | None = Field(
-        None, description="the same seed gives the same images; drawn if not given"
-    )
-    index: int = Field(
-        0, ge=0, le=MAX_INDEX, description="number of the first image among those of the seed"
-    )
+    n: int = Field(1, ge=1, le=MAX_IMAGES, description=_N)
+    index: int = Field(0, ge=0, le=MAX_INDEX, description=_INDEX)
     format: Format | None = Field(None, description="takes precedence over the Accept header")
     scale: int = Field(1, ge=1, le=MAX_SCALE, description="enlarge each pixel to scale x scale")
-    timeout_ms: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_TIMEOUT_MS,
-        description="deadline in milliseconds; requests that cannot finish in time are rejected; "
-        "the service may allow less",
-    )
+    timeout_ms: int | None = Field(None, ge=1, le=MAX_TIMEOUT_MS, description=_TIMEOUT)
 
     def _request(
         self,
@@ -91,19 +82,17 @@ class GenerateQuery(_GenerateFields):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    label: Annotated[list[str], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
+    label: Annotated[list[str], _SEVERAL] | None = Field(
         None, examples=[["7"]], description="class index or class name; may repeat"
     )
-    mix: Annotated[list[str], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
+    mix: Annotated[list[str], _SEVERAL] | None = Field(
         None, description="in place of label: CLASS:WEIGHT for each class of a mixture"
     )
-    to_seed: Seed | None = Field(
+    to_seed: SeedValue | None = Field(
         None, description="interpolate from the images of seed to those of this seed"
     )
-    steps: _Steps | None = Field(None, description="images of an interpolation, both ends included")
-    at: _At | None = Field(
-        None, description="in place of steps: the one image at this position, from 0 to 1"
-    )
+    steps: _Steps = None
+    at: _At = None
 
     def to_request(self) -> GenerationRequest:
         """Return the request for images.
@@ -136,12 +125,10 @@ class InterpolationBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    from_seed: Seed | None = Field(None, description="drawn if not given")
-    to_seed: Seed
-    steps: _Steps | None = Field(None, description="images, both ends included")
-    at: _At | None = Field(
-        None, description="in place of steps: the one image at this position, from 0 to 1"
-    )
+    from_seed: SeedValue | None = Field(None, description="drawn if not given")
+    to_seed: SeedValue
+    steps: _Steps = None
+    at: _At = None
 
 
 class GenerateBody(_GenerateFields):
@@ -149,11 +136,11 @@ class GenerateBody(_GenerateFields):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    labels: Annotated[list[str | int], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
+    labels: Annotated[list[str | int], _SEVERAL] | None = Field(
         None, description="class names, or indices as numbers", examples=[["3", 8]]
     )
     label: str | int | None = Field(None, description="in place of labels, if there is only one")
-    mix: Annotated[dict[str, _Weight], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
+    mix: Annotated[dict[str, _Weight], _SEVERAL] | None = Field(
         None, description="in place of labels: the weight of each class of a mixture"
     )
     interpolate: InterpolationBody | None = None

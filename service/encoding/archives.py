@@ -55,19 +55,12 @@ DESCRIPTOR_BYTES = 24
 
 @dataclass
 class ZipEntry:
-    """A stored file. Sizes and offsets take 64 bits, so that the records of all files are equal.
-
-    Attributes:
-        name: its name.
-        size: its bytes.
-        crc: their CRC-32; None if it is unknown until a descriptor follows the file.
-        offset: of its local header in the archive.
-    """
+    """A stored file. Sizes and offsets take 64 bits, so that the length of records is fixed."""
 
     name: bytes
     size: int
-    crc: int | None = None
-    offset: int = 0
+    crc: int | None = None  # CRC-32; None if it is unknown until a descriptor follows the file
+    offset: int = 0  # of its local header in the archive
 
     def __post_init__(self) -> None:
         self._flags = 8 if self.crc is None else 0

@@ -56,15 +56,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class GeneratedDataset:
-    """A balanced, labelled set of images.
-
-    Attributes:
-        model: generates them.
-        seed: of all images.
-        first: its first block.
-        last: the block after its last one.
-        truncation: in (0, 1].
-    """
+    """A balanced, labelled set of images: the blocks first:last of a seed."""
 
     model: Model
     seed: int
@@ -106,19 +98,12 @@ class GeneratedDataset:
 
 
 class Batch(NamedTuple):
-    """The images of some blocks.
+    """The images of some blocks."""
 
-    Attributes:
-        first: the number of the first image, counted from the first of the data set.
-        labels: (N,) int64.
-        indices: (N,) int64.
-        pixels: (N, H, W, C) uint8; empty for segments that need none.
-    """
-
-    first: int
-    labels: NDArray[np.int64]
-    indices: NDArray[np.int64]
-    pixels: Pixels
+    first: int  # the number of the first image, counted from the first of the data set
+    labels: NDArray[np.int64]  # (N,)
+    indices: NDArray[np.int64]  # (N,)
+    pixels: Pixels  # (N, H, W, C); empty for segments that need none
 
     def rows(self) -> Iterator[tuple[int, int, Pixels]]:
         """Yield label, index and pixels of each image."""
@@ -135,53 +120,33 @@ class StaticSegment:
 
 @dataclass(frozen=True)
 class BlockSegment:
-    """The bytes of all blocks, the same number for each.
-
-    Attributes:
-        block_bytes: of one block.
-        make: yield the bytes of some blocks, in small pieces.
-        needs_pixels: false if labels and indices are enough.
-    """
+    """The bytes of all blocks, the same number for each."""
 
     block_bytes: int
-    make: Callable[[Batch], Iterator[bytes]]
-    needs_pixels: bool = True
+    make: Callable[[Batch], Iterator[bytes]]  # yields the bytes of some blocks in small pieces
+    needs_pixels: bool = True  # false if labels and indices are enough
 
 
 Segment = StaticSegment | BlockSegment
 
 
 class SegmentRange(NamedTuple):
-    """A static segment, or some blocks of a segment: the unit of work of a download.
-
-    Attributes:
-        segment: the segment.
-        offset: of its first byte in the file.
-        length: bytes.
-        first: the first block, counted from the first of the data set.
-        last: the block after the last one.
-    """
+    """A static segment, or the blocks first:last of another: the unit of work of a download."""
 
     segment: Segment
-    offset: int
-    length: int
-    first: int
+    offset: int  # of its first byte in the file
+    length: int  # in bytes
+    first: int  # counted from the first block of the data set
     last: int
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """A data set as a file; to be read once, since its segments accumulate checksums.
-
-    Attributes:
-        blocks: number of blocks of the data set.
-        segments: in the order of the file.
-        seekable: false if segments hold checksums of earlier ones, which must then be made too.
-    """
+    """A data set as a file; to be read once, since its segments accumulate checksums."""
 
     blocks: int
     segments: tuple[Segment, ...]
-    seekable: bool = True
+    seekable: bool = True  # false if segments hold checksums of earlier ones
 
     def _bytes_of(self, segment: Segment) -> int:
         if isinstance(segment, StaticSegment):

@@ -54,7 +54,7 @@ class ImageList(BaseModel):
     images: list[ImageEntry]
 
 
-def negotiate(accept: str | None) -> Format:
+def negotiate(accept: str) -> Format:
     """Return the format that an Accept header prefers (RFC 9110, section 12.5.1).
 
     Raises:

@@ -9,7 +9,7 @@ from service.errors import Problem
 @pytest.mark.parametrize(
     ("accept", "chosen"),
     [
-        (None, "png"),
+        ("", "png"),
         ("*/*", "png"),
         ("image/*", "png"),
         ("text/html,image/avif,image/webp,*/*;q=0.8", "png"),
@@ -19,7 +19,7 @@ from service.errors import Problem
         ("image/png;q=0.5, application/json", "json"),
     ],
 )
-def test_accept_chooses_the_format(accept: str | None, chosen: str) -> None:
+def test_accept_chooses_the_format(accept: str, chosen: str) -> None:
     assert negotiate(accept) == chosen
 
 
