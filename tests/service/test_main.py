@@ -64,7 +64,7 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
 def test_a_device_that_is_absent_is_refused_and_not_replaced() -> None:
     message = refused("--device", "cuda")
     assert message.count("\n") == 1
-    assert "cuda was asked for" in message
+    assert "device cuda is missing" in message
 
 
 def test_a_wrong_option_is_one_line() -> None:
