@@ -25,7 +25,7 @@ def sheet(service: ServiceProcess, tmp_path: Path) -> Path:
 def test_a_file_of_the_service_is_the_very_same(sheet: Path) -> None:
     ended = verify(str(sheet))
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("It is the very same file. Made by mnist@sha256:")
+    assert ended.stdout.startswith("The file is identical. Made by mnist@sha256:")
 
 
 def test_a_file_that_was_touched_is_not(sheet: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_file_that_tells_nothing_ends_in_one_line_with_path_and_cause(
     Image.new("L", (28, 28)).save(plain)
     for arguments, cause in [
         ([str(tmp_path / "none.png")], "No such file"),
-        ([str(other)], "no PNG file"),
+        ([str(other)], "is not a PNG file"),
         ([str(plain)], "no text chunk named Recipe"),
         ([str(sheet), "--models", str(other)], "no model with the digest"),
         ([str(sheet), "--device", "tpu"], "tpu"),
