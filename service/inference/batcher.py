@@ -11,7 +11,6 @@ forward. Futures belong to the event loop and are only touched there.
 """
 
 import asyncio
-import math
 from collections import deque
 from collections.abc import Callable
 from threading import Condition, Lock, Thread
@@ -73,9 +72,6 @@ class Batcher:
             small requests may exceed it by an eighth.
         timeout_s: maximum duration of a request, from admission to its last row.
         observer: counts batches and wasted rows.
-
-    Attributes:
-        last_small_arrival: when the last small request was admitted, by `perf_counter`.
     """
 
     def __init__(self, max_queue: int, timeout_s: float, observer: Observer) -> None:
@@ -95,8 +91,6 @@ class Batcher:
         # Written by the engine thread between forwards; read for estimates.
         self._running_until = 0.0  # when the current batch should be done, by perf_counter
         self._ready_at = 0.0  # since when there has been work and no forward
-        # On the event loop only:
-        self.last_small_arrival = -math.inf
 
     def start(self, on_device_lost: Callable[[DeviceLost], object] | None = None) -> None:
         """Start to admit requests, on the running event loop. Call this once.
@@ -200,8 +194,6 @@ class Batcher:
             if not queue.queued_rows:
                 self._ready_queues.append(queue)
             queue.add(request)
-            if rows <= SMALL_REQUEST_ROWS:
-                self.last_small_arrival = now
         return request
 
     def _admission_error(
