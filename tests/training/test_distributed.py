@@ -122,6 +122,9 @@ except SystemExit as error:
 loop.train_step = train_step
 if rank == "0":
     shutil.copytree(out, scratch / "stopped")
+    (scratch / "copied").open("w").close()  # waits for its reader
+else:
+    (scratch / "copied").read_text()  # waits for the end of its writer
 print("resumed", flush=True)
 main([*sys.argv[1:], "--resume"], prog_name="training")
 """
@@ -143,6 +146,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """The command in two processes: SIGTERM to the second stops both at step 27; they resume."""
     scratch = tmp_path_factory.mktemp("pair")
     (scratch / "script.py").write_text(SCRIPT)
+    os.mkfifo(scratch / "copied")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -170,7 +170,17 @@ def run(
 
 
 def engine_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "engine"]
+    """Return the engine threads of this module's batchers."""
+    running = [thread for thread in threading.enumerate() if thread.name == "engine"]
+    return [thread for thread in running if thread not in OTHERS]
+
+
+OTHERS: set[threading.Thread] = set()  # of services that other modules of this process share
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _others() -> None:
+    OTHERS.update(engine_threads())
 
 
 def rows_of(seed: int, n: int, label: int = 7) -> list[Row]:
