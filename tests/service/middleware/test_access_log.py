@@ -7,10 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
+from fastapi import FastAPI
 
 from service.middleware.access_log import AccessLogMiddleware
 from service.telemetry.logging import JSONFormatter, configure_logging
@@ -116,14 +113,18 @@ def _logging() -> Iterator[None]:
 
 
 def ask(path: str) -> httpx.Response:
-    def fail(_request: Request) -> PlainTextResponse:
+    app = FastAPI()
+    app.add_middleware(AccessLogMiddleware, metrics=Metrics())
+
+    def fail() -> None:
         raise RuntimeError("a defect\nof two lines")
 
-    def succeed(_request: Request) -> PlainTextResponse:
-        return PlainTextResponse("ok")
+    def succeed() -> str:
+        return "ok"
 
-    routes = [Route("/livez", succeed), Route("/models", succeed), Route("/fail", fail)]
-    app = AccessLogMiddleware(Starlette(routes=routes).router, Metrics())
+    app.add_api_route("/livez", succeed)
+    app.add_api_route("/models", succeed)
+    app.add_api_route("/fail", fail)
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app)
