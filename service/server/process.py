@@ -1,6 +1,7 @@
 """One process that serves: it loads the models, opens the port, and drains before it exits."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -33,6 +34,8 @@ from service.telemetry.logging import configure_logging
 from service.telemetry.metrics import Metrics
 from training.artifact import ArtifactError
 from training.devices import DeviceError, describe, limit_threads
+
+log = logging.getLogger("service.server.process")
 
 CLOSE_GRACE_S = 0.2  # for requests in transit when the port closes: to arrive and be answered
 
@@ -110,7 +113,10 @@ class Server(uvicorn.Server):
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TIMEOUT_CHECK_S)
-            self._report_tick()
+            try:
+                self._report_tick()
+            except OSError:  # a full disk, for example, must not end the timeouts of clients
+                log.exception("the snapshot of the metrics was not written")
             await enforce_timeouts(self._connections, asyncio.get_running_loop().time)
 
     @contextmanager
