@@ -107,16 +107,19 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._ticking = asyncio.ensure_future(self._tick())
-            self._report_tick()
+            self._write_snapshot()
             self._report_started()
+
+    def _write_snapshot(self) -> None:
+        try:
+            self._report_tick()
+        except OSError:  # a full disk must end neither the timeouts of clients nor the process
+            log.exception("the snapshot of the metrics was not written")
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TIMEOUT_CHECK_S)
-            try:
-                self._report_tick()
-            except OSError:  # a full disk, for example, must not end the timeouts of clients
-                log.exception("the snapshot of the metrics was not written")
+            self._write_snapshot()
             await enforce_timeouts(self._connections, asyncio.get_running_loop().time)
 
     @contextmanager
@@ -156,7 +159,7 @@ class Server(uvicorn.Server):
         await asyncio.sleep(CLOSE_GRACE_S)
         await super().shutdown(sockets)
         self._ticking.cancel()
-        self._report_tick()
+        self._write_snapshot()
 
 
 def load(settings: Settings) -> ModelRepository:

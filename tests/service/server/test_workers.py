@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import zipfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from tests.conftest import make_artifact
 from tests.service.api.test_health import samples, total
 from tests.support.processes import REPOSITORY
 from tests.support.serving import ServiceProcess, refused, serving
-from tests.support.wire import wait_until
+from tests.support.wire import ask, wait_until
 from tests.support.workers import client_of, logged, pids, stopped
 
 PATIENT = ("--workers", "2", "--max-queue-images", "1000000", "--timeout-s", "600")
@@ -297,3 +298,15 @@ def test_workers_are_spread_over_gpus(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     settings = Settings(device=device)
     assert [assign_device(settings, index).device for index in range(3)] == expected
+
+
+def test_clients_are_timed_out_although_metrics_cannot_be_written(artifact: Path) -> None:
+    options = ("--models", str(artifact), "--workers", "2", "--client-timeout-s", "1")
+    with ServiceProcess(*options) as service:
+        command = Path(f"/proc/{pids(service)[0]}/cmdline").read_bytes().split(b"\0")
+        (folder,) = (Path(each.decode()) for each in command if b"cgan-metrics-" in each)
+        shutil.rmtree(folder)
+        for _ in range(2):  # the second client waits for a check after the failed snapshot
+            (answer,) = ask(service, b"GET /livez HTTP/1.1\r\n")
+            assert answer.status == 408
+        folder.mkdir()  # the supervisor removes it at the end
