@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from fastapi import APIRouter
-from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi.responses import FileResponse
 
 # Scripts and styles come from this origin and are never inline. The documentation shows images from
 # blobs.
@@ -18,28 +18,6 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 
-# URLs are relative, so that the page also works behind a prefix.
-_DOCS = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>cgan-service</title>
-<link rel="icon" href="data:,">
-<link rel="stylesheet" href="docs/swagger-ui.css">
-</head>
-<body>
-<div id="swagger-ui"></div>
-<script src="docs/swagger-ui-bundle.js"></script>
-<script src="docs/start.js"></script>
-</body>
-</html>
-"""
-_START = """\
-SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true});
-"""
-
 
 def create_router() -> APIRouter:
     """Create the routes of this module."""
@@ -52,18 +30,12 @@ def create_router() -> APIRouter:
         async def static_file() -> FileResponse:
             return FileResponse(file, headers=PAGE_HEADERS)
 
+    # URLs in the pages are relative, so that they also work behind a prefix.
     add_file("/", playground / "index.html")
-    for name in ("playground.js", "playground.css"):
-        add_file(f"/playground/{name}", playground / name)
-    for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
-        add_file(f"/docs/{name}", swagger / name)
-
-    @router.get("/docs")
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(_DOCS, headers=PAGE_HEADERS)
-
-    @router.get("/docs/start.js")
-    async def start() -> Response:
-        return Response(_START, media_type="text/javascript", headers=PAGE_HEADERS)
-
+    add_file("/playground/playground.js", playground / "playground.js")
+    add_file("/playground/playground.css", playground / "playground.css")
+    add_file("/docs", playground / "docs.html")
+    add_file("/docs/start.js", playground / "docs.js")
+    add_file("/docs/swagger-ui-bundle.js", swagger / "swagger-ui-bundle.js")
+    add_file("/docs/swagger-ui.css", swagger / "swagger-ui.css")
     return router
