@@ -4,7 +4,6 @@ A problem tells the caller what to change. Nothing internal ever reaches a body.
 """
 
 import http
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,8 +18,6 @@ from service.disconnect import CLIENT_CLOSED_REQUEST, Disconnected
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_MISSING, _UNKNOWN = "is required", "unknown parameter"
 _MAX_VALUE_CHARS = 100  # of an invalid value that is repeated in the response
 _MAX_FIELD_ERRORS = 20
 
@@ -91,41 +88,41 @@ class ErrorFormat(NamedTuple):
 
     media_type: str
     model: type[BaseModel]  # describes the body
-    render: Callable[[Problem, str | None], dict[str, Any]]  # the body, with the request id
+    body: Callable[[Problem, str | None], BaseModel]  # with the request id
     invalid_value_status: int  # in place of 422, which some APIs do not know
 
 
-def _render_details(problem: Problem, request_id: str | None) -> dict[str, Any]:
-    return {
-        "type": f"urn:cgan:problem:{problem.kind}",
-        "title": problem.kind.replace("-", " ").capitalize(),
-        "status": problem.status,
-        "detail": problem.detail,
-        "request_id": request_id,
-        "errors": [error.model_dump() for error in problem.errors],
-    }
+def _details(problem: Problem, request_id: str | None) -> ProblemDetails:
+    return ProblemDetails(
+        type=f"urn:cgan:problem:{problem.kind}",
+        title=problem.kind.replace("-", " ").capitalize(),
+        status=problem.status,
+        detail=problem.detail,
+        request_id=request_id,
+        errors=problem.errors,
+    )
 
 
-def _render_openai(problem: Problem, _request_id: str | None) -> dict[str, Any]:
+def _openai_error(problem: Problem, _request_id: str | None) -> OpenAIErrorBody:
     types = {401: "authentication_error", 429: "rate_limit_error"}
     other = "server_error" if problem.status >= 500 else "invalid_request_error"
-    error = {
-        "message": problem.detail,
-        "type": types.get(problem.status, other),
-        "param": problem.errors[0].field if problem.errors else None,
-        "code": problem.kind.replace("-", "_"),
-    }
-    return {"error": error}
+    error = OpenAIErrorBody.Error(
+        message=problem.detail,
+        type=types.get(problem.status, other),
+        param=problem.errors[0].field if problem.errors else None,
+        code=problem.kind.replace("-", "_"),
+    )
+    return OpenAIErrorBody(error=error)
 
 
-def _render_inference(problem: Problem, _request_id: str | None) -> dict[str, Any]:
-    return {"error": problem.detail}
+def _inference_error(problem: Problem, _request_id: str | None) -> InferenceErrorBody:
+    return InferenceErrorBody(error=problem.detail)
 
 
-_DETAILS = ErrorFormat("application/problem+json", ProblemDetails, _render_details, 422)
+_DETAILS = ErrorFormat("application/problem+json", ProblemDetails, _details, 422)
 _FORMATS = {  # by path prefix
-    "/v1": ErrorFormat("application/json", OpenAIErrorBody, _render_openai, 400),
-    "/v2": ErrorFormat("application/json", InferenceErrorBody, _render_inference, 400),
+    "/v1": ErrorFormat("application/json", OpenAIErrorBody, _openai_error, 400),
+    "/v2": ErrorFormat("application/json", InferenceErrorBody, _inference_error, 400),
 }
 
 _DESCRIPTIONS = {
@@ -147,9 +144,6 @@ _DESCRIPTIONS = {
 PROTOCOL_ERRORS = (400, 408, 413, 414, 431)  # of any request
 AUTH_ERRORS = (401,)
 GENERATION_ERRORS = (404, 422, 429, 503, 504)
-
-_REPORT = "Internal server error. Include the request id when reporting it."
-INTERNAL_ERROR = Problem(500, "internal-error", _REPORT)
 
 
 def format_for(path: str) -> ErrorFormat:
@@ -173,17 +167,12 @@ def error_responses(*statuses: int, path: str = "/") -> dict[int | str, dict[str
     }
 
 
-def invalid_value(field: str, value: object, message: str, *, status: int = 422) -> Problem:
+def invalid_value(
+    field: str, value: object, message: str, *, status: int = 422, kind: str = "invalid-value"
+) -> Problem:
     """Return a problem with one value."""
     error = FieldError(field=field, value=_shorten(value), message=message)
-    return Problem(status, "invalid-value", f"{field}: {message}", errors=[error])
-
-
-def unsupported_media_type(field: str, value: str, message: str) -> Problem:
-    """Return a problem with a Content-Type or Content-Encoding."""
-    problem = invalid_value(field, value, message, status=415)
-    problem.kind = "unsupported-media-type"
-    return problem
+    return Problem(status, kind, f"{field}: {message}", errors=[error])
 
 
 def invalid_values(
@@ -201,9 +190,9 @@ def _field_error(error: Mapping[str, Any], allowed: Mapping[str, str]) -> FieldE
     value = error["input"]
     message = allowed.get(field, str(error["msg"]))
     if error["type"] == "missing":
-        value, message = None, _MISSING
+        value, message = None, "is required"
     elif error["type"] == "extra_forbidden":
-        message = _UNKNOWN
+        message = "unknown parameter"
     elif isinstance(value, list):
         value = f"{len(value)} values"
     return FieldError(field=_shorten(field) or "", value=_shorten(value), message=message)
@@ -216,28 +205,21 @@ def _shorten(value: object) -> str | None:
     return text if len(text) <= _MAX_VALUE_CHARS else text[:_MAX_VALUE_CHARS] + "…"
 
 
-def render(problem: Problem, scope: Scope) -> tuple[int, str, bytes]:
-    """Return the status, media type and body of the response to a request with a problem."""
+def problem_response(problem: Problem, scope: Scope) -> Response:
+    """Return the response to a request with a problem."""
     error_format = format_for(scope["path"])
-    request_id: str | None = scope.get("state", {}).get("request_id")
-    body = _to_json(error_format.render(problem, request_id)).encode()
-    status = error_format.invalid_value_status if problem.status == 422 else problem.status
-    return status, error_format.media_type, body
+    body = error_format.body(problem, scope.get("state", {}).get("request_id"))
+    return Response(
+        body.model_dump_json(),
+        error_format.invalid_value_status if problem.status == 422 else problem.status,
+        problem.headers,
+        error_format.media_type,
+    )
 
 
-async def send_problem(problem: Problem, scope: Scope, send: Send) -> None:
-    """Send a problem as the response to a request."""
-    status, media_type, body = render(problem, scope)
-    headers = [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]
-    for name, value in problem.headers.items():
-        headers.append((name.lower().encode(), value.encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def send_error(scope: Scope, _receive: Receive, send: Send) -> None:
+async def send_error(scope: Scope, receive: Receive, send: Send) -> None:
     """Send the problem of a scope; an ASGI application."""
-    await send_problem(scope["problem"], scope, send)
+    await problem_response(scope["problem"], scope)(scope, receive, send)
 
 
 def add_exception_handlers(app: "FastAPI") -> None:
@@ -245,23 +227,17 @@ def add_exception_handlers(app: "FastAPI") -> None:
     # A supervisor imports this module for ServiceError and does not need FastAPI.
     from fastapi.exceptions import RequestValidationError  # noqa: PLC0415
 
-    def response(request: Request, problem: Problem) -> Response:
-        status, media_type, body = render(problem, request.scope)
-        return Response(body, status, headers=problem.headers, media_type=media_type)
-
     @app.exception_handler(Problem)
     async def on_problem(request: Request, error: Problem) -> Response:
-        return response(request, error)
+        return problem_response(error, request.scope)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_values(request: Request, error: RequestValidationError) -> Response:
-        return response(request, invalid_values(error.errors()))
+        return problem_response(invalid_values(error.errors()), request.scope)
 
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: HTTPException) -> Response:
-        kind = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
-        detail = _detail(request, error)
-        return response(request, Problem(error.status_code, kind, detail, headers=error.headers))
+        return problem_response(_http_problem(request, error), request.scope)
 
     @app.exception_handler(Disconnected)
     @app.exception_handler(ClientDisconnect)
@@ -269,14 +245,16 @@ def add_exception_handlers(app: "FastAPI") -> None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-def _detail(request: Request, error: HTTPException) -> str:
+def _http_problem(request: Request, error: HTTPException) -> Problem:
     path = _shorten(request.url.path) or "/"
-    if error.status_code == 404:
-        return f"Nothing is served at {path}; see /docs."
+    headers = error.headers or {}
     if error.status_code == 405:
-        allow = (error.headers or {}).get("Allow", "")
-        return method_not_allowed(request.method, path, allow.split(", ")).detail
-    return str(error.detail)
+        return method_not_allowed(request.method, path, headers.get("Allow", "").split(", "))
+    detail = str(error.detail)
+    if error.status_code == 404:
+        detail = f"Nothing is served at {path}; see /docs."
+    kind = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
+    return Problem(error.status_code, kind, detail, headers=headers)
 
 
 def method_not_allowed(method: str, path: str, allowed: Sequence[str]) -> Problem:

@@ -18,8 +18,7 @@ from service.errors import (
     error_responses,
     invalid_value,
     method_not_allowed,
-    send_problem,
-    unsupported_media_type,
+    problem_response,
 )
 
 PATH = "/generate"
@@ -73,7 +72,7 @@ class GenerateEndpoint:
             scope["route"] = self
             status, headers, body = await self._generate(scope, receive)
         except Problem as problem:
-            await send_problem(problem, scope, send)
+            await problem_response(problem, scope)(scope, receive, send)
             return
         except Disconnected:
             await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
@@ -159,7 +158,8 @@ async def _read_body(headers: Headers, scope: Scope, receive: Receive) -> bytear
     content_type = headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         reason = "must be application/json; or send no body and the parameters in the query string"
-        raise unsupported_media_type("Content-Type", content_type, reason)
+        kind = "unsupported-media-type"
+        raise invalid_value("Content-Type", content_type, reason, status=415, kind=kind)
     body = bytearray()
     while True:
         message = await receive()

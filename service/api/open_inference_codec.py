@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service.api.parameters import Truncation
 from service.encoding.images import single_pngs
 from service.encoding.timeslice import IncrementalEncoder
-from service.errors import Problem, invalid_value, invalid_values, unsupported_media_type
+from service.errors import Problem, invalid_value, invalid_values
 from service.generation import ResolvedRequest
 from service.inference.scheduling import GenerationResult
 from service.settings import MAX_IMAGES, MAX_TIMEOUT_MS
@@ -150,7 +150,8 @@ def decompress(body: bytes, encoding: str | None) -> bytes:
     if encoding in (None, "", "identity"):
         return body
     if encoding not in ("gzip", "deflate"):
-        raise unsupported_media_type("Content-Encoding", encoding, "must be gzip or deflate")
+        kind, message = "unsupported-media-type", "must be gzip or deflate"
+        raise invalid_value("Content-Encoding", encoding, message, status=415, kind=kind)
     decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either format, by its first bytes
     try:
         decompressed = decompressor.decompress(body, MAX_BODY_BYTES + 1)

@@ -70,9 +70,7 @@ def negotiate(accept: str) -> Format:
         if media_type == best:
             return name
     message = f"allows no available format; available: {', '.join(MEDIA_TYPES.values())}"
-    problem = invalid_value("Accept", accept, message, status=406)
-    problem.kind = "not-acceptable"
-    raise problem
+    raise invalid_value("Accept", accept, message, status=406, kind="not-acceptable")
 
 
 def encoder(

@@ -9,7 +9,7 @@ from random import getrandbits
 from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import errors
+from service.errors import Problem, problem_response
 from service.telemetry.metrics import Metrics
 
 PROBE_PATHS = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
@@ -60,7 +60,9 @@ class AccessLogMiddleware:
             log.exception("request failed", extra={"fields": {"request_id": request_id}})
             if response_started:
                 raise  # too late for another response: the server has to cut the connection
-            await errors.send_problem(errors.INTERNAL_ERROR, scope, observed_send)
+            report = "Internal server error. Include the request id when reporting it."
+            response = problem_response(Problem(500, "internal-error", report), scope)
+            await response(scope, receive, observed_send)
         finally:
             self._metrics.requests_in_progress.dec(in_progress)
             self._report(scope, status, sent_bytes, time.perf_counter() - started_at)

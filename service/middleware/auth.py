@@ -10,7 +10,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import Problem, send_problem
+from service.errors import Problem, problem_response
 from service.keys import APIKey
 from service.rate_limit import TokenBucket
 from service.settings import Settings
@@ -71,7 +71,7 @@ class APIKeyMiddleware:
             navigates = _header(scope, b"sec-fetch-mode") == b"navigate"
             headers = {"WWW-Authenticate": _BASIC if navigates else _BEARER}
             problem = Problem(401, "unauthorized", _KEY_REQUIRED, headers=headers)
-            await send_problem(problem, scope, send)
+            await problem_response(problem, scope)(scope, receive, send)
             return
         state = scope.setdefault("state", {})
         state["key"], state["token_bucket"] = grant.key.name, grant.bucket
