@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from random import getrandbits
@@ -28,7 +28,6 @@ from service.encoding.datasets import (
     FileLayout,
     GeneratedDataset,
     SegmentRange,
-    StaticSegment,
     lay_out,
 )
 from service.encoding.timeslice import IncrementalEncoder
@@ -50,7 +49,6 @@ _FORMAT = (
 _START = "number of the first image, a multiple of the number of classes; leaves out earlier ones"
 _MAX_BATCH_IMAGES = 256  # generated at once, unless a single block has more
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
-_NO_PIXELS = np.empty((0, 0, 0, 0), dtype=np.uint8)
 
 
 class DatasetQuery(SamplingFields):
@@ -190,8 +188,9 @@ class _Drawn(NamedTuple):
     """A range of a segment, and the images generated for it, if it needs any."""
 
     part: SegmentRange
-    request: ResolvedRequest | None
-    result: GenerationResult | None
+    batch: Batch
+    request: ResolvedRequest | None = None
+    result: GenerationResult | None = None
 
 
 class _Download:
@@ -244,31 +243,22 @@ class _Download:
 
     async def _draw(self, part: SegmentRange, *, retry: bool) -> _Drawn:
         """Generate the images of a range, with retries once the response has begun."""
-        if isinstance(part.segment, StaticSegment) or not part.segment.needs_pixels:
-            return _Drawn(part, None, None)
-        dataset = self._dataset
-        labels = dataset.labels(part.first, part.last)
-        seeds = np.full(len(labels), dataset.seed, dtype=np.uint64)
-        indices = dataset.indices(part.first, part.last)
+        dataset, batch = self._dataset, self._dataset.batch(part.first, part.last)
+        if not part.segment.needs_pixels:
+            return _Drawn(part, batch)
+        seeds = np.full(len(batch.labels), dataset.seed, dtype=np.uint64)
         request = self._responder.generation.resolve_rows(
-            dataset.model, labels, seeds, indices, dataset.truncation
+            dataset.model, batch.labels, seeds, batch.indices, dataset.truncation
         )
         if not self._is_sent(part):
             request = replace(request, counts={})
-        return _Drawn(part, request, await self._responder.draw(request, self._scope, retry=retry))
+        result = await self._responder.draw(request, self._scope, retry=retry)
+        return _Drawn(part, batch._replace(pixels=result.pixels), request, result)
 
     async def _encode(self, drawn: _Drawn) -> bytes:
-        (part, request, result), dataset = drawn, self._dataset
-        if isinstance(part.segment, StaticSegment):
-            return part.segment.make()
-        batch = Batch(
-            part.first * dataset.classes,
-            dataset.labels(part.first, part.last),
-            dataset.indices(part.first, part.last),
-            _NO_PIXELS if result is None else result.pixels,
-        )
-        pixels = len(batch.labels) * math.prod(dataset.model.engine.image_shape)
+        part, batch, request, result = drawn
         encoder = _join(part.segment.make(batch))
+        pixels = len(batch.labels) * math.prod(self._dataset.model.engine.image_shape)
         if request is None or result is None:
             return await self._responder.encoder.run(encoder, pixels)
         encoded = await self._responder.encode(request, self._scope, result, encoder, pixels)
@@ -286,7 +276,7 @@ class _CutOffResponse(StreamingResponse):
             log.warning("a data set was cut off: %s", problem.detail)
 
 
-def _join(pieces: Iterator[bytes]) -> IncrementalEncoder:
+def _join(pieces: Iterable[bytes]) -> IncrementalEncoder:
     made = []
     for piece in pieces:
         made.append(piece)

@@ -15,9 +15,9 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,16 +79,14 @@ class GeneratedDataset:
         """Return the number of images."""
         return self.blocks * self.classes
 
-    def labels(self, first: int, last: int) -> NDArray[np.int64]:
-        """Return the labels (N,) of blocks first:last, counted from the first of the data set."""
+    def batch(self, first: int, last: int) -> "Batch":
+        """Return blocks first:last, counted from the first of the data set, without pixels."""
         begin, end = ((self.first + block) * self.classes for block in (first, last))
         positions = np.arange(begin, end, dtype=np.uint64).reshape(-1, self.classes)
         keys = splitmix64(np.full(1, self.seed, dtype=np.uint64) ^ _SHUFFLE, positions)
-        return keys.argsort(axis=1, kind="stable").ravel()
-
-    def indices(self, first: int, last: int) -> NDArray[np.int64]:
-        """Return the index (N,) of each image of blocks first:last among those of its class."""
-        return np.arange(self.first + first, self.first + last).repeat(self.classes)
+        labels = keys.argsort(axis=1, kind="stable").ravel()
+        indices = np.arange(self.first + first, self.first + last).repeat(self.classes)
+        return Batch(first * self.classes, labels, indices, np.empty((0, 0, 0, 0), np.uint8))
 
     def file_name(self, file_format: DatasetFormat) -> str:
         """Return a name for the file."""
@@ -102,7 +100,7 @@ class Batch(NamedTuple):
 
     first: int  # the number of the first image, counted from the first of the data set
     labels: NDArray[np.int64]  # (N,)
-    indices: NDArray[np.int64]  # (N,)
+    indices: NDArray[np.int64]  # (N,) of each image among those of its class
     pixels: Pixels  # (N, H, W, C); empty for segments that need none
 
     def rows(self) -> Iterator[tuple[int, int, Pixels]]:
@@ -111,32 +109,30 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StaticSegment:
-    """Bytes that occur once; made late, since they may hold checksums of what precedes them."""
+class Segment:
+    """Bytes that occur once, or those of all blocks, the same number for each.
 
-    length: int
-    make: Callable[[], bytes]
+    They are made in order and late, since they may hold checksums of what precedes them.
+    """
 
+    unit_bytes: int  # of a block, or of the bytes that occur once
+    make: Callable[[Batch], Iterable[bytes]]  # returns the bytes of some blocks in small pieces
+    units: int = 1  # number of blocks
+    needs_pixels: bool = False  # false if labels and indices are enough
 
-@dataclass(frozen=True)
-class BlockSegment:
-    """The bytes of all blocks, the same number for each."""
-
-    block_bytes: int
-    make: Callable[[Batch], Iterator[bytes]]  # yields the bytes of some blocks in small pieces
-    needs_pixels: bool = True  # false if labels and indices are enough
-
-
-Segment = StaticSegment | BlockSegment
+    @property
+    def length(self) -> int:
+        """Return the number of bytes."""
+        return self.units * self.unit_bytes
 
 
 class SegmentRange(NamedTuple):
-    """A static segment, or the blocks first:last of another: the unit of work of a download."""
+    """The units first:last of a segment: the unit of work of a download."""
 
     segment: Segment
     offset: int  # of its first byte in the file
     length: int  # in bytes
-    first: int  # counted from the first block of the data set
+    first: int
     last: int
 
 
@@ -144,37 +140,26 @@ class SegmentRange(NamedTuple):
 class FileLayout:
     """A data set as a file; to be read once, since its segments accumulate checksums."""
 
-    blocks: int
-    segments: tuple[Segment, ...]
+    segments: Sequence[Segment]
     seekable: bool = True  # false if segments hold checksums of earlier ones
-
-    def _bytes_of(self, segment: Segment) -> int:
-        if isinstance(segment, StaticSegment):
-            return segment.length
-        return self.blocks * segment.block_bytes
 
     @property
     def length(self) -> int:
         """Return the length of the file in bytes."""
-        return sum(map(self._bytes_of, self.segments))
+        return sum(segment.length for segment in self.segments)
 
     def ranges(self, start: int, stop: int, blocks: int) -> Iterator[SegmentRange]:
         """Yield what must be made for the bytes start:stop, at most `blocks` blocks at a time."""
         offset = 0
         for segment in self.segments:
-            length = self._bytes_of(segment)
-            skipped = 0 if not self.seekable else min(max(0, start - offset), length)
-            if isinstance(segment, StaticSegment):
-                if skipped < length and offset < stop:
-                    yield SegmentRange(segment, offset, length, 0, 0)
-            else:
-                size = segment.block_bytes
-                for first in range(skipped // size, self.blocks, blocks):
-                    begin, last = offset + first * size, min(first + blocks, self.blocks)
-                    if begin >= stop:
-                        return
-                    yield SegmentRange(segment, begin, (last - first) * size, first, last)
-            offset += length
+            size = segment.unit_bytes
+            skipped = min(max(0, start - offset), segment.length) if self.seekable else 0
+            for first in range(skipped // size, segment.units, blocks):
+                begin, last = offset + first * size, min(first + blocks, segment.units)
+                if begin >= stop:
+                    return
+                yield SegmentRange(segment, begin, (last - first) * size, first, last)
+            offset += segment.length
 
 
 def lay_out(dataset: GeneratedDataset, file_format: DatasetFormat) -> FileLayout:
@@ -221,8 +206,8 @@ class _PNGWriter:
         return store_png(pixels, self._recipe(label, index).ljust(self._width))
 
 
-def _static(content: bytes) -> StaticSegment:
-    return StaticSegment(len(content), lambda: content)
+def _once(content: bytes) -> Segment:
+    return Segment(len(content), lambda _batch: [content])
 
 
 def _lay_out_webdataset(dataset: GeneratedDataset) -> FileLayout:
@@ -244,8 +229,8 @@ def _lay_out_webdataset(dataset: GeneratedDataset) -> FileLayout:
             yield png_member.file(f"{name}.png", writer.encode(pixels, label, index))
             yield label_member.file(f"{name}.cls", text)
 
-    segments = (BlockSegment(sample_bytes * dataset.classes, samples), _static(TAR_END))
-    return FileLayout(dataset.blocks, segments)
+    block_bytes = sample_bytes * dataset.classes
+    return FileLayout([Segment(block_bytes, samples, dataset.blocks, needs_pixels=True), _once(TAR_END)])
 
 
 def _lay_out_idx(dataset: GeneratedDataset) -> FileLayout:
@@ -256,29 +241,28 @@ def _lay_out_idx(dataset: GeneratedDataset) -> FileLayout:
     height, width, channels = dataset.model.engine.image_shape
     shape = (dataset.images, height, width, *(() if channels == 1 else (channels,)))
     names = "".join(f"{name}\n" for name in dataset.model.info.class_names).encode()
-    images = BlockSegment(
-        height * width * channels * dataset.classes, lambda batch: iter([batch.pixels.tobytes()])
-    )
-    labels = BlockSegment(
-        dataset.classes,
-        lambda batch: iter([batch.labels.astype(np.uint8).tobytes()]),
-        needs_pixels=False,
-    )
-
-    def file(name: str, sizes: tuple[int, ...], data: BlockSegment) -> tuple[Segment, ...]:
-        header = struct.pack(f">HBB{len(sizes)}I", 0, 8, len(sizes), *sizes)
-        size = len(header) + data.block_bytes * dataset.blocks
-        padding = bytes(tar_padded(size) - size)
-        return _static(TarMember(size).header(name) + header), data, _static(padding)
-
-    return FileLayout(
+    images = Segment(
+        height * width * channels * dataset.classes,
+        lambda batch: [batch.pixels.tobytes()],
         dataset.blocks,
-        (
-            *file("train-images-idx3-ubyte", shape, images),
-            *file("train-labels-idx1-ubyte", (dataset.images,), labels),
-            _static(TarMember(len(names)).file("classes.txt", names) + TAR_END),
-        ),
+        needs_pixels=True,
     )
+    labels = Segment(
+        dataset.classes, lambda batch: [batch.labels.astype(np.uint8).tobytes()], dataset.blocks
+    )
+
+    def file(name: str, sizes: tuple[int, ...], data: Segment) -> tuple[Segment, Segment, Segment]:
+        header = struct.pack(f">HBB{len(sizes)}I", 0, 8, len(sizes), *sizes)
+        size = len(header) + data.length
+        padding = bytes(tar_padded(size) - size)
+        return _once(TarMember(size).header(name) + header), data, _once(padding)
+
+    segments = [
+        *file("train-images-idx3-ubyte", shape, images),
+        *file("train-labels-idx1-ubyte", (dataset.images,), labels),
+        _once(TarMember(len(names)).file("classes.txt", names) + TAR_END),
+    ]
+    return FileLayout([segment for segment in segments if segment.length])  # padding may be empty
 
 
 def _lay_out_zip(dataset: GeneratedDataset) -> FileLayout:
@@ -311,12 +295,12 @@ def _lay_out_zip(dataset: GeneratedDataset) -> FileLayout:
             offset += each.local_bytes + writer.length
 
     end = zip_end(dataset.images, dataset.blocks * block_bytes, dataset.blocks * central_bytes)
-    segments = (
-        BlockSegment(block_bytes, images),
-        BlockSegment(central_bytes, directory, needs_pixels=False),
-        _static(end),
-    )
-    return FileLayout(dataset.blocks, segments, seekable=False)
+    segments = [
+        Segment(block_bytes, images, dataset.blocks, needs_pixels=True),
+        Segment(central_bytes, directory, dataset.blocks),
+        _once(end),
+    ]
+    return FileLayout(segments, seekable=False)
 
 
 class _NPZArray:
@@ -327,76 +311,64 @@ class _NPZArray:
         description = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(buffer, description)
         self._header, self._data = buffer.getvalue(), data
-        self._size: int = np.dtype(dtype).itemsize * math.prod(shape)
-        self.entry = ZipEntry(f"{name}.npy".encode(), len(self._header) + self._size)
+        self.entry = ZipEntry(f"{name}.npy".encode(), len(self._header) + data.length)
         self._crc = 0
 
-    @classmethod
-    def of(cls, name: str, array: NDArray[Any]) -> Self:
-        """Create one of an array in memory."""
-        return cls(name, array.dtype, array.shape, _static(array.tobytes()))
+    def segments(self) -> list[Segment]:
+        """Return its header, data and descriptor."""
+        make = self._data.make
+        return [
+            Segment(self.entry.local_bytes + len(self._header), self._begin),
+            replace(self._data, make=lambda batch: map(self._sum, make(batch))),
+            Segment(DESCRIPTOR_BYTES, self._finish),
+        ]
 
-    @property
-    def length(self) -> int:
-        """Return all its bytes in the file."""
-        return self.entry.local_bytes + len(self._header) + self._size + DESCRIPTOR_BYTES
-
-    def segments(self) -> Iterator[Segment]:
-        """Yield its segments."""
-        data = self._data
-        yield StaticSegment(self.entry.local_bytes + len(self._header), self._begin)
-        if isinstance(data, StaticSegment):
-            yield StaticSegment(data.length, lambda: self._sum(data.make()))
-        else:
-            make = data.make
-            yield BlockSegment(
-                data.block_bytes, lambda batch: map(self._sum, make(batch)), data.needs_pixels
-            )
-        yield StaticSegment(DESCRIPTOR_BYTES, self._finish)
-
-    def _begin(self) -> bytes:
-        return self.entry.local() + self._sum(self._header)
+    def _begin(self, _batch: Batch) -> list[bytes]:
+        return [self.entry.local() + self._sum(self._header)]
 
     def _sum(self, content: bytes) -> bytes:
         self._crc = zlib.crc32(content, self._crc)
         return content
 
-    def _finish(self) -> bytes:
+    def _finish(self, _batch: Batch) -> list[bytes]:
         self.entry.crc = self._crc
-        return self.entry.descriptor()
+        return [self.entry.descriptor()]
 
 
 def _lay_out_npz(dataset: GeneratedDataset) -> FileLayout:
     """Lay out arrays for NumPy: images (N, H, W, C), labels, indices, seed, and class_names."""
     shape = dataset.model.engine.image_shape
-    count, classes = dataset.images, dataset.classes
-    images = BlockSegment(math.prod(shape) * classes, lambda batch: iter([batch.pixels.tobytes()]))
-    labels = BlockSegment(
-        8 * classes, lambda batch: iter([batch.labels.tobytes()]), needs_pixels=False
+    count, blocks, classes = dataset.images, dataset.blocks, dataset.classes
+    images = Segment(
+        math.prod(shape) * classes,
+        lambda batch: [batch.pixels.tobytes()],
+        blocks,
+        needs_pixels=True,
     )
-    indices = BlockSegment(
-        8 * classes, lambda batch: iter([batch.indices.tobytes()]), needs_pixels=False
-    )
+    labels = Segment(8 * classes, lambda batch: [batch.labels.tobytes()], blocks)
+    indices = Segment(8 * classes, lambda batch: [batch.indices.tobytes()], blocks)
+    seed, names = np.array(dataset.seed, np.uint64), np.array(dataset.model.info.class_names)
     arrays = [
         _NPZArray("images", np.uint8, (count, *shape), images),
         _NPZArray("labels", np.int64, (count,), labels),
         _NPZArray("indices", np.int64, (count,), indices),
-        _NPZArray.of("seed", np.array(dataset.seed, dtype=np.uint64)),
-        _NPZArray.of("class_names", np.array(dataset.model.info.class_names)),
+        _NPZArray("seed", seed.dtype, (), _once(seed.tobytes())),
+        _NPZArray("class_names", names.dtype, names.shape, _once(names.tobytes())),
     ]
     offset = 0
     for array in arrays:
         array.entry.offset = offset
-        offset += array.length
+        offset += sum(segment.length for segment in array.segments())
     central_bytes = sum(array.entry.central_bytes for array in arrays)
     end = zip_end(len(arrays), offset, central_bytes)
 
-    def directory() -> bytes:
-        return b"".join((*(array.entry.central() for array in arrays), end))
+    def directory(_batch: Batch) -> Iterator[bytes]:
+        yield from (array.entry.central() for array in arrays)
+        yield end
 
     segments = [segment for array in arrays for segment in array.segments()]
-    segments.append(StaticSegment(central_bytes + len(end), directory))
-    return FileLayout(dataset.blocks, tuple(segments), seekable=False)
+    segments.append(Segment(central_bytes + len(end), directory))
+    return FileLayout(segments, seekable=False)
 
 
 _LAYOUTS: dict[DatasetFormat, Callable[[GeneratedDataset], FileLayout]] = {
