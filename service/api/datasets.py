@@ -18,7 +18,7 @@ from starlette.types import Send
 
 from service.api.caching import cache_control, entity_tag, matches
 from service.api.parameters import SamplingFields
-from service.api.respond import Responder
+from service.api.respond import BINARY, HEADERS, NOT_MODIFIED, Responder
 from service.disconnect import Disconnected
 from service.encoding.datasets import (
     LAYOUT_VERSION,
@@ -85,23 +85,15 @@ class DatasetQuery(SamplingFields):
         return GeneratedDataset(model, seed, self.start // classes, self.per_class, self.truncation)
 
 
-_ERRORS = error_responses(416, *GENERATION_ERRORS)
 _FILE: dict[str, Any] = {
-    media_type: {"schema": {"type": "string", "format": "binary"}}
-    for media_type in sorted(set(MEDIA_TYPES.values()))
-}
-_HEADERS = {
-    name: {"description": text, "schema": {"type": "string"}}
-    for name, text in {
-        "X-Images": "number of images in the file",
-        "X-Seed": "the seed, also if it was drawn",
-        "X-Model": "name@sha256:digest of the model",
-    }.items()
+    "content": dict.fromkeys(sorted(set(MEDIA_TYPES.values())), BINARY),
+    "headers": {name: HEADERS[name] for name in ("X-Images", "X-Seed", "X-Model")},
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The file", "content": _FILE, "headers": _HEADERS},
-    206: {"description": "The bytes that Range names", "content": _FILE, "headers": _HEADERS},
-    304: {"description": "If-None-Match names the current ETag"},
+    200: {"description": "The file", **_FILE},
+    206: {"description": "The bytes that Range names", **_FILE},
+    **NOT_MODIFIED,
+    **error_responses(416, *GENERATION_ERRORS),
 }
 
 
@@ -113,7 +105,7 @@ def create_router(responder: Responder) -> APIRouter:
         PATH,
         summary="Download a balanced, labelled data set as a file",
         response_class=Response,
-        responses={**_RESPONSES, **_ERRORS},
+        responses=_RESPONSES,
     )
     async def dataset(request: Request, query: Annotated[DatasetQuery, Query()]) -> Response:
         return await _respond(responder, request, query)

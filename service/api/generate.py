@@ -9,7 +9,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.caching import cache_control, matches, request_tag
 from service.api.parameters import GenerateBody, GenerateQuery, parse_body, parse_query
-from service.api.respond import RawHeaders, Responder, count_pixels
+from service.api.respond import (
+    BINARY,
+    HEADERS,
+    NOT_MODIFIED,
+    RawHeaders,
+    Responder,
+    count_pixels,
+)
 from service.disconnect import CLIENT_CLOSED_REQUEST, Disconnected
 from service.encoding.images import CONTENT_TYPES, MEDIA_TYPES, ImageList, encoder, negotiate
 from service.errors import (
@@ -28,25 +35,10 @@ _ERRORS = error_responses(406, *GENERATION_ERRORS)
 _IMAGES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One image, or a contact sheet of several; or the single images.",
-        "model": ImageList,
-        "content": {
-            media_type: {"schema": {"type": "string", "format": "binary"}}
-            for media_type in MEDIA_TYPES.values()
-            if media_type != "application/json"  # described by the model
-        },
-        "headers": {
-            name: {"description": text, "schema": {"type": "string"}}
-            for name, text in {
-                "X-Seed": "the seed, also if it was drawn",
-                "X-Model": "name@sha256:digest of the model",
-                "X-Request-ID": "the request id in the service's log",
-                "Server-Timing": "milliseconds in queue, forward and encode",
-            }.items()
-        },
+        "model": ImageList,  # describes JSON
+        "content": {each: BINARY for each in MEDIA_TYPES.values() if each != "application/json"},
+        "headers": {name: HEADERS[name] for name in HEADERS if name != "X-Images"},
     }
-}
-_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {
-    304: {"description": "If-None-Match names the current ETag"}
 }
 
 
@@ -133,7 +125,7 @@ def create_router() -> APIRouter:
         PATH,
         summary="Generate images that may be cached: with a seed, the same ones each time",
         response_class=Response,
-        responses={**_IMAGES, **_NOT_MODIFIED, **_ERRORS},
+        responses={**_IMAGES, **NOT_MODIFIED, **_ERRORS},
     )
     def generate_cacheable(query: Annotated[GenerateQuery, Query()]) -> None:
         raise AssertionError(query)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from service.api.respond import Responder
+from service.api.respond import BINARY, Responder
 from service.encoding.verification import (
     ParsedPNG,
     VerificationResult,
@@ -80,7 +80,7 @@ def create_router(responder: Responder) -> APIRouter:
         openapi_extra={
             "requestBody": {
                 "required": True,
-                "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+                "content": {"image/png": BINARY},
             }
         },
         response_model=VerificationResult,

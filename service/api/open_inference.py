@@ -20,7 +20,7 @@ from service.api.open_inference_codec import (
     describe_outputs,
     parse,
 )
-from service.api.respond import Responder
+from service.api.respond import BINARY, Responder
 from service.errors import GENERATION_ERRORS, error_responses, inline_refs
 from service.generation import Generation
 from service.inference.health import Readiness
@@ -28,7 +28,7 @@ from service.inference.repository import Model
 
 PREFIX = "/v2"
 EXTENSIONS = ["binary_tensor_data", "model_repository", "statistics"]
-_BINARY = "application/octet-stream"
+_OCTETS = "application/octet-stream"
 _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": partial(gzip.compress, compresslevel=1, mtime=0),  # always the same bytes
     "deflate": partial(zlib.compress, level=1),
@@ -92,7 +92,7 @@ _TENSORS: dict[int | str, dict[str, Any]] = {
         "description": "The requested tensors. Binary ones follow the JSON, whose length is then "
         f"in the header {LENGTH_HEADER}.",
         "model": InferenceResponse,
-        "content": {_BINARY: {"schema": {"type": "string", "format": "binary"}}},
+        "content": {_OCTETS: BINARY},
         "headers": {
             LENGTH_HEADER: {
                 "description": "bytes of JSON, if binary tensors follow",
@@ -222,7 +222,7 @@ async def _infer(responder: Responder, request: Request, model: Model) -> Respon
         timeout_s=None if parameters.timeout is None else parameters.timeout / 1e6,
     )
     binary = any(parsed.outputs.values())
-    response = encoded.response(_BINARY if binary else "application/json")
+    response = encoded.response(_OCTETS if binary else "application/json")
     if binary:
         response.headers[LENGTH_HEADER] = str(encoder.head_bytes)
     return await _compress(response, headers.get("accept-encoding", ""))

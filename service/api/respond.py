@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from starlette.responses import Response
 from starlette.types import Scope
@@ -18,6 +18,21 @@ from service.settings import MAX_PIXELS
 from service.telemetry.metrics import Metrics
 
 RawHeaders = list[tuple[bytes, bytes]]
+# Parts of the schemas of several endpoints.
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+HEADERS = {
+    name: {"description": text, "schema": {"type": "string"}}
+    for name, text in {
+        "X-Seed": "the seed, also if it was drawn",
+        "X-Model": "name@sha256:digest of the model",
+        "X-Images": "number of images in the file",
+        "X-Request-ID": "the request id in the service's log",
+        "Server-Timing": "milliseconds in queue, forward and encode",
+    }.items()
+}
+NOT_MODIFIED: dict[int | str, dict[str, Any]] = {
+    304: {"description": "If-None-Match names the current ETag"}
+}
 _MAX_STAGES = 128  # kept of one request; a data set has thousands
 
 
@@ -59,7 +74,7 @@ class Responder:
             request: the images.
             scope: of the request.
             encode: return the encoder of the images.
-            pixels: that are encoded; those of the images if None.
+            pixels: number of pixels that are encoded; those of the images if None.
             timeout_s: deadline, if shorter than the service's own.
 
         Raises:
@@ -79,11 +94,7 @@ class Responder:
     ) -> GenerationResult:
         """Do the first half of `respond`: rate limit and generate.
 
-        Args:
-            request: the images.
-            scope: of the request.
-            timeout_s: deadline, if shorter than the service's own.
-            retry: wait and try again instead of raising 429 or 504.
+        With `retry`, wait and try again instead of raising a problem of status 429 or 504.
         """
         client, consumed = client_of(scope), False
         while True:
@@ -131,15 +142,10 @@ def _trace(scope: Scope, *stages: Stage) -> None:
 
 
 def count_pixels(request: ResolvedRequest, scale: int, field: str = "scale") -> int:
-    """Return the pixels of a response.
-
-    Args:
-        request: the images.
-        scale: factor by which they are enlarged.
-        field: the parameter that enlarges them.
+    """Return the number of pixels of a response whose images are enlarged by a factor.
 
     Raises:
-        Problem: 422, too many.
+        Problem: 422, too many; it names `field`.
     """
     pixels = request.pixels * scale**2
     if pixels > MAX_PIXELS:
