@@ -2,14 +2,15 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from fastapi import FastAPI
+from starlette.types import Lifespan
 
 from service.api import datasets, generate, health, models, open_inference, openai, pages
 from service.api.respond import Responder
@@ -34,7 +35,7 @@ from service.telemetry.metrics import Metrics
 from training.devices import available_cores
 
 if TYPE_CHECKING:
-    from service.middleware.tracing import Tracing
+    from opentelemetry.sdk.trace import TracerProvider
 
 DISTRIBUTION = "cgan-service"
 DESCRIPTION = """\
@@ -49,8 +50,6 @@ _SECURITY_SCHEMES = {
         "description": "for browsers: any name, and the key as the password",
     },
 }
-
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 class App(FastAPI):
@@ -85,12 +84,10 @@ def create_app(
 ) -> FastAPI:
     """Create an app that serves the models of a repository.
 
-    Args:
-        settings: the options.
-        repository: the models.
-        metrics: instruments; created if None.
-        shared_dir: directory in which several workers share the use of each key; None for a single
-            process.
+    In `shared_dir` several workers share the use of each key; it is None for a single process.
+
+    Raises:
+        ServiceError: tracing is requested, and its packages are not installed.
     """
     metrics = metrics or Metrics()
     readiness = Readiness(metrics)
@@ -98,11 +95,10 @@ def create_app(
     encoder = TimeSlicedEncoder(max(1, available_cores() // settings.workers))
     reloader = Reloader(repository, metrics)
     grants = create_grants(settings, metrics, shared_dir)
-    tracing = _create_tracing(settings.otlp_endpoint)
     self_test = SelfTest(repository, batcher, readiness, metrics, settings.self_test_interval_s)
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         batcher.start(readiness.lose)
         _add_gauges(metrics, batcher, settings, repository)
         readiness.refresh()
@@ -116,11 +112,13 @@ def create_app(
             await reloader.close()
             await batcher.close()
             await asyncio.to_thread(encoder.close)
-            if tracing is not None:
-                await asyncio.to_thread(tracing.close)
+            if app.state.tracer_provider is not None:
+                await asyncio.to_thread(app.state.tracer_provider.shutdown)
 
     responder = Responder(Generation(repository, batcher, metrics), encoder, metrics)
-    app = _create_routes(responder, readiness, metrics, settings, lifespan)
+    app = _create_routes(responder, readiness, lifespan)
+    if settings.metrics_port is None:
+        app.include_router(health.create_metrics_router(metrics.registry))
     app.auth_required = bool(grants)
     app.state.readiness = readiness
     app.state.batcher = batcher
@@ -131,18 +129,12 @@ def create_app(
     if grants:
         app.add_middleware(APIKeyMiddleware, grants=grants)
     app.add_middleware(AccessLogMiddleware, metrics=metrics)
-    if tracing is not None:
-        app.add_middleware(tracing.wrap)
+    endpoint = settings.otlp_endpoint
+    app.state.tracer_provider = None if endpoint is None else _add_tracing(app, endpoint)
     return app
 
 
-def _create_routes(
-    responder: Responder,
-    readiness: Readiness,
-    metrics: Metrics,
-    settings: Settings,
-    lifespan: Lifespan,
-) -> App:
+def _create_routes(responder: Responder, readiness: Readiness, lifespan: Lifespan[FastAPI]) -> App:
     app = App(
         title=DISTRIBUTION,
         description=DESCRIPTION,
@@ -159,26 +151,19 @@ def _create_routes(
     app.include_router(open_inference.create_router(responder, readiness))
     app.include_router(health.create_router(readiness))
     app.include_router(pages.create_router())
-    if settings.metrics_port is None:
-        app.include_router(health.create_metrics_router(metrics.registry))
     return app
 
 
-def _create_tracing(endpoint: str | None) -> "Tracing | None":
-    """Create the tracing, if there is a collector.
-
-    Raises:
-        ServiceError: its packages are not installed.
-    """
-    if endpoint is None:
-        return None
+def _add_tracing(app: FastAPI, endpoint: str) -> "TracerProvider":
     try:
-        from service.middleware.tracing import Tracing  # noqa: PLC0415  (of an extra)
+        from service.middleware import tracing  # noqa: PLC0415  (of an extra)
     except ModuleNotFoundError as error:
         raise ServiceError(
             "--otlp-endpoint needs optional dependencies; run: pip install -e '.[traces]'"
         ) from error
-    return Tracing(endpoint)
+    provider = tracing.create_tracer_provider(endpoint)
+    app.add_middleware(tracing.TracingMiddleware, provider=provider)
+    return provider
 
 
 def _add_gauges(

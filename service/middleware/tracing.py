@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.generation import Stage
@@ -25,8 +26,8 @@ from service.middleware.access_log import PROBE_PATHS
 _propagator = TraceContextTextMapPropagator()
 
 
-class Tracing:
-    """A source of spans, which are sent to a collector in the background.
+def create_tracer_provider(endpoint: str) -> TracerProvider:
+    """Return a source of spans, which are sent to a collector in the background.
 
     The environment variables of the SDK apply: OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER,
     OTEL_EXPORTER_OTLP_HEADERS and so on.
@@ -34,32 +35,56 @@ class Tracing:
     Args:
         endpoint: a collector for OTLP over HTTP, such as `http://localhost:4318`.
     """
+    resource = Resource.create()
+    if str(resource.attributes["service.name"]).startswith("unknown_service"):  # its default
+        resource = resource.merge(Resource({"service.name": "cgan-service"}))
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces")
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
 
-    def __init__(self, endpoint: str) -> None:
-        resource = Resource.create()
-        if str(resource.attributes["service.name"]).startswith("unknown_service"):  # its default
-            resource = resource.merge(Resource({"service.name": "cgan-service"}))
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces")
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
-        self._tracer = self._provider.get_tracer("service")
+
+class TracingMiddleware:
+    """ASGI middleware that traces every request except probes and scrapes.
+
+    It wraps `AccessLogMiddleware`, which logs the trace id.
+    """
+
+    def __init__(self, app: ASGIApp, provider: TracerProvider) -> None:
+        self._app = app
+        self._tracer = provider.get_tracer("service")
         self._batches: WeakKeyDictionary[BatchRecord, SpanContext] = WeakKeyDictionary()
 
-    def begin(self, scope: Scope) -> Span:
-        """Start the span of a request, in the client's trace if it sent one."""
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1")
-            for name, value in scope["headers"]
-            if name in (b"traceparent", b"tracestate")
-        }
-        return self._tracer.start_span(
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on inside a span, in the client's trace if it sent one."""
+        if scope["type"] != "http" or scope["path"] in PROBE_PATHS:
+            await self._app(scope, receive, send)
+            return
+        status = 500
+
+        async def observed_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        span = self._tracer.start_span(
             scope["method"],
-            context=_propagator.extract(headers),
+            context=_propagator.extract(Headers(scope=scope)),
             kind=SpanKind.SERVER,
             attributes={"http.request.method": scope["method"], "url.path": scope["path"]},
         )
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state["trace_id"] = trace.format_trace_id(span.get_span_context().trace_id)
+        took: list[Stage] = []
+        if span.is_recording():
+            state["stages"] = took
+        try:
+            await self._app(scope, receive, observed_send)
+        finally:
+            self._end(span, scope, status, took)
 
-    def end(self, span: Span, scope: Scope, status: int, took: list[Stage]) -> None:
+    def _end(self, span: Span, scope: Scope, status: int, took: list[Stage]) -> None:
         """End the span of a request, with a child for each stage."""
         route = getattr(scope.get("route"), "path", None)
         if route is not None:
@@ -92,49 +117,6 @@ class Tracing:
             span.end(_nanoseconds(since_epoch + batch.done_at))
             context = self._batches[batch] = span.get_span_context()
         return context
-
-    def wrap(self, app: ASGIApp) -> ASGIApp:
-        """Return an app that traces the requests of another."""
-        return TracingMiddleware(app, self)
-
-    def close(self) -> None:
-        """Send the remaining spans; give up after some seconds if the collector does not answer."""
-        self._provider.shutdown()
-
-
-class TracingMiddleware:
-    """ASGI middleware that traces every request except probes and scrapes.
-
-    It wraps `AccessLogMiddleware`, which logs the trace id.
-    """
-
-    def __init__(self, app: ASGIApp, tracing: Tracing) -> None:
-        self._app = app
-        self._tracing = tracing
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on inside a span."""
-        if scope["type"] != "http" or scope["path"] in PROBE_PATHS:
-            await self._app(scope, receive, send)
-            return
-        status = 500
-
-        async def observed_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        span = self._tracing.begin(scope)
-        state: dict[str, Any] = scope.setdefault("state", {})
-        state["trace_id"] = trace.format_trace_id(span.get_span_context().trace_id)
-        took: list[Stage] = []
-        if span.is_recording():
-            state["stages"] = took
-        try:
-            await self._app(scope, receive, observed_send)
-        finally:
-            self._tracing.end(span, scope, status, took)
 
 
 def _nanoseconds(seconds: float) -> int:
