@@ -120,6 +120,7 @@ def create_app(
     if settings.metrics_port is None:
         app.include_router(health.create_metrics_router(metrics.registry))
     app.auth_required = bool(grants)
+    app.state.metrics = metrics
     app.state.readiness = readiness
     app.state.batcher = batcher
     app.state.reloader = reloader

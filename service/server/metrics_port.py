@@ -9,20 +9,17 @@ from prometheus_client import CollectorRegistry
 from service import errors
 from service.api import health
 from service.middleware.auth import APIKeyGrant, APIKeyMiddleware
-from service.server.address import Address, address_of
-from service.server.sockets import open_sockets
+from service.server.sockets import open_sockets, url_of
 from service.settings import Settings
 
 
-def open_metrics_port(settings: Settings, registry: CollectorRegistry) -> Address | None:
+def open_metrics_port(settings: Settings, registry: CollectorRegistry) -> str | None:
     """Serve `/metrics` and nothing else, on a thread that ends with the process.
 
-    Args:
-        settings: name the port, and the API keys of which a client must send one.
-        registry: of the metrics.
+    A client must send an API key if the settings have any.
 
     Returns:
-        the address, or None if the settings name no port.
+        its URL, or None if the settings name no port.
 
     Raises:
         ServiceError: the port is taken.
@@ -47,4 +44,4 @@ def open_metrics_port(settings: Settings, registry: CollectorRegistry) -> Addres
     sockets = open_sockets(settings.host, settings.metrics_port)
     server = uvicorn.Server(config)  # handles signals on the main thread only
     threading.Thread(target=server.run, args=(sockets,), name="metrics", daemon=True).start()
-    return address_of(sockets[0])
+    return url_of(sockets[0])

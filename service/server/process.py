@@ -19,7 +19,6 @@ from fastapi import FastAPI
 from service.app import create_app
 from service.errors import ServiceError
 from service.inference.repository import ModelRepository, load_repository
-from service.server.address import address_of, startup_message
 from service.server.metrics_port import open_metrics_port
 from service.server.protocol import (
     TIMEOUT_CHECK_S,
@@ -28,7 +27,7 @@ from service.server.protocol import (
     enforce_timeouts,
     raise_nofile_limit,
 )
-from service.server.sockets import open_sockets
+from service.server.sockets import open_sockets, startup_message, url_of
 from service.settings import Settings
 from service.telemetry.logging import configure_logging
 from service.telemetry.metrics import Metrics
@@ -48,14 +47,9 @@ class Server(uvicorn.Server):
     second signal ends it at once. SIGHUP reloads all models. When a device is lost, the process
     answers the requests that it has and exits with status 75 (EX_TEMPFAIL).
 
-    Args:
-        app: made by `create_app`.
-        settings: of the service.
-        sockets: listen on its port.
-        on_started: called once it serves.
-        supervised: leave the second signal to a supervisor. A signal to a group of processes
-            reaches a worker twice, directly and by its supervisor.
-        on_tick: called at the start, about once a second, and at the end.
+    It calls `on_started` once it serves. If it is `supervised`, the second signal is left to the
+    supervisor: a signal to a group of processes reaches a worker twice, directly and by its
+    supervisor.
     """
 
     def __init__(
@@ -66,7 +60,6 @@ class Server(uvicorn.Server):
         on_started: Callable[[], None],
         *,
         supervised: bool = False,
-        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         connections = raise_nofile_limit(settings.max_connections)
         self._limits = ConnectionLimits(app.state.error_app, settings.client_timeout_s, connections)
@@ -88,7 +81,7 @@ class Server(uvicorn.Server):
         self._state = app.state
         self._drain_delay_s = settings.drain_delay_s
         self._sockets, self._supervised = sockets, supervised
-        self._report_started, self._report_tick = on_started, on_tick
+        self._report_started = on_started
         self._connections: Any = self.server_state.connections  # of `HTTPProtocol`
 
     def run_until_stopped(self) -> int:
@@ -112,7 +105,7 @@ class Server(uvicorn.Server):
 
     def _write_snapshot(self) -> None:
         try:
-            self._report_tick()
+            self._state.metrics.write_snapshot()
         except OSError:  # a full disk must end neither the timeouts of clients nor the process
             log.exception("the snapshot of the metrics was not written")
 
@@ -180,9 +173,7 @@ def load(settings: Settings) -> ModelRepository:
 def create_server(settings: Settings, announce: Callable[[str], None]) -> Server:
     """Return the server of a service of one process, with its models loaded.
 
-    Args:
-        settings: of the service.
-        announce: called with the line that says where it serves.
+    Once it serves, it calls `announce` with the line that says where.
 
     Raises:
         ServiceError: it cannot start.
@@ -193,7 +184,7 @@ def create_server(settings: Settings, announce: Callable[[str], None]) -> Server
     sockets = open_sockets(settings.host, settings.port)
     line = startup_message(
         repository.names,
-        address_of(sockets[0]),
+        url_of(sockets[0]),
         describe(repository.default.engine.device),
         open_metrics_port(settings, metrics.registry),
     )
@@ -207,9 +198,9 @@ def create_worker(
 
     Args:
         settings: of the service.
-        index: of the worker, from 0.
-        folder: that the workers share, for metrics and rate limits.
-        port: that the supervisor has reserved.
+        index: number of the worker, from 0.
+        folder: shared by the workers for metrics and rate limits.
+        port: reserved by the supervisor.
         report: called with the names of the models and the device once the worker serves.
 
     Raises:
@@ -221,8 +212,7 @@ def create_worker(
     sockets = open_sockets(settings.host, port, reuse_port=True)
     device = describe(repository.default.engine.device)
     on_started = partial(report, {"names": repository.names, "device": device})
-    on_tick = metrics.write_snapshot
-    return Server(app, settings, sockets, on_started, supervised=True, on_tick=on_tick)
+    return Server(app, settings, sockets, on_started, supervised=True)
 
 
 def assign_device(settings: Settings, index: int) -> Settings:

@@ -1,6 +1,7 @@
-"""Listening TCP sockets, of one process or of several that share a port by SO_REUSEPORT."""
+"""Listening TCP sockets, of one process or of several that share a port, and their URLs."""
 
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from service.errors import ServiceError
@@ -58,3 +59,17 @@ def reserve_port(host: str, port: int) -> list[socket.socket]:
         each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # or another service could bind
         reserved.append(each)
     return reserved
+
+
+def startup_message(
+    names: Sequence[str], url: str, devices: str, metrics_url: str | None = None
+) -> str:
+    """Return the line that states what is served, and where."""
+    line = f"Serving {', '.join(names)} at {url} on {devices}"
+    return line if metrics_url is None else f"{line}, metrics at {metrics_url}/metrics"
+
+
+def url_of(bound: socket.socket) -> str:
+    """Return the URL of a socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import ServiceError
-from service.server.address import address_of, startup_message
-from service.server.sockets import reserve_port
+from service.server.sockets import reserve_port, startup_message, url_of
 from service.settings import Settings
 from service.telemetry.logging import configure_logging
 from service.telemetry.metrics import SupervisorMetrics
@@ -42,29 +41,27 @@ def supervise(
 ) -> None:
     """Serve with several workers until stopped.
 
-    Args:
-        settings: of the service.
-        arguments: the command line that the settings are from, for the workers.
-        announce: called with the line that says where they serve.
+    The workers get the command line that the settings are from. Once all of them serve, `announce`
+    is called with the line that says where.
 
     Raises:
         ServiceError: the port is taken, a worker cannot start, or workers keep exiting.
     """
     configure_logging(settings.log_level)
     reserved = reserve_port(settings.host, settings.port)
-    address, metrics_address = address_of(reserved[0]), None
+    metrics_url = None
     with tempfile.TemporaryDirectory(prefix="cgan-metrics-") as name:
         folder = Path(name)
         metrics = SupervisorMetrics(settings.workers, folder)
         if settings.metrics_port is not None:
             from service.server.metrics_port import open_metrics_port  # noqa: PLC0415  (FastAPI)
 
-            metrics_address = open_metrics_port(settings, metrics.registry)
+            metrics_url = open_metrics_port(settings, metrics.registry)
 
         def on_ready(names: Sequence[str], devices: str) -> None:
-            announce(startup_message(names, address, devices, metrics_address))
+            announce(startup_message(names, url_of(reserved[0]), devices, metrics_url))
 
-        arguments = [str(folder), str(address[1]), *arguments]
+        arguments = [str(folder), str(reserved[0].getsockname()[1]), *arguments]
         asyncio.run(Supervisor(settings.workers, arguments, folder, metrics, on_ready).run())
     for each in reserved:
         each.close()

@@ -38,9 +38,9 @@ def test_metrics_of_all_workers_are_on_their_port_and_nothing_else_is() -> None:
 
 def test_a_key_is_required_there_too() -> None:
     settings = Settings.model_validate({"metrics_port": 0, "api_keys": f"prometheus:{SECRET}"})
-    address = open_metrics_port(settings, Metrics().registry)
-    assert address is not None
-    with httpx.Client(base_url=f"http://{address[0]}:{address[1]}") as client:
+    url = open_metrics_port(settings, Metrics().registry)
+    assert url is not None
+    with httpx.Client(base_url=url) as client:
         assert client.get("/metrics").status_code == 401
         key = {"Authorization": f"Bearer {SECRET}"}
         assert client.get("/metrics", headers=key).status_code == 200

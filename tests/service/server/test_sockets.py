@@ -5,7 +5,6 @@ from contextlib import ExitStack, closing
 import pytest
 
 from service.errors import ServiceError
-from service.server.address import address_of
 from service.server.sockets import open_sockets, reserve_port
 
 
@@ -13,15 +12,15 @@ from service.server.sockets import open_sockets, reserve_port
 def test_workers_share_a_reserved_port_and_clients_are_refused_until_one_listens(host: str) -> None:
     with ExitStack() as stack:
         reserved = [stack.enter_context(each) for each in reserve_port(host, 0)]
-        address, port = address_of(reserved[0])
-        assert {address_of(each)[1] for each in reserved} == {port}
+        address, port = reserved[0].getsockname()[:2]
+        assert {each.getsockname()[1] for each in reserved} == {port}
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((address, port))
         first, second = (open_sockets(host, port, reuse_port=True) for _ in range(2))
         assert len(first) == len(second) == len(reserved)
         for each in (*first, *second):
             stack.enter_context(each)
-            with closing(socket.create_connection(address_of(each))) as client:
+            with closing(socket.create_connection(each.getsockname()[:2])) as client:
                 assert client.getpeername()[1] == port
 
 
@@ -34,7 +33,7 @@ def test_a_port_is_not_shared_with_another_service(taken: str) -> None:
     }[taken]
     (first,) = open_first()
     with first:
-        port = address_of(first)[1]
+        port = first.getsockname()[1]
         message = f"cannot open port {port} on 127.0.0.1: Address already in use$"
         for open_again in (open_sockets, reserve_port):
             with pytest.raises(ServiceError, match=message):
@@ -44,7 +43,7 @@ def test_a_port_is_not_shared_with_another_service(taken: str) -> None:
 def test_a_port_can_be_opened_again_right_after_its_connections_were_closed() -> None:
     """The closed connections keep the port in TIME_WAIT."""
     (listening,) = open_sockets("127.0.0.1", 0)
-    address = address_of(listening)
+    address = listening.getsockname()[:2]
     with listening, socket.create_connection(address) as client:
         accepted, _ = listening.accept()
         accepted.close()
