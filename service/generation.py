@@ -25,7 +25,7 @@ from service.inference.errors import (
 )
 from service.inference.latents import SamplingOptions
 from service.inference.repository import Model, ModelRepository
-from service.inference.scheduling import BatchRecord, GenerationResult, PendingRequest
+from service.inference.scheduling import BatchRecord, GenerationResult
 from service.settings import MAX_IMAGES
 from service.telemetry.metrics import Metrics
 
@@ -89,49 +89,32 @@ class ResolvedRequest:
         height, width, _ = self.model.engine.image_shape
         return len(self.labels) * height * width
 
-    def recipe(self, position: int) -> dict[str, object]:
-        """Return everything that determines the image at a position."""
-        label = int(self.labels[position])
-        recipe: dict[str, object] = {
-            "model": self.model.name,
-            "sha256": self.model.sha256,
-            "label": label,
-            "class": self.model.info.class_names[label],
-            "seed": int(self.seeds[position]),
-            "index": int(self.indices[position]),
-        }
-        if self.options is not None:
-            self._add_options(recipe, self.options, position)
-        return recipe
+    def recipe(self, position: int | None = None) -> dict[str, object]:
+        """Return everything that determines the image at a position.
 
-    def recipe_of_all(self) -> dict[str, object]:
-        """Return everything that determines the images, which share their seed."""
-        recipe: dict[str, object] = {
-            "model": self.model.name,
-            "sha256": self.model.sha256,
-            "labels": self.labels.tolist(),
-            "seed": self.seed,
-            "indices": self.indices.tolist(),
-        }
-        if self.options is not None:
-            self._add_options(recipe, self.options, None)
-        return recipe
-
-    def _add_options(
-        self, recipe: dict[str, object], options: SamplingOptions, position: int | None
-    ) -> None:
-        """Add the options to the recipe of one image, or of all."""
+        Without a position, return that of all images, which share their seed.
+        """
+        names, options = self.model.info.class_names, self.options or SamplingOptions()
+        recipe: dict[str, object] = {"model": self.model.name, "sha256": self.model.sha256}
+        if position is None:
+            recipe["labels"] = self.labels.tolist()
+            recipe |= {"seed": self.seed, "indices": self.indices.tolist()}
+        else:
+            label = int(self.labels[position])
+            recipe |= {"label": label, "class": names[label]}
+            recipe |= {"seed": int(self.seeds[position]), "index": int(self.indices[position])}
         if options.mix is not None:
             for plain in ("label", "class", "labels"):
                 recipe.pop(plain, None)
-            names, weights = self.model.info.class_names, options.mix
-            recipe["mix"] = {names[label]: float(weights[label]) for label in weights.nonzero()[0]}
+            weights = enumerate(options.mix.tolist())
+            recipe["mix"] = {names[label]: weight for label, weight in weights if weight}
         if options.at is not None:
-            recipe["to_seed"] = options.to_seed
             at = options.at
+            recipe["to_seed"] = options.to_seed
             recipe["at"] = at.tolist() if position is None else float(at[position])
         if options.truncation != 1.0:
             recipe["truncation"] = options.truncation
+        return recipe
 
 
 class Generation:
@@ -251,7 +234,7 @@ class Generation:
         stats = request.model.stats
         began = time.perf_counter()
         try:
-            result = await self._generate(request, client, timeout_s)
+            result = await self._run(request, client, timeout_s)
         except Problem:
             stats.failed += 1
             stats.failed_s += time.perf_counter() - began
@@ -265,7 +248,7 @@ class Generation:
         stats.last_at = time.time()
         return result
 
-    async def _generate(
+    async def _run(
         self, request: ResolvedRequest, client: Client, timeout_s: float | None
     ) -> GenerationResult:
         """Generate the images of a request, with the batcher's errors as problems."""
@@ -278,7 +261,14 @@ class Generation:
                 timeout_s,
                 request.options,
             )
-            return await self._wait(pending, client)
+            client.on_disconnect = pending.future.cancel
+            if client.disconnected:
+                pending.future.cancel()
+            return await self._batcher.wait(pending)
+        except asyncio.CancelledError:
+            if client.disconnected:
+                raise Disconnected from None
+            raise
         except Overloaded as error:
             seconds = max(1, math.ceil(error.retry_after_s))
             detail = f"The queue is full; retry in {seconds} s."
@@ -294,17 +284,6 @@ class Generation:
             log.exception("a forward failed")
             detail = "The device failed; retry the request."
             raise self._rejected(503, "forward-failed", detail, 1) from error
-
-    async def _wait(self, pending: PendingRequest, client: Client) -> GenerationResult:
-        client.on_disconnect = pending.future.cancel
-        if client.disconnected:
-            pending.future.cancel()
-        try:
-            return await self._batcher.wait(pending)
-        except asyncio.CancelledError:
-            if client.disconnected:
-                raise Disconnected from None
-            raise
         finally:
             client.on_disconnect = None
 

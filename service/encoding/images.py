@@ -89,7 +89,7 @@ def encode_sheet(request: ResolvedRequest, result: GenerationResult, scale: int)
     """Encode one image as a PNG, or several as one contact sheet."""
     if len(request.labels) == 1:
         return next(single_pngs(request, result, scale))
-    return encode_contact_sheet(enlarge(result.pixels, scale), request.recipe_of_all())
+    return encode_contact_sheet(enlarge(result.pixels, scale), request.recipe())
 
 
 def encode_zip(
