@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from service.inference.engine import Engine, resolve_dtype
@@ -37,15 +38,14 @@ class Model:
     name: str  # stem of the artifact's file name
     engine: Engine
     stats: ModelStats = field(default_factory=ModelStats, repr=False, compare=False)
-    # Class indices by class name, and by index as a text.
-    labels: dict[str, int] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def labels(self) -> dict[str, int]:
+        """Class indices by class name, and by index as a text."""
         names = self.info.class_names
         labels = {str(index): index for index in range(len(names))}
         # A name takes precedence over an index, and the first of equal names over the others.
-        labels |= {name: index for index, name in reversed(list(enumerate(names)))}
-        object.__setattr__(self, "labels", labels)
+        return labels | {name: index for index, name in reversed(list(enumerate(names)))}
 
     @property
     def versioned_name(self) -> str:

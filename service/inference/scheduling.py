@@ -6,7 +6,7 @@ A row is one image to generate: (seed, index, label) and the sampling options of
 import asyncio
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -98,16 +98,16 @@ class Batch(NamedTuple):
                 second.append(Slice(request, cut, stop))
         return self._replace(slices=first), self._replace(slices=second)
 
+    def placed_slices(self) -> Iterator[tuple[slice, Slice]]:
+        """Yield the slices, each after its place in the batch."""
+        end = 0
+        for part in self.slices:
+            begin, end = end, end + part.stop - part.start
+            yield slice(begin, end), part
+
     def slices_with(self, rows: NDArray[np.bool_]) -> list[Slice]:
         """Return the slices that contain any of the selected rows (B,)."""
-        selected: list[Slice] = []
-        offset = 0
-        for part in self.slices:
-            end = offset + part.stop - part.start
-            if rows[offset:end].any():
-                selected.append(part)
-            offset = end
-        return selected
+        return [part for place, part in self.placed_slices() if rows[place].any()]
 
     def columns(self) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
         """Return seeds (B,), indices (B,) and labels (B,)."""
@@ -120,15 +120,11 @@ class Batch(NamedTuple):
 
     def row_options(self) -> list[RowOptions]:
         """Return the sampling options of the rows that have any."""
-        options = []
-        offset = 0
-        for request, start, stop in self.slices:
-            end = offset + stop - start
-            if request.options is not None:
-                part = RowOptions(slice(offset, end), slice(start, stop), request.options)
-                options.append(part)
-            offset = end
-        return options
+        return [
+            RowOptions(place, slice(start, stop), request.options)
+            for place, (request, start, stop) in self.placed_slices()
+            if request.options is not None
+        ]
 
 
 Outcome = tuple["asyncio.Future[GenerationResult]", GenerationResult | ForwardFailed | DeviceLost]
@@ -271,19 +267,16 @@ def scatter(batch: Batch, pixels: NDArray[np.uint8], record: BatchRecord) -> lis
     A request that one batch holds gets a view, a split request a copy.
     """
     outcomes: list[Outcome] = []
-    offset = 0
-    for request, start, stop in batch.slices:
-        part = pixels[offset : offset + stop - start]
-        offset += stop - start
+    for place, (request, start, stop) in batch.placed_slices():
         if request.cancelled:
             continue
         request.forwards += (record,)
         if stop - start == request.rows:
-            request.pixels = part
+            request.pixels = pixels[place]
         else:
             if request.pixels is None:
                 request.pixels = np.empty((request.rows, *pixels.shape[1:]), np.uint8)
-            request.pixels[start:stop] = part
+            request.pixels[start:stop] = pixels[place]
         if stop == request.rows:
             started_at = request.forwards[0].started_at
             queue_s, forward_s = started_at - request.admitted_at, record.done_at - started_at
