@@ -101,6 +101,7 @@ def create_router(responder: Responder) -> APIRouter:
     """Create the routes of this module."""
     router = APIRouter()
 
+    @router.head(PATH, include_in_schema=False)
     @router.get(
         PATH,
         summary="Download a balanced, labelled data set as a file",
@@ -108,10 +109,6 @@ def create_router(responder: Responder) -> APIRouter:
         responses=_RESPONSES,
     )
     async def dataset(request: Request, query: Annotated[DatasetQuery, Query()]) -> Response:
-        return await _respond(responder, request, query)
-
-    @router.head(PATH, include_in_schema=False)
-    async def head(request: Request, query: Annotated[DatasetQuery, Query()]) -> Response:
         return await _respond(responder, request, query)
 
     return router

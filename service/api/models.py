@@ -1,7 +1,6 @@
 """The endpoints `/models` and `/verify`."""
 
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,16 +9,13 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api.respond import BINARY, Responder
 from service.encoding.verification import (
-    ParsedPNG,
     VerificationResult,
     compare,
     read_png,
     request_from_recipe,
 )
 from service.errors import GENERATION_ERRORS, error_responses
-from service.generation import ResolvedRequest
 from service.inference.repository import Model
-from service.inference.scheduling import GenerationResult
 
 
 class ModelEntry(BaseModel):
@@ -93,7 +89,7 @@ def create_router(responder: Responder) -> APIRouter:
         encoded = await responder.respond(
             resolved,
             request.scope,
-            lambda result: partial(_compare, png, resolved, result),
+            lambda result: lambda: compare(png, resolved, result).model_dump_json().encode(),
             pixels=png.pixels.size,
         )
         return Response(encoded.body, media_type="application/json")
@@ -108,10 +104,6 @@ def create_router(responder: Responder) -> APIRouter:
         )
 
     return router
-
-
-def _compare(png: ParsedPNG, request: ResolvedRequest, result: GenerationResult) -> bytes:
-    return compare(png, request, result).model_dump_json().encode()
 
 
 def _entry(model: Model, default: bool) -> ModelEntry:

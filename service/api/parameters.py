@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Annotated
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qs
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -209,14 +209,8 @@ def parse_query(query: bytes) -> GenerateQuery:
 
 
 def _parse_query(query: bytes) -> GenerateQuery:
-    values: dict[str, str | list[str]] = {}
-    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if name in ("label", "mix"):
-            repeated = values.setdefault(name, [])
-            assert isinstance(repeated, list)
-            repeated.append(value)
-        else:
-            values[name] = value
+    sent = parse_qs(query.decode("latin-1"), keep_blank_values=True)
+    values = {name: each if name in ("label", "mix") else each[-1] for name, each in sent.items()}
     try:
         return GenerateQuery.model_validate(values)
     except ValidationError as error:
