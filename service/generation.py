@@ -220,12 +220,9 @@ class Generation:
     async def generate(
         self, request: ResolvedRequest, client: Client, timeout_s: float | None = None
     ) -> GenerationResult:
-        """Generate the images of a request.
+        """Generate the images of a request, which is withdrawn when its client disconnects.
 
-        Args:
-            request: the images.
-            client: the request is withdrawn when it disconnects.
-            timeout_s: deadline, if shorter than the service's own.
+        The deadline is `timeout_s` if that is shorter than the service's own.
 
         Raises:
             Problem: 429 overloaded, 503 draining or failed, 504 past the deadline.

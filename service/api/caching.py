@@ -51,10 +51,7 @@ def request_tag(request: ResolvedRequest, description: str) -> str:
 def cache_control(scope: Scope, tag: str | None, model: str | None) -> str:
     """Return the Cache-Control of a response.
 
-    Args:
-        scope: of the request.
-        tag: the ETag; None for a response that cannot be repeated.
-        model: the `model` parameter, which may pin a file.
+    Without a tag, the response cannot be repeated. The parameter `model` may pin a file.
     """
     if tag is None:
         return "no-store"

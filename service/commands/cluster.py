@@ -44,9 +44,7 @@ class ReplicaHeaderMiddleware:
 def create_application(settings: Settings, **options: Any) -> Any:
     """Return a Ray Serve application of replicas of the service.
 
-    Args:
-        settings: settings of the service in each replica.
-        options: options of the deployment, as Ray names them.
+    The options are those of the deployment, as Ray names them.
     """
     from ray import serve  # noqa: PLC0415  (an optional dependency)
 

@@ -74,16 +74,10 @@ class Readiness:
 
 
 class SelfTest:
-    """A test of every model on a schedule: generate its reference images and compare them.
+    """A test of every model each `interval_s`: generate its reference images and compare them.
 
-    The images take the path of every request, so this tests the queue and the engine as well.
-
-    Args:
-        repository: the models.
-        batcher: generates the images; fails all requests if they are wrong.
-        readiness: is off while they cannot be generated.
-        metrics: count the outcomes.
-        interval_s: seconds between two tests.
+    The images take the path of every request, so this tests the queue and the engine as well. The
+    service is not ready while they cannot be generated. Wrong images fail all requests.
     """
 
     def __init__(

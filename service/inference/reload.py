@@ -22,11 +22,9 @@ log = logging.getLogger("service.inference.reload")
 
 
 class Reloader:
-    """Replaces the models of a repository. Call all methods on the event loop.
+    """Replaces the models of a repository, if they are from files.
 
-    Args:
-        repository: does not change unless its models are from files.
-        metrics: report the models.
+    Call all methods on the event loop.
     """
 
     def __init__(self, repository: ModelRepository, metrics: Metrics) -> None:

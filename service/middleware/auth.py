@@ -34,10 +34,7 @@ class APIKeyGrant:
 def create_grants(settings: Settings, metrics: Metrics, folder: Path | None) -> list[APIKeyGrant]:
     """Return a grant for every key of the settings.
 
-    Args:
-        settings: hold the keys and the limits.
-        metrics: count rejections.
-        folder: where several workers share their token buckets; None for a single process.
+    Several workers share their token buckets in a folder, which is None for a single process.
     """
     rejected = metrics.rejections.labels("rate-limited")
     grants = []

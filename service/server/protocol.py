@@ -237,8 +237,7 @@ class HTTPProtocol(HttpToolsProtocol):
     def _check_partial(self, received: int | None) -> None:
         """Limit the size of an incomplete request.
 
-        Args:
-            received: bytes of it that have just come; None if they came together with others.
+        `received` bytes of it have just come, or None if they came together with others.
         """
         if self._ignore_input:
             return
@@ -321,11 +320,8 @@ async def enforce_timeouts(
     """Close the connections that kept the server waiting for too long, and limit unread responses.
 
     If clients leave more than `MAX_UNREAD_BYTES` unread, those with the most are cut off first.
-
-    Args:
-        connections: the open connections; may change while this runs. A check takes about 5 us and
-            there may be thousands, so requests have their turn after every few.
-        clock: of the event loop.
+    The connections may change while this runs. A check takes about 5 us and there may be
+    thousands, so requests have their turn after every few.
     """
     unread = {}
     for number, connection in enumerate(list(connections), 1):

@@ -84,14 +84,9 @@ class _Worker:
 
 
 class Supervisor:
-    """The workers of one service.
+    """The workers of one service, which share a folder and get the same arguments after their index.
 
-    Args:
-        count: number of workers.
-        arguments: of a worker, after its index.
-        folder: that the workers share.
-        metrics: count the restarts.
-        on_ready: called with the names of the models and the devices once every worker serves.
+    Once every worker serves, `on_ready` is called with the names of the models and the devices.
     """
 
     def __init__(

@@ -205,12 +205,8 @@ def quality_values(certificate: Mapping[str, Any] | None) -> dict[str, float]:
 class SupervisorMetrics:
     """The instruments of the process that keeps several workers running.
 
-    Args:
-        workers: how many workers it keeps.
-        folder: where the workers share their metrics.
-
     Attributes:
-        registry: the metrics of the supervisor and all workers.
+        registry: the metrics of the supervisor and all workers, which share the folder.
     """
 
     def __init__(self, workers: int, folder: Path) -> None:

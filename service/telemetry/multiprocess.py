@@ -26,11 +26,8 @@ class SharedMetrics(Collector):
     Counters and histograms are summed. Gauges are summed over the live processes, or the largest
     value is taken. Metrics about one process (`process_*`, `python_*`) get the label `worker`.
 
-    Args:
-        registry: the instruments of this process.
-        folder: where the snapshots are.
-        name: of this process. It continues the counts of an ended process of the same name.
-        max_gauges: names of the gauges of which the largest value is taken.
+    A process continues the counts of an ended process of the same name. `max_gauges` names the
+    gauges of which the largest value is taken.
     """
 
     def __init__(
