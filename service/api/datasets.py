@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from starlette.types import Send
 
 from service.api.caching import cache_control, entity_tag, matches
@@ -51,10 +51,8 @@ _MAX_BATCH_IMAGES = 256  # generated at once, unless a single block has more
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 
 
-class DatasetQuery(SamplingFields):
+class DatasetQuery(SamplingFields, extra="forbid"):
     """The parameters of `/dataset`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     per_class: int = Field(ge=1, le=MAX_PER_CLASS, description=_PER_CLASS, examples=[1000])
     format: DatasetFormat = Field("zip", description=_FORMAT)

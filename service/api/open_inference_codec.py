@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from service.api.parameters import Truncation
 from service.encoding.images import single_pngs
@@ -35,18 +35,14 @@ _Rows = Annotated[
 _Int64 = Annotated[int, Field(ge=0, le=MAX_INT64)]
 
 
-class TensorParameters(BaseModel):
+class TensorParameters(BaseModel, extra="forbid"):
     """The encoding of a tensor of a request."""
-
-    model_config = ConfigDict(extra="forbid")
 
     binary_data_size: int | None = Field(None, ge=0, description="its bytes after the JSON head")
 
 
-class InputTensor(BaseModel):
+class InputTensor(BaseModel, extra="forbid", strict=True):
     """A tensor of a request."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: Literal["LABEL", "SEED", "INDEX"] = Field(
         description="LABEL: class index of each image; SEED: of each image, one is drawn for all "
@@ -61,27 +57,21 @@ class InputTensor(BaseModel):
     )
 
 
-class OutputParameters(BaseModel):
+class OutputParameters(BaseModel, extra="forbid"):
     """The requested encoding of a tensor of the response."""
-
-    model_config = ConfigDict(extra="forbid")
 
     binary_data: bool | None = None
 
 
-class RequestedOutput(BaseModel):
+class RequestedOutput(BaseModel, extra="forbid", strict=True):
     """A requested tensor."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: OutputName
     parameters: OutputParameters | None = None
 
 
-class InferenceParameters(BaseModel):
+class InferenceParameters(BaseModel, extra="forbid", strict=True):
     """The parameters of a request."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     binary_data_output: bool = Field(False, description="send all tensors after the JSON head")
     timeout: Annotated[int, Field(ge=1, le=1000 * MAX_TIMEOUT_MS)] | None = Field(
@@ -90,10 +80,8 @@ class InferenceParameters(BaseModel):
     truncation: Truncation = 1.0
 
 
-class InferenceRequest(BaseModel):
+class InferenceRequest(BaseModel, extra="forbid", strict=True):
     """The JSON of a request for images."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     id: Annotated[str, Field(max_length=100)] | None = Field(None, description="returned")
     parameters: InferenceParameters = Field(default_factory=InferenceParameters)

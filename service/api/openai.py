@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, Field, Strict
 
 from service.api.parameters import MAX_SCALE, Seed, Truncation
 from service.api.respond import Responder, count_pixels
@@ -23,10 +23,8 @@ PREFIX = "/v1"
 _WORD = re.compile(r"[^\W_]+")
 
 
-class ImageRequest(BaseModel):
+class ImageRequest(BaseModel, extra="forbid"):
     """The body of a request for images."""
-
-    model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(
         max_length=1000,

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Annotated
 from urllib.parse import parse_qs
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from service.encoding.images import MEDIA_TYPES, Format
 from service.errors import invalid_value, invalid_values
@@ -77,10 +77,8 @@ class _GenerateFields(SamplingFields):
         )
 
 
-class GenerateQuery(_GenerateFields):
+class GenerateQuery(_GenerateFields, extra="forbid", frozen=True):
     """The parameters of `/generate` in its query string."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     label: Annotated[list[str], _SEVERAL] | None = Field(
         None, examples=[["7"]], description="class index or class name; may repeat"
@@ -120,10 +118,8 @@ class GenerateQuery(_GenerateFields):
         return weights
 
 
-class InterpolationBody(BaseModel):
+class InterpolationBody(BaseModel, extra="forbid", strict=True):
     """An interpolation from the images of one seed to those of another."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     from_seed: SeedValue | None = Field(None, description="drawn if not given")
     to_seed: SeedValue
@@ -131,10 +127,8 @@ class InterpolationBody(BaseModel):
     at: _At = None
 
 
-class GenerateBody(_GenerateFields):
+class GenerateBody(_GenerateFields, extra="forbid", strict=True):
     """The parameters of `POST /generate` as JSON, in place of its query string."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     labels: Annotated[list[str | int], _SEVERAL] | None = Field(
         None, description="class names, or indices as numbers", examples=[["3", 8]]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from service.encoding.images import encode_sheet
 from service.encoding.png import RECIPE_KEYWORD, SIGNATURE, contact_sheet, enlarge
@@ -29,10 +29,8 @@ _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Several = Field(min_length=1, max_length=MAX_IMAGES)
 
 
-class Recipe(BaseModel):
+class Recipe(BaseModel, extra="forbid", strict=True):
     """The recipe of an image, or of all images of a contact sheet, as stored in a PNG."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     sha256: str
