@@ -23,14 +23,9 @@ def create_router(readiness: Readiness) -> APIRouter:
     async def livez() -> Health:
         return Health(status="alive")
 
-    @router.get(
-        "/readyz",
-        summary="Readiness",
-        responses=error_responses(503),
-    )
+    @router.get("/readyz", summary="Readiness", responses=error_responses(503))
     async def readyz() -> Health:
-        if readiness.problem is not None:
-            raise readiness.problem
+        readiness.check()
         return Health(status="ready")
 
     return router

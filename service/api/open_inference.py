@@ -35,6 +35,10 @@ _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+_Name = Annotated[str, Path(description="name of a model")]
+_Version = Annotated[str, Path(description="SHA-256 of its artifact, in hexadecimal")]
+
+
 class ServerMetadata(BaseModel):
     """A description of the service."""
 
@@ -116,10 +120,6 @@ def create_router(responder: Responder, readiness: Readiness) -> APIRouter:
     router = APIRouter(prefix=PREFIX, tags=["Open Inference Protocol"])
     generation = responder.generation
 
-    def check_ready() -> None:
-        if readiness.problem is not None:
-            raise readiness.problem
-
     @router.get("", summary="Describe the service")
     async def metadata(request: Request) -> ServerMetadata:
         app = request.app
@@ -136,7 +136,7 @@ def create_router(responder: Responder, readiness: Readiness) -> APIRouter:
         responses=error_responses(503, path=PREFIX),
     )
     async def ready() -> Response:
-        check_ready()
+        readiness.check()
         return Response()
 
     @router.post("/repository/index", summary="List the loaded models")
@@ -151,19 +151,17 @@ def create_router(responder: Responder, readiness: Readiness) -> APIRouter:
         models = generation.repository
         return Statistics(model_stats=[_statistics(generation, each) for each in models])
 
-    async def by_name(name: Annotated[str, Path(description="name of a model")]) -> Model:
+    async def by_name(name: _Name) -> Model:
         return generation.get_or_404(name)
 
-    async def by_version(
-        name: Annotated[str, Path(description="name of a model")],
-        version: Annotated[str, Path(description="SHA-256 of its artifact, in hexadecimal")],
-    ) -> Model:
+    async def by_version(name: _Name, version: _Version) -> Model:
         return generation.get_or_404(f"{name}@sha256:{version}")
 
-    _add_model_routes(router, "/models/{name}", by_name, responder, check_ready)
-    _add_model_routes(
-        router, "/models/{name}/versions/{version}", by_version, responder, check_ready
-    )
+    for path, find in (
+        ("/models/{name}", by_name),
+        ("/models/{name}/versions/{version}", by_version),
+    ):
+        _add_model_routes(router, path, find, responder, readiness)
     return router
 
 
@@ -172,14 +170,21 @@ def _add_model_routes(
     path: str,
     find: Callable[..., Awaitable[Model]],
     responder: Responder,
-    check_ready: Callable[[], None],
+    readiness: Readiness,
 ) -> None:
     """Add the routes of one model, or of one version of it."""
     not_found = error_responses(404, path=PREFIX)
 
     @router.get(path, summary="Inputs and outputs of a model", responses=not_found)
     async def metadata(model: Annotated[Model, Depends(find)]) -> ModelMetadata:
-        return _metadata(model)
+        inputs = ("LABEL", "SEED", "INDEX")
+        return ModelMetadata(
+            name=model.name,
+            versions=[model.sha256],
+            platform="pytorch",
+            inputs=[TensorDescription(name=each, datatype="INT64", shape=[-1]) for each in inputs],
+            outputs=list(describe_outputs(model.engine.image_shape).values()),
+        )
 
     @router.get(f"{path}/stats", summary="Statistics of a model", responses=not_found)
     async def statistics(model: Annotated[Model, Depends(find)]) -> Statistics:
@@ -192,7 +197,7 @@ def _add_model_routes(
         responses=error_responses(404, 503, path=PREFIX),
     )
     async def ready(_model: Annotated[Model, Depends(find)]) -> Response:
-        check_ready()
+        readiness.check()
         return Response()
 
     @router.post(
@@ -237,20 +242,6 @@ async def _compress(response: Response, accepted: str) -> Response:
             headers = {**response.headers, "content-length": str(len(body))}
             return Response(body, headers={**headers, "content-encoding": encoding})
     return response
-
-
-def _metadata(model: Model) -> ModelMetadata:
-    inputs = [
-        TensorDescription(name=name, datatype="INT64", shape=[-1])
-        for name in ("LABEL", "SEED", "INDEX")
-    ]
-    return ModelMetadata(
-        name=model.name,
-        versions=[model.sha256],
-        platform="pytorch",
-        inputs=inputs,
-        outputs=list(describe_outputs(model.engine.image_shape).values()),
-    )
 
 
 def _statistics(generation: Generation, model: Model) -> ModelStatistics:

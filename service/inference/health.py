@@ -41,12 +41,21 @@ class Readiness:
 
     @property
     def problem(self) -> Problem | None:
-        """The answer of the readiness probe; None while the service takes new work."""
+        """The reason why the service takes no new work; None while it does."""
         if self.draining:
             return Problem(503, "draining", "The service is shutting down.")
         if self.fault is not None:
             return Problem(503, "device-failed", f"The device failed: {self.fault}.")
         return None
+
+    def check(self) -> None:
+        """Answer the readiness probe.
+
+        Raises:
+            Problem: 503, the service takes no new work.
+        """
+        if self.problem is not None:
+            raise self.problem
 
     def drain(self) -> None:
         """Turn readiness off permanently."""
