@@ -29,7 +29,7 @@ from service.inference.health import Readiness, SelfTest
 from service.inference.reload import Reloader
 from service.inference.repository import ModelRepository
 from service.middleware.access_log import AccessLogMiddleware
-from service.middleware.auth import PUBLIC_PATHS, APIKeyMiddleware, create_grants
+from service.middleware.auth import PUBLIC_PATHS, APIKeyMiddleware, create_buckets
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from training.devices import available_cores
@@ -94,7 +94,7 @@ def create_app(
     batcher = Batcher(settings.max_queue_images, settings.timeout_s, metrics)
     encoder = TimeSlicedEncoder(max(1, available_cores() // settings.workers))
     reloader = Reloader(repository, metrics)
-    grants = create_grants(settings, metrics, shared_dir)
+    buckets = create_buckets(settings, metrics, shared_dir)
     self_test = SelfTest(repository, batcher, readiness, metrics, settings.self_test_interval_s)
 
     @asynccontextmanager
@@ -119,7 +119,7 @@ def create_app(
     app = _create_routes(responder, readiness, lifespan)
     if settings.metrics_port is None:
         app.include_router(health.create_metrics_router(metrics.registry))
-    app.auth_required = bool(grants)
+    app.auth_required = bool(buckets)
     app.state.metrics = metrics
     app.state.readiness = readiness
     app.state.batcher = batcher
@@ -127,8 +127,8 @@ def create_app(
     app.state.error_app = AccessLogMiddleware(send_error, metrics)  # for the protocol
     # From the inside out.
     app.add_middleware(generate.GenerateEndpoint, responder=responder)
-    if grants:
-        app.add_middleware(APIKeyMiddleware, grants=grants)
+    if buckets:
+        app.add_middleware(APIKeyMiddleware, buckets=buckets)
     app.add_middleware(AccessLogMiddleware, metrics=metrics)
     endpoint = settings.otlp_endpoint
     app.state.tracer_provider = None if endpoint is None else _add_tracing(app, endpoint)

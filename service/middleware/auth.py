@@ -3,9 +3,8 @@
 import base64
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -23,27 +22,21 @@ _BEARER = "Bearer"
 _BASIC = 'Basic realm="API key as the password", charset="UTF-8"'
 
 
-@dataclass(frozen=True, slots=True)
-class APIKeyGrant:
-    """An API key and its rate limit; None means no limit."""
-
-    key: APIKey
-    bucket: TokenBucket | None = None
-
-
-def create_grants(settings: Settings, metrics: Metrics, folder: Path | None) -> list[APIKeyGrant]:
-    """Return a grant for every key of the settings.
+def create_buckets(
+    settings: Settings, metrics: Metrics, folder: Path | None
+) -> dict[APIKey, TokenBucket | None]:
+    """Return the token bucket of every key of the settings, or None for a key without a limit.
 
     Several workers share their token buckets in a folder, which is None for a single process.
     """
     rejected = metrics.rejections.labels("rate-limited")
-    grants = []
+    buckets: dict[APIKey, TokenBucket | None] = {}
     for key in settings.keys:
         rate = key.images_per_second or settings.images_per_second
         path = None if folder is None else folder / f"{key.name}.bucket"
         bucket = TokenBucket(rate, settings.burst_images, rejected, path) if rate else None
-        grants.append(APIKeyGrant(key, bucket))
-    return grants
+        buckets[key] = bucket
+    return buckets
 
 
 class APIKeyMiddleware:
@@ -54,16 +47,16 @@ class APIKeyMiddleware:
     user name, but not from another site, which could otherwise spend the key.
     """
 
-    def __init__(self, app: ASGIApp, grants: Sequence[APIKeyGrant]) -> None:
-        self._app, self._grants = app, grants
+    def __init__(self, app: ASGIApp, buckets: Mapping[APIKey, TokenBucket | None]) -> None:
+        self._app, self._buckets = app, buckets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with the name and the token bucket of its key, or answer 401."""
         if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS:
             await self._app(scope, receive, send)
             return
-        grant = self._authenticate(scope)
-        if grant is None:
+        key = self._authenticate(scope)
+        if key is None:
             # `Basic` makes a browser ask its user for a password, so only navigation gets it.
             navigates = _header(scope, b"sec-fetch-mode") == b"navigate"
             headers = {"WWW-Authenticate": _BASIC if navigates else _BEARER}
@@ -71,15 +64,15 @@ class APIKeyMiddleware:
             await problem_response(problem, scope)(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        state["key"], state["token_bucket"] = grant.key.name, grant.bucket
+        state["key"], state["token_bucket"] = key.name, self._buckets[key]
         await self._app(scope, receive, send)
 
-    def _authenticate(self, scope: Scope) -> APIKeyGrant | None:
+    def _authenticate(self, scope: Scope) -> APIKey | None:
         digest = hashlib.sha256(_token(scope)).digest()
         authenticated = None
-        for grant in self._grants:  # all of them, so that the time does not depend on the key
-            if hmac.compare_digest(digest, grant.key.digest):
-                authenticated = grant
+        for key in self._buckets:  # all of them, so that the time does not depend on the key
+            if hmac.compare_digest(digest, key.digest):
+                authenticated = key
         return authenticated
 
 

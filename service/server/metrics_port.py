@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from service import errors
 from service.api import health
-from service.middleware.auth import APIKeyGrant, APIKeyMiddleware
+from service.middleware.auth import APIKeyMiddleware
 from service.server.sockets import open_sockets, url_of
 from service.settings import Settings
 
@@ -30,7 +30,7 @@ def open_metrics_port(settings: Settings, registry: CollectorRegistry) -> str | 
     errors.add_exception_handlers(app)
     app.include_router(health.create_metrics_router(registry))
     if settings.keys:
-        app.add_middleware(APIKeyMiddleware, grants=[APIKeyGrant(key) for key in settings.keys])
+        app.add_middleware(APIKeyMiddleware, buckets=dict.fromkeys(settings.keys))
     config = uvicorn.Config(
         app,
         loop="asyncio",

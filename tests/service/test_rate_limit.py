@@ -4,7 +4,7 @@ from threading import Thread
 import pytest
 
 from service.errors import Problem
-from service.middleware.auth import create_grants
+from service.middleware.auth import create_buckets
 from service.rate_limit import TokenBucket, burst_limit, consume
 from service.settings import parse_settings
 from service.telemetry.metrics import Metrics
@@ -86,11 +86,13 @@ def test_buckets_of_one_file_share_their_images(clock: Clock, tmp_path: Path) ->
 def test_each_key_has_its_own_limit_or_that_of_the_settings() -> None:
     keys = f"alice:{'a' * 16},bob:{'b' * 16}:2"
     settings = parse_settings(["--api-keys", keys, "--burst-images", "5"])
-    alice, bob = create_grants(settings, Metrics(), None)
-    assert (alice.bucket, bob.key.name) == (None, "bob")
-    for bucket in (alice.bucket, bob.bucket):
+    buckets = create_buckets(settings, Metrics(), None)
+    assert [key.name for key in buckets] == ["alice", "bob"]
+    alice, bob = buckets.values()
+    assert alice is None
+    for bucket in (alice, bob):
         scope = {"state": {"token_bucket": bucket}}
         consume(scope, 5)
         assert burst_limit(scope) == (float("inf") if bucket is None else 5)
     with pytest.raises(Problem):
-        consume({"state": {"token_bucket": bob.bucket}}, 5)
+        consume({"state": {"token_bucket": bob}}, 5)
