@@ -25,7 +25,7 @@ from service.errors import (
 )
 from service.generation import Generation
 from service.inference.batcher import Batcher
-from service.inference.health import Readiness, SelfTest
+from service.inference.health import Readiness, run_self_tests
 from service.inference.reload import Reloader
 from service.inference.repository import ModelRepository
 from service.middleware.access_log import AccessLogMiddleware
@@ -95,7 +95,6 @@ def create_app(
     encoder = TimeSlicedEncoder(max(1, available_cores() // settings.workers))
     reloader = Reloader(repository, metrics)
     buckets = create_buckets(settings, metrics, shared_dir)
-    self_test = SelfTest(repository, batcher, readiness, metrics, settings.self_test_interval_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -103,7 +102,10 @@ def create_app(
         _add_gauges(metrics, batcher, settings, repository)
         readiness.refresh()
         reloader.start()
-        testing = asyncio.ensure_future(self_test.run())
+        interval_s = settings.self_test_interval_s
+        testing = asyncio.ensure_future(
+            run_self_tests(repository, batcher, readiness, metrics, interval_s)
+        )
         try:
             yield
         finally:

@@ -3,7 +3,6 @@
 import base64
 import re
 import time
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Request, Response
@@ -149,7 +148,8 @@ def find_class(model: Model, prompt: str) -> int:
     words = _WORD.findall(prompt.casefold())
     spans = [
         (first, first + len(name), label)
-        for label, name in _names(model)
+        for text, label in model.labels.items()
+        if (name := _WORD.findall(text.casefold()))
         for first in range(len(words) - len(name) + 1)
         if _matches(words[first : first + len(name)], name)
     ]
@@ -168,13 +168,6 @@ def find_class(model: Model, prompt: str) -> int:
     raise invalid_value("prompt", prompt, message)
 
 
-def _names(model: Model) -> Iterator[tuple[int, list[str]]]:
-    """Yield each class with the words of its name, and with its index."""
-    for text, label in model.labels.items():
-        if words := _WORD.findall(text.casefold()):
-            yield label, words
-
-
 def _matches(words: list[str], name: list[str]) -> bool:
     *before, last = name
     return words[:-1] == before and words[-1] in (last, f"{last}s", f"{last}es")
@@ -187,11 +180,11 @@ def _scale(model: Model, size: str) -> int:
         Problem: 422, naming the allowed sizes.
     """
     own = model.info.network.image_size
+    scales = {f"{own * scale}x{own * scale}": scale for scale in range(1, MAX_SCALE + 1)}
     if size == "auto":
         return 1
-    for scale in range(1, MAX_SCALE + 1):
-        if size == f"{own * scale}x{own * scale}":
-            return scale
+    if size in scales:
+        return scales[size]
     message = (
         f"must be auto, or {own}x{own} times 1 to {MAX_SCALE}: {own}x{own}, {2 * own}x{2 * own}, "
         f"up to {MAX_SCALE * own}x{MAX_SCALE * own}"

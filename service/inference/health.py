@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
+from prometheus_client import Counter
 
 from service.errors import Problem
 from service.inference.batcher import Batcher
@@ -82,47 +83,40 @@ class Readiness:
         self._metrics.ready.set(self.problem is None)
 
 
-class SelfTest:
-    """A test of every model each `interval_s`: generate its reference images and compare them.
+async def run_self_tests(
+    repository: ModelRepository,
+    batcher: Batcher,
+    readiness: Readiness,
+    metrics: Metrics,
+    interval_s: float,
+) -> None:
+    """Test every model repeatedly, until cancelled: generate its reference images and compare them.
 
     The images take the path of every request, so this tests the queue and the engine as well. The
     service is not ready while they cannot be generated. Wrong images fail all requests.
     """
+    while True:
+        await asyncio.sleep(interval_s)
+        faults = [await _test(model, batcher, metrics.device_checks) for model in list(repository)]
+        readiness.set_fault(next(filter(None, faults), None))
 
-    def __init__(
-        self,
-        repository: ModelRepository,
-        batcher: Batcher,
-        readiness: Readiness,
-        metrics: Metrics,
-        interval_s: float,
-    ) -> None:
-        self._repository, self._batcher, self._readiness = repository, batcher, readiness
-        self._outcomes, self._interval_s = metrics.device_checks, interval_s
 
-    async def run(self) -> None:
-        """Test every model repeatedly, until cancelled."""
-        while True:
-            await asyncio.sleep(self._interval_s)
-            faults = [await self.check(model) for model in list(self._repository)]
-            self._readiness.set_fault(next(filter(None, faults), None))
-
-    async def check(self, model: Model) -> str | None:
-        """Test one model; return a description of its device's fault."""
-        reference = model.engine.reference
-        try:
-            rows = reference.seeds, reference.indices, reference.labels
-            result = await self._batcher.wait(self._batcher.admit(model.engine, *rows))
-        except (Draining, Overloaded, DeviceLost):  # the device works, or its end is known
-            self._outcomes.labels("skipped").inc()
-            return None
-        except (DeadlineExceeded, ForwardFailed):
-            self._outcomes.labels("failed").inc()
-            log.exception("the self-test failed", extra={"fields": {"model": model.name}})
-            return f"the reference images of {model.name} cannot be generated"
-        if np.array_equal(result.pixels, reference.pixels):
-            self._outcomes.labels("passed").inc()
-            return None
-        self._outcomes.labels("wrong").inc()
-        self._batcher.fail_all(DeviceLost(f"the reference images of {model.name} are wrong"))
+async def _test(model: Model, batcher: Batcher, outcomes: Counter) -> str | None:
+    """Test one model; return a description of its device's fault."""
+    reference = model.engine.reference
+    try:
+        rows = reference.seeds, reference.indices, reference.labels
+        result = await batcher.wait(batcher.admit(model.engine, *rows))
+    except (Draining, Overloaded, DeviceLost):  # the device works, or its end is known
+        outcomes.labels("skipped").inc()
         return None
+    except (DeadlineExceeded, ForwardFailed):
+        outcomes.labels("failed").inc()
+        log.exception("the self-test failed", extra={"fields": {"model": model.name}})
+        return f"the reference images of {model.name} cannot be generated"
+    if np.array_equal(result.pixels, reference.pixels):
+        outcomes.labels("passed").inc()
+        return None
+    outcomes.labels("wrong").inc()
+    batcher.fail_all(DeviceLost(f"the reference images of {model.name} are wrong"))
+    return None
