@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import re
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
@@ -10,7 +9,6 @@ from dataclasses import replace
 from random import getrandbits
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import Field
@@ -32,7 +30,7 @@ from service.encoding.datasets import (
 )
 from service.encoding.timeslice import IncrementalEncoder
 from service.errors import GENERATION_ERRORS, Problem, error_responses, invalid_value
-from service.generation import Generation, ResolvedRequest
+from service.generation import Generation
 from service.inference.scheduling import GenerationResult
 from service.rate_limit import burst_limit
 
@@ -176,7 +174,6 @@ class _Drawn(NamedTuple):
 
     part: SegmentRange
     batch: Batch
-    request: ResolvedRequest | None = None
     result: GenerationResult | None = None
 
 
@@ -230,25 +227,21 @@ class _Download:
 
     async def _draw(self, part: SegmentRange, *, retry: bool) -> _Drawn:
         """Generate the images of a range, with retries once the response has begun."""
-        dataset, batch = self._dataset, self._dataset.batch(part.first, part.last)
+        request = self._dataset.request(part.first, part.last)
+        batch = Batch(part.first * self._dataset.classes, request)
         if not part.segment.needs_pixels:
             return _Drawn(part, batch)
-        seeds = np.full(len(batch.labels), dataset.seed, dtype=np.uint64)
-        request = self._responder.generation.resolve_rows(
-            dataset.model, batch.labels, seeds, batch.indices, dataset.truncation
-        )
         if not self._is_sent(part):
             request = replace(request, counts={})
         result = await self._responder.draw(request, self._scope, retry=retry)
-        return _Drawn(part, batch._replace(pixels=result.pixels), request, result)
+        return _Drawn(part, Batch(batch.first, request, result.pixels), result)
 
     async def _encode(self, drawn: _Drawn) -> bytes:
-        part, batch, request, result = drawn
+        part, batch, result = drawn
         encoder = _join(part.segment.make(batch))
-        pixels = len(batch.labels) * math.prod(self._dataset.model.engine.image_shape)
-        if request is None or result is None:
-            return await self._responder.encoder.run(encoder, pixels)
-        encoded = await self._responder.encode(request, self._scope, result, encoder, pixels)
+        if result is None:
+            return await self._responder.encoder.run(encoder, batch.request.pixels)
+        encoded = await self._responder.encode(batch.request, self._scope, result, encoder)
         return encoded.body
 
 

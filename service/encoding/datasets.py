@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,7 +32,8 @@ from service.encoding.archives import (
     zip_end,
 )
 from service.encoding.png import store_png
-from service.inference.latents import splitmix64
+from service.generation import ResolvedRequest
+from service.inference.latents import SamplingOptions, splitmix64
 from service.inference.repository import Model
 
 DatasetFormat = Literal["zip", "webdataset", "idx", "npz"]
@@ -52,6 +54,7 @@ _SHUFFLE = np.uint64(0x6A09E667F3BCC909)  # keeps the order independent of the l
 _UNSAFE = re.compile(r"[^\w.-]+", re.ASCII)  # zip needs a flag for names beyond ASCII
 
 Pixels = NDArray[np.uint8]
+_NO_PIXELS: Pixels = np.empty((0, 0, 0, 0), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,17 @@ class GeneratedDataset:
         """Return the number of images."""
         return self.blocks * self.classes
 
-    def batch(self, first: int, last: int) -> "Batch":
-        """Return blocks first:last, counted from the first of the data set, without pixels."""
+    def request(self, first: int, last: int) -> ResolvedRequest:
+        """Return the request for blocks first:last, counted from the first of the data set."""
         begin, end = ((self.first + block) * self.classes for block in (first, last))
         positions = np.arange(begin, end, dtype=np.uint64).reshape(-1, self.classes)
         keys = splitmix64(np.full(1, self.seed, dtype=np.uint64) ^ _SHUFFLE, positions)
         labels = keys.argsort(axis=1, kind="stable").ravel()
         indices = np.arange(self.first + first, self.first + last).repeat(self.classes)
-        return Batch(first * self.classes, labels, indices, np.empty((0, 0, 0, 0), np.uint8))
+        seeds = np.full(len(labels), self.seed, dtype=np.uint64)
+        counts = dict.fromkeys(range(self.classes), last - first)
+        options = None if self.truncation == 1.0 else SamplingOptions(self.truncation)
+        return ResolvedRequest(self.model, seeds, labels, indices, counts, options)
 
     def file_name(self, file_format: DatasetFormat) -> str:
         """Return a name for the file."""
@@ -99,13 +105,13 @@ class Batch(NamedTuple):
     """The images of some blocks."""
 
     first: int  # the number of the first image, counted from the first of the data set
-    labels: NDArray[np.int64]  # (N,)
-    indices: NDArray[np.int64]  # (N,) of each image among those of its class
-    pixels: Pixels  # (N, H, W, C); empty for segments that need none
+    request: ResolvedRequest
+    pixels: Pixels = _NO_PIXELS  # (N, H, W, C); empty for segments that need none
 
-    def rows(self) -> Iterator[tuple[int, int, Pixels]]:
-        """Yield label, index and pixels of each image."""
-        return zip(self.labels.tolist(), self.indices.tolist(), self.pixels, strict=True)
+    def rows(self) -> Iterator[tuple[int, int, int]]:
+        """Yield number, label and index of each image."""
+        labels, indices = self.request.labels.tolist(), self.request.indices.tolist()
+        return zip(count(self.first), labels, indices, strict=False)
 
 
 @dataclass(frozen=True)
@@ -181,33 +187,32 @@ class _PNGWriter:
     """Encodes the images of a data set as PNG files of one length."""
 
     def __init__(self, dataset: GeneratedDataset) -> None:
-        self._dataset = dataset
-        last = dataset.last - 1
-        self._width = max(len(self._recipe(label, last)) for label in range(dataset.classes))
+        last = dataset.request(dataset.blocks - 1, dataset.blocks)
+        recipes = [self._to_json(last, position) for position in range(dataset.classes)]
+        self._width = max(map(len, recipes))
         blank = np.zeros(dataset.model.engine.image_shape, dtype=np.uint8)
-        self.length = len(self.encode(blank, 0, 0))
+        self.length = len(store_png(blank, " " * self._width))
 
-    def _recipe(self, label: int, index: int) -> str:
-        dataset = self._dataset
-        recipe = {
-            "model": dataset.model.name,
-            "sha256": dataset.model.sha256,
-            "label": label,
-            "class": dataset.model.info.class_names[label],
-            "seed": dataset.seed,
-            "index": index,
-        }
-        if dataset.truncation != 1.0:
-            recipe["truncation"] = dataset.truncation
-        return json.dumps(recipe, separators=(",", ":"))
+    def _to_json(self, request: ResolvedRequest, position: int) -> str:
+        return json.dumps(request.recipe(position), separators=(",", ":"))
 
-    def encode(self, pixels: Pixels, label: int, index: int) -> bytes:
-        """Return the file of one image (H, W, C)."""
-        return store_png(pixels, self._recipe(label, index).ljust(self._width))
+    def files(self, batch: Batch) -> Iterator[bytes]:
+        """Yield the file of each image."""
+        for position, pixels in enumerate(batch.pixels):
+            recipe = self._to_json(batch.request, position)
+            yield store_png(pixels, recipe.ljust(self._width))
 
 
 def _once(content: bytes) -> Segment:
     return Segment(len(content), lambda _batch: [content])
+
+
+def _images(dataset: GeneratedDataset) -> Segment:
+    """Return the pixels of all images."""
+    block_bytes = dataset.classes * math.prod(dataset.model.engine.image_shape)
+    return Segment(
+        block_bytes, lambda batch: [batch.pixels.tobytes()], dataset.blocks, needs_pixels=True
+    )
 
 
 def _lay_out_webdataset(dataset: GeneratedDataset) -> FileLayout:
@@ -223,14 +228,15 @@ def _lay_out_webdataset(dataset: GeneratedDataset) -> FileLayout:
     sample_bytes = png_member.length + label_member.length
 
     def samples(batch: Batch) -> Iterator[bytes]:
-        for number, (label, index, pixels) in enumerate(batch.rows(), begin + batch.first):
-            name = f"{number:0{digits}}"
+        for (number, label, _), png in zip(batch.rows(), writer.files(batch), strict=True):
+            name = f"{begin + number:0{digits}}"
             text = str(label).rjust(label_bytes).encode()
-            yield png_member.file(f"{name}.png", writer.encode(pixels, label, index))
+            yield png_member.file(f"{name}.png", png)
             yield label_member.file(f"{name}.cls", text)
 
     block_bytes = sample_bytes * dataset.classes
-    return FileLayout([Segment(block_bytes, samples, dataset.blocks, needs_pixels=True), _once(TAR_END)])
+    segment = Segment(block_bytes, samples, dataset.blocks, needs_pixels=True)
+    return FileLayout([segment, _once(TAR_END)])
 
 
 def _lay_out_idx(dataset: GeneratedDataset) -> FileLayout:
@@ -241,14 +247,10 @@ def _lay_out_idx(dataset: GeneratedDataset) -> FileLayout:
     height, width, channels = dataset.model.engine.image_shape
     shape = (dataset.images, height, width, *(() if channels == 1 else (channels,)))
     names = "".join(f"{name}\n" for name in dataset.model.info.class_names).encode()
-    images = Segment(
-        height * width * channels * dataset.classes,
-        lambda batch: [batch.pixels.tobytes()],
-        dataset.blocks,
-        needs_pixels=True,
-    )
     labels = Segment(
-        dataset.classes, lambda batch: [batch.labels.astype(np.uint8).tobytes()], dataset.blocks
+        dataset.classes,
+        lambda batch: [batch.request.labels.astype(np.uint8).tobytes()],
+        dataset.blocks,
     )
 
     def file(name: str, sizes: tuple[int, ...], data: Segment) -> tuple[Segment, Segment, Segment]:
@@ -258,7 +260,7 @@ def _lay_out_idx(dataset: GeneratedDataset) -> FileLayout:
         return _once(TarMember(size).header(name) + header), data, _once(padding)
 
     segments = [
-        *file("train-images-idx3-ubyte", shape, images),
+        *file("train-images-idx3-ubyte", shape, _images(dataset)),
         *file("train-labels-idx1-ubyte", (dataset.images,), labels),
         _once(TarMember(len(names)).file("classes.txt", names) + TAR_END),
     ]
@@ -281,15 +283,13 @@ def _lay_out_zip(dataset: GeneratedDataset) -> FileLayout:
     central_bytes = sum(each.central_bytes for each in entries)
 
     def images(batch: Batch) -> Iterator[bytes]:
-        for number, (label, index, pixels) in enumerate(batch.rows(), batch.first):
-            png = writer.encode(pixels, label, index)
+        for (number, label, index), png in zip(batch.rows(), writer.files(batch), strict=True):
             crcs[number] = zlib.crc32(png)
             yield entry(label, index, number).local() + png
 
     def directory(batch: Batch) -> Iterator[bytes]:
         offset = batch.first // dataset.classes * block_bytes
-        pairs = zip(batch.labels.tolist(), batch.indices.tolist(), strict=True)
-        for number, (label, index) in enumerate(pairs, batch.first):
+        for number, label, index in batch.rows():
             each = entry(label, index, number, offset)
             yield each.central()
             offset += each.local_bytes + writer.length
@@ -338,20 +338,14 @@ class _NPZArray:
 def _lay_out_npz(dataset: GeneratedDataset) -> FileLayout:
     """Lay out arrays for NumPy: images (N, H, W, C), labels, indices, seed, and class_names."""
     shape = dataset.model.engine.image_shape
-    count, blocks, classes = dataset.images, dataset.blocks, dataset.classes
-    images = Segment(
-        math.prod(shape) * classes,
-        lambda batch: [batch.pixels.tobytes()],
-        blocks,
-        needs_pixels=True,
-    )
-    labels = Segment(8 * classes, lambda batch: [batch.labels.tobytes()], blocks)
-    indices = Segment(8 * classes, lambda batch: [batch.indices.tobytes()], blocks)
+    images, blocks, classes = dataset.images, dataset.blocks, dataset.classes
+    labels = Segment(8 * classes, lambda batch: [batch.request.labels.tobytes()], blocks)
+    indices = Segment(8 * classes, lambda batch: [batch.request.indices.tobytes()], blocks)
     seed, names = np.array(dataset.seed, np.uint64), np.array(dataset.model.info.class_names)
     arrays = [
-        _NPZArray("images", np.uint8, (count, *shape), images),
-        _NPZArray("labels", np.int64, (count,), labels),
-        _NPZArray("indices", np.int64, (count,), indices),
+        _NPZArray("images", np.uint8, (images, *shape), _images(dataset)),
+        _NPZArray("labels", np.int64, (images,), labels),
+        _NPZArray("indices", np.int64, (images,), indices),
         _NPZArray("seed", seed.dtype, (), _once(seed.tobytes())),
         _NPZArray("class_names", names.dtype, names.shape, _once(names.tobytes())),
     ]

@@ -84,7 +84,7 @@ class _Worker:
 
 
 class Supervisor:
-    """The workers of one service, which share a folder and get the same arguments after their index.
+    """The workers of one service, which share a folder and have the same arguments.
 
     Once every worker serves, `on_ready` is called with the names of the models and the devices.
     """
