@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -66,7 +67,7 @@ class GenerateEndpoint:
         except Problem as problem:
             await problem_response(problem, scope)(scope, receive, send)
             return
-        except Disconnected:
+        except (Disconnected, ClientDisconnect):
             await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -76,7 +77,8 @@ class GenerateEndpoint:
         headers = Headers(scope=scope)
         parameters: GenerateQuery | GenerateBody
         if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
-            parameters = parse_body(await _read_body(headers, scope, receive))
+            _check_body(headers, scope)
+            parameters = parse_body(await Request(scope, receive).body())  # the server bounds it
         else:
             parameters = parse_query(scope["query_string"])
         image_format = parameters.format or negotiate(", ".join(headers.getlist("accept")))
@@ -133,12 +135,11 @@ def create_router() -> APIRouter:
     return router
 
 
-async def _read_body(headers: Headers, scope: Scope, receive: Receive) -> bytearray:
-    """Read the body, which must be JSON; the server bounds its size.
+def _check_body(headers: Headers, scope: Scope) -> None:
+    """Check that a body is allowed, and is JSON.
 
     Raises:
         Problem: 415 for another type, 422 where no body is allowed.
-        Disconnected: the client disconnected before its end.
     """
     if scope["method"] != "POST":
         name = "transfer-encoding" if "transfer-encoding" in headers else "content-length"
@@ -152,14 +153,6 @@ async def _read_body(headers: Headers, scope: Scope, receive: Receive) -> bytear
         reason = "must be application/json; or send no body and the parameters in the query string"
         kind = "unsupported-media-type"
         raise invalid_value("Content-Type", content_type, reason, status=415, kind=kind)
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Disconnected
-        body += message.get("body", b"")
-        if not message.get("more_body", False):
-            return body
 
 
 def _caching_headers(

@@ -215,7 +215,7 @@ def _parse_query(query: bytes) -> GenerateQuery:
 _parse_cached = lru_cache(maxsize=4096)(_parse_query)
 
 
-def parse_body(body: bytes | bytearray) -> GenerateBody:
+def parse_body(body: bytes) -> GenerateBody:
     """Parse a JSON body.
 
     Raises:

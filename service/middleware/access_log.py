@@ -3,10 +3,10 @@
 import logging
 import re
 import time
-from collections.abc import Iterable
 from random import getrandbits
 
 from prometheus_client import Counter, Histogram
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Problem, problem_response
@@ -39,7 +39,7 @@ class AccessLogMiddleware:
             return
         started_at = time.perf_counter()
         status, sent_bytes, response_started = 500, 0, False
-        request_id = request_id_of(scope["headers"])
+        request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def observed_send(message: Message) -> None:
@@ -65,6 +65,7 @@ class AccessLogMiddleware:
             await response(scope, receive, observed_send)
         finally:
             self._metrics.requests_in_progress.dec(in_progress)
+            scope["state"]["status"] = status
             self._report(scope, status, sent_bytes, time.perf_counter() - started_at)
 
     def _report(self, scope: Scope, status: int, sent_bytes: int, seconds: float) -> None:
@@ -100,12 +101,7 @@ class AccessLogMiddleware:
         access_log.log(level, "request", extra={"fields": fields})
 
 
-def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+def _request_id(scope: Scope) -> str:
     """Return the client's X-Request-ID if it is safe to log, else a new id."""
-    for name, value in headers:
-        if name == b"x-request-id":
-            sent: str = value.decode("latin-1")
-            if _SAFE_ID.fullmatch(sent):
-                return sent
-            break
-    return f"{getrandbits(64):016x}"
+    sent = Headers(scope=scope).get("x-request-id", "")
+    return sent if _SAFE_ID.fullmatch(sent) else f"{getrandbits(64):016x}"

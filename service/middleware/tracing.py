@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.generation import Stage
 from service.inference.scheduling import BatchRecord
@@ -47,7 +47,7 @@ def create_tracer_provider(endpoint: str) -> TracerProvider:
 class TracingMiddleware:
     """ASGI middleware that traces every request except probes and scrapes.
 
-    It wraps `AccessLogMiddleware`, which logs the trace id.
+    It wraps `AccessLogMiddleware`, which logs the trace id and records the status.
     """
 
     def __init__(self, app: ASGIApp, provider: TracerProvider) -> None:
@@ -60,14 +60,6 @@ class TracingMiddleware:
         if scope["type"] != "http" or scope["path"] in PROBE_PATHS:
             await self._app(scope, receive, send)
             return
-        status = 500
-
-        async def observed_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
         span = self._tracer.start_span(
             scope["method"],
             context=_propagator.extract(Headers(scope=scope)),
@@ -80,16 +72,17 @@ class TracingMiddleware:
         if span.is_recording():
             state["stages"] = took
         try:
-            await self._app(scope, receive, observed_send)
+            await self._app(scope, receive, send)
         finally:
-            self._end(span, scope, status, took)
+            self._end(span, scope, took)
 
-    def _end(self, span: Span, scope: Scope, status: int, took: list[Stage]) -> None:
+    def _end(self, span: Span, scope: Scope, took: list[Stage]) -> None:
         """End the span of a request, with a child for each stage."""
         route = getattr(scope.get("route"), "path", None)
         if route is not None:
             span.update_name(f"{scope['method']} {route}")
             span.set_attribute("http.route", route)
+        status = scope["state"]["status"]
         span.set_attribute("http.response.status_code", status)
         span.set_attribute("cgan.request_id", scope["state"]["request_id"])
         if status >= 500:
