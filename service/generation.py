@@ -15,14 +15,8 @@ from numpy.typing import NDArray
 
 from service.disconnect import Client, Disconnected
 from service.errors import Problem, invalid_value
+from service.inference import errors
 from service.inference.batcher import Batcher
-from service.inference.errors import (
-    DeadlineExceeded,
-    DeviceLost,
-    Draining,
-    ForwardFailed,
-    Overloaded,
-)
 from service.inference.latents import SamplingOptions
 from service.inference.repository import Model, ModelRepository
 from service.inference.scheduling import BatchRecord, GenerationResult
@@ -266,18 +260,18 @@ class Generation:
             if client.disconnected:
                 raise Disconnected from None
             raise
-        except Overloaded as error:
+        except errors.Overloaded as error:
             seconds = max(1, math.ceil(error.retry_after_s))
             detail = f"The queue is full; retry in {seconds} s."
             raise self._rejected(429, "overloaded", detail, seconds) from None
-        except Draining:
+        except errors.Draining:
             raise self._rejected(503, "draining", "The service is shutting down.", 1) from None
-        except DeadlineExceeded as error:
+        except errors.DeadlineExceeded as error:
             raise self._rejected(504, "deadline-exceeded", f"The images were {error}.") from None
-        except DeviceLost as error:
+        except errors.DeviceLost as error:
             detail = "The device failed; the service is restarting."
             raise self._rejected(503, "device-lost", detail, 1) from error
-        except ForwardFailed as error:
+        except errors.ForwardFailed as error:
             log.exception("a forward failed")
             detail = "The device failed; retry the request."
             raise self._rejected(503, "forward-failed", detail, 1) from error

@@ -10,16 +10,7 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from service.api.open_inference_codec import (
-    LENGTH_HEADER,
-    InferenceRequest,
-    InferenceResponse,
-    ResponseEncoder,
-    TensorDescription,
-    decompress,
-    describe_outputs,
-    parse,
-)
+from service.api import open_inference_codec as codec
 from service.api.respond import BINARY, Responder
 from service.errors import GENERATION_ERRORS, error_responses, inline_refs
 from service.generation import Generation
@@ -53,8 +44,8 @@ class ModelMetadata(BaseModel):
     name: str
     versions: list[str] = Field(description="the SHA-256 of its artifact")
     platform: str
-    inputs: list[TensorDescription] = Field(description="all but LABEL are optional")
-    outputs: list[TensorDescription]
+    inputs: list[codec.TensorDescription] = Field(description="all but LABEL are optional")
+    outputs: list[codec.TensorDescription]
 
 
 class IndexEntry(BaseModel):
@@ -94,11 +85,11 @@ class Statistics(BaseModel):
 _TENSORS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The requested tensors. Binary ones follow the JSON, whose length is then "
-        f"in the header {LENGTH_HEADER}.",
-        "model": InferenceResponse,
+        f"in the header {codec.LENGTH_HEADER}.",
+        "model": codec.InferenceResponse,
         "content": {_OCTETS: BINARY},
         "headers": {
-            LENGTH_HEADER: {
+            codec.LENGTH_HEADER: {
                 "description": "bytes of JSON, if binary tensors follow",
                 "schema": {"type": "integer"},
             }
@@ -109,7 +100,7 @@ _REQUEST_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": inline_refs(InferenceRequest.model_json_schema())}
+            "application/json": {"schema": inline_refs(codec.InferenceRequest.model_json_schema())}
         },
     }
 }
@@ -177,13 +168,16 @@ def _add_model_routes(
 
     @router.get(path, summary="Inputs and outputs of a model", responses=not_found)
     async def metadata(model: Annotated[Model, Depends(find)]) -> ModelMetadata:
-        inputs = ("LABEL", "SEED", "INDEX")
+        inputs = [
+            codec.TensorDescription(name=name, datatype="INT64", shape=[-1])
+            for name in ("LABEL", "SEED", "INDEX")
+        ]
         return ModelMetadata(
             name=model.name,
             versions=[model.sha256],
             platform="pytorch",
-            inputs=[TensorDescription(name=each, datatype="INT64", shape=[-1]) for each in inputs],
-            outputs=list(describe_outputs(model.engine.image_shape).values()),
+            inputs=inputs,
+            outputs=list(codec.describe_outputs(model.engine.image_shape).values()),
         )
 
     @router.get(f"{path}/stats", summary="Statistics of a model", responses=not_found)
@@ -213,13 +207,13 @@ def _add_model_routes(
 
 async def _infer(responder: Responder, request: Request, model: Model) -> Response:
     headers = request.headers
-    body = decompress(await request.body(), headers.get("content-encoding"))
-    parsed = parse(body, headers.get(LENGTH_HEADER))
+    body = codec.decompress(await request.body(), headers.get("content-encoding"))
+    parsed = codec.parse(body, headers.get(codec.LENGTH_HEADER))
     parameters = parsed.request.parameters
     resolved = responder.generation.resolve_rows(
         model, parsed.labels, parsed.seeds, parsed.indices, parameters.truncation
     )
-    encoder = ResponseEncoder(parsed, resolved)
+    encoder = codec.ResponseEncoder(parsed, resolved)
     encoded = await responder.respond(
         resolved,
         request.scope,
@@ -229,7 +223,7 @@ async def _infer(responder: Responder, request: Request, model: Model) -> Respon
     binary = any(parsed.outputs.values())
     response = encoded.response(_OCTETS if binary else "application/json")
     if binary:
-        response.headers[LENGTH_HEADER] = str(encoder.head_bytes)
+        response.headers[codec.LENGTH_HEADER] = str(encoder.head_bytes)
     return await _compress(response, headers.get("accept-encoding", ""))
 
 

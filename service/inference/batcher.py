@@ -21,16 +21,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from service.inference import errors
 from service.inference.engine import Engine
-from service.inference.errors import (
-    CorruptRows,
-    DeadlineExceeded,
-    DeviceLost,
-    Draining,
-    ForwardFailed,
-    OutOfMemory,
-    Overloaded,
-)
 from service.inference.latents import SamplingOptions
 from service.inference.scheduling import (
     SMALL_REQUEST_ROWS,
@@ -84,7 +76,7 @@ class Batcher:
         self._work = Condition(self._lock)  # notified when an empty queue gets work
         # Under the lock:
         self._accepting = False
-        self._lost: DeviceLost | None = None
+        self._lost: errors.DeviceLost | None = None
         self._queues: WeakKeyDictionary[Engine, EngineQueue] = WeakKeyDictionary()
         self._ready_queues: deque[EngineQueue] = deque()  # with work, in the order of their turns
         self._overloaded = False  # a request was rejected since the queues were last empty
@@ -92,7 +84,7 @@ class Batcher:
         self._running_until = 0.0  # when the current batch should be done, by perf_counter
         self._ready_at = 0.0  # since when there has been work and no forward
 
-    def start(self, on_device_lost: Callable[[DeviceLost], object] | None = None) -> None:
+    def start(self, on_device_lost: Callable[[errors.DeviceLost], object] | None = None) -> None:
         """Start to admit requests, on the running event loop. Call this once.
 
         Args:
@@ -114,7 +106,7 @@ class Batcher:
             await self._stopped.wait()
             self._thread.join()  # returns at once: setting the event is the thread's last act
 
-    def fail_all(self, error: DeviceLost) -> None:
+    def fail_all(self, error: errors.DeviceLost) -> None:
         """Reject all waiting and all new requests. Call this on the event loop."""
         _resolve_futures(self._fail_all([], error))
 
@@ -175,7 +167,7 @@ class Batcher:
         now = perf_counter()
         with self._lock:
             if not self._accepting:
-                raise self._lost or Draining("no new requests are admitted")
+                raise self._lost or errors.Draining("no new requests are admitted")
             queue = self._queues.get(engine)
             if queue is None:
                 queue = self._queues[engine] = EngineQueue()
@@ -198,7 +190,7 @@ class Batcher:
 
     def _admission_error(
         self, queue: EngineQueue, rows: int, timeout_s: float, now: float
-    ) -> Overloaded | None:
+    ) -> errors.Overloaded | None:
         """Return an error unless `rows` more fit the queue and can meet their deadline.
 
         With an empty queue the deadline does not count: only another forward corrects an estimate
@@ -221,7 +213,7 @@ class Batcher:
         if backlog_s > 0.0:
             fits_s = running_s + backlog_s * min(1.0, excess / queued) if excess > 0 else 0.0
             retry_after_s = min(retry_after_s, max(fits_s, late_s))
-        return Overloaded(queued, max(retry_after_s, MIN_RETRY_AFTER_S))
+        return errors.Overloaded(queued, max(retry_after_s, MIN_RETRY_AFTER_S))
 
     def _withdraw(self, request: PendingRequest) -> None:
         """Drop the rows of a request that are not started; called under the lock."""
@@ -277,7 +269,7 @@ class Batcher:
         """Run one batch, as two halves if it does not fit; return what it completed or failed."""
         try:
             return self._forward(batch)
-        except OutOfMemory as error:
+        except errors.OutOfMemory as error:
             halves = batch.halves() if retry else ()
             if not halves:
                 return self._fail_requests(batch.slices, error)
@@ -285,7 +277,7 @@ class Batcher:
             for half in halves:
                 outcomes += self._compute(half, retry=False)
             return outcomes
-        except DeviceLost as error:
+        except errors.DeviceLost as error:
             return self._fail_all(batch.slices, error)
         except Exception as error:
             return self._fail_requests(batch.slices, error)
@@ -296,10 +288,10 @@ class Batcher:
 
         started_at = perf_counter()
         self._running_until = started_at + rows * (batch.queue.forward_row_s or 0.0)
-        corrupt: CorruptRows | None = None
+        corrupt: errors.CorruptRows | None = None
         try:
             pixels = batch.engine(seeds, indices, labels, batch.row_options())  # (B, H, W, C)
-        except CorruptRows as error:
+        except errors.CorruptRows as error:
             corrupt, pixels = error, error.pixels
         done_at = perf_counter()
         if pixels.ndim != 4 or len(pixels) != rows or pixels.dtype != np.uint8:
@@ -326,12 +318,13 @@ class Batcher:
         for request, _, _ in slices:
             with self._lock:
                 self._withdraw(request)
-            failure = ForwardFailed("the forward of a batch with rows of this request failed")
+            message = "the forward of a batch with rows of this request failed"
+            failure = errors.ForwardFailed(message)
             failure.__cause__ = error
             outcomes.append((request.future, failure))
         return outcomes
 
-    def _fail_all(self, slices: list[Slice], error: DeviceLost) -> list[Outcome]:
+    def _fail_all(self, slices: list[Slice], error: errors.DeviceLost) -> list[Outcome]:
         requests = {request for request, _, _ in slices}
         with self._lock:
             if self._lost is None and self._on_device_lost is not None:
@@ -342,7 +335,7 @@ class Batcher:
                 requests.update(queue.small, queue.large)
             for request in requests:
                 self._withdraw(request)
-        return [(request.future, DeviceLost(str(error))) for request in requests]
+        return [(request.future, errors.DeviceLost(str(error))) for request in requests]
 
     def _call_on_loop(self, callback: Callable[..., object], *args: object) -> None:
         try:
@@ -370,7 +363,7 @@ def _check_rows(
 
 def _expire(request: PendingRequest) -> None:
     if not request.future.done():
-        late = DeadlineExceeded(f"not complete within {request.timeout_s:g} s")
+        late = errors.DeadlineExceeded(f"not complete within {request.timeout_s:g} s")
         request.future.set_exception(late)
 
 

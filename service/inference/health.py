@@ -8,14 +8,8 @@ import numpy as np
 from prometheus_client import Counter
 
 from service.errors import Problem
+from service.inference import errors
 from service.inference.batcher import Batcher
-from service.inference.errors import (
-    DeadlineExceeded,
-    DeviceLost,
-    Draining,
-    ForwardFailed,
-    Overloaded,
-)
 from service.inference.repository import Model, ModelRepository
 from service.telemetry.metrics import Metrics
 
@@ -69,7 +63,7 @@ class Readiness:
             self.fault = fault
         self.refresh()
 
-    def lose(self, error: DeviceLost) -> None:
+    def lose(self, error: errors.DeviceLost) -> None:
         """Turn readiness off permanently, and let the server end the process."""
         log.critical("the device is lost", extra={"fields": {"cause": str(error)}})
         self._metrics.devices_lost.inc()
@@ -107,10 +101,11 @@ async def _test(model: Model, batcher: Batcher, outcomes: Counter) -> str | None
     try:
         rows = reference.seeds, reference.indices, reference.labels
         result = await batcher.wait(batcher.admit(model.engine, *rows))
-    except (Draining, Overloaded, DeviceLost):  # the device works, or its end is known
+    except (errors.Draining, errors.Overloaded, errors.DeviceLost):
+        # The device works, or its end is known.
         outcomes.labels("skipped").inc()
         return None
-    except (DeadlineExceeded, ForwardFailed):
+    except (errors.DeadlineExceeded, errors.ForwardFailed):
         outcomes.labels("failed").inc()
         log.exception("the self-test failed", extra={"fields": {"model": model.name}})
         return f"the reference images of {model.name} cannot be generated"
@@ -118,5 +113,5 @@ async def _test(model: Model, batcher: Batcher, outcomes: Counter) -> str | None
         outcomes.labels("passed").inc()
         return None
     outcomes.labels("wrong").inc()
-    batcher.fail_all(DeviceLost(f"the reference images of {model.name} are wrong"))
+    batcher.fail_all(errors.DeviceLost(f"the reference images of {model.name} are wrong"))
     return None
