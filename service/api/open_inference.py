@@ -148,11 +148,9 @@ def create_router(responder: Responder, readiness: Readiness) -> APIRouter:
     async def by_version(name: _Name, version: _Version) -> Model:
         return generation.get_or_404(f"{name}@sha256:{version}")
 
-    for path, find in (
-        ("/models/{name}", by_name),
-        ("/models/{name}/versions/{version}", by_version),
-    ):
-        _add_model_routes(router, path, find, responder, readiness)
+    versions = "/models/{name}/versions/{version}"
+    _add_model_routes(router, "/models/{name}", by_name, responder, readiness)
+    _add_model_routes(router, versions, by_version, responder, readiness)
     return router
 
 
