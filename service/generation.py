@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import getrandbits
 from typing import NamedTuple
@@ -68,9 +68,8 @@ class ResolvedRequest:
     seeds: NDArray[np.uint64]  # (N,)
     labels: NDArray[np.int64]  # (N,) class indices; of a mixture, the class that weighs most
     indices: NDArray[np.int64]  # (N,) the number of each image among those of its seed and class
-    # Images by class index, or of a mixture, for the metrics; empty if they are not sent.
-    counts: Mapping[int | str, int]
     options: SamplingOptions | None = None  # None for plain draws of a class
+    counted: bool = True  # in the metrics; false for images that are not sent
 
     @property
     def seed(self) -> int:
@@ -153,27 +152,24 @@ class Generation:
         model = self.get_or_404(request.model)
         weights = mix_weights(model, request.mix) if request.mix else None
         if weights is None:
-            labels = [_label(model, each) for each in request.labels]
+            classes = [_label(model, each) for each in request.labels]
         else:
-            labels = [int(weights.argmax())]
+            classes = [int(weights.argmax())]
         path = request.interpolation
         steps = 1 if path is None else len(path.at)
-        if request.n * len(labels) * steps > MAX_IMAGES:
-            raise _too_many(request.n, len(labels), steps)
+        if request.n * len(classes) * steps > MAX_IMAGES:
+            raise _too_many(request.n, len(classes), steps)
+        labels = np.repeat(np.array(classes), request.n)
         seed = getrandbits(_SEED_BITS) if request.seed is None else request.seed
-        rows, indices, counts = _number(labels, request.n, request.index)
-        options = None
-        if path is not None or weights is not None or request.truncation != 1.0:
-            rows, indices = np.repeat(rows, steps), np.repeat(indices, steps)
-            counts = {label: steps * count for label, count in counts.items()}
-            if weights is not None:
-                counts = {MIXTURE: steps * request.n}
-            to_seed, at = None, None
-            if path is not None:
-                to_seed, at = path.to_seed, np.tile(np.array(path.at), len(rows) // steps)
-            options = SamplingOptions(request.truncation, to_seed, at, weights)
-        seeds = np.full(len(rows), seed, dtype=np.uint64)
-        return ResolvedRequest(model, seeds, rows, indices, counts, options)
+        seeds = np.full(len(labels), seed, dtype=np.uint64)
+        indices = _number(seeds, labels, request.index)
+        to_seed, at = None, None
+        if path is not None:
+            to_seed, at = path.to_seed, np.tile(path.at, len(labels))
+            seeds, labels, indices = (np.repeat(each, steps) for each in (seeds, labels, indices))
+        plain = path is None and weights is None and request.truncation == 1.0
+        options = None if plain else SamplingOptions(request.truncation, to_seed, at, weights)
+        return ResolvedRequest(model, seeds, labels, indices, options)
 
     def resolve_rows(
         self,
@@ -202,14 +198,9 @@ class Generation:
         if seeds is None:
             seeds = np.full(len(labels), getrandbits(_SEED_BITS), dtype=np.uint64)
         if indices is None:
-            seen: Counter[tuple[int, int]] = Counter()
-            indices = np.empty(len(labels), dtype=np.int64)
-            for row, key in enumerate(zip(seeds.tolist(), labels.tolist(), strict=True)):
-                indices[row] = seen[key]
-                seen[key] += 1
+            indices = _number(seeds, labels)
         options = None if truncation == 1.0 else SamplingOptions(truncation)
-        counts: dict[int | str, int] = dict(Counter(labels.tolist()))
-        return ResolvedRequest(model, seeds, labels, indices, counts, options)
+        return ResolvedRequest(model, seeds, labels, indices, options)
 
     async def generate(
         self, request: ResolvedRequest, client: Client, timeout_s: float | None = None
@@ -280,11 +271,14 @@ class Generation:
 
     def record_sent(self, request: ResolvedRequest, client: Client) -> None:
         """Count the images of a request: as sent, or as wasted if the client has disconnected."""
+        count = len(request.labels)
         if client.disconnected:
-            self._metrics.wasted(len(request.labels))
-            return
-        for label, count in request.counts.items():
-            self._metrics.images.labels(request.model.name, label).inc(count)
+            self._metrics.wasted(count)
+        elif request.counted:
+            mixed = request.options is not None and request.options.mix is not None
+            labels = [MIXTURE] * count if mixed else request.labels.tolist()
+            for label, images in Counter(labels).items():
+                self._metrics.images.labels(request.model.name, label).inc(images)
 
     def forwards(self, model: Model) -> int:
         """Return the number of forwards that computed images of a model."""
@@ -339,16 +333,15 @@ def mix_weights(model: Model, mix: Sequence[tuple[str, float]]) -> NDArray[np.fl
 
 
 def _number(
-    labels: Sequence[int], n: int, index: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int | str, int]]:
-    """Return the labels (N,) and indices (N,) of `n` images of each label, and the counts."""
-    counts: dict[int | str, int] = {}
-    firsts = []  # the index of the first image of each label
-    for label in labels:
-        firsts.append(index + counts.get(label, 0))
-        counts[label] = counts.get(label, 0) + n
-    indices = np.array(firsts)[:, None] + np.arange(n)
-    return np.repeat(labels, n), indices.ravel(), counts
+    seeds: NDArray[np.uint64], labels: NDArray[np.int64], first: int = 0
+) -> NDArray[np.int64]:
+    """Return the index (N,) of each image among those of its seed and class, from `first` on."""
+    seen: Counter[tuple[int, int]] = Counter()
+    indices = []
+    for key in zip(seeds.tolist(), labels.tolist(), strict=True):
+        indices.append(first + seen[key])
+        seen[key] += 1
+    return np.array(indices)
 
 
 def _too_many(n: int, labels: int, steps: int) -> Problem:

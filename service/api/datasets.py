@@ -232,7 +232,7 @@ class _Download:
         if not part.segment.needs_pixels:
             return _Drawn(part, batch)
         if not self._is_sent(part):
-            request = replace(request, counts={})
+            request = replace(request, counted=False)
         result = await self._responder.draw(request, self._scope, retry=retry)
         return _Drawn(part, Batch(batch.first, request, result.pixels), result)
 

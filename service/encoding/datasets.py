@@ -90,9 +90,8 @@ class GeneratedDataset:
         labels = keys.argsort(axis=1, kind="stable").ravel()
         indices = np.arange(self.first + first, self.first + last).repeat(self.classes)
         seeds = np.full(len(labels), self.seed, dtype=np.uint64)
-        counts = dict.fromkeys(range(self.classes), last - first)
         options = None if self.truncation == 1.0 else SamplingOptions(self.truncation)
-        return ResolvedRequest(self.model, seeds, labels, indices, counts, options)
+        return ResolvedRequest(self.model, seeds, labels, indices, options)
 
     def file_name(self, file_format: DatasetFormat) -> str:
         """Return a name for the file."""

@@ -109,7 +109,8 @@ def request_from_recipe(recipe: Recipe, repository: ModelRepository) -> Resolved
     count = len(indices)
     options, labels = _sampling_options(recipe, model, count)
     seeds = np.full(count, recipe.seed, dtype=np.uint64)
-    return ResolvedRequest(model, seeds, labels, np.array(indices, dtype=np.int64), {}, options)
+    rows = np.array(indices, dtype=np.int64)
+    return ResolvedRequest(model, seeds, labels, rows, options, counted=False)
 
 
 def _sampling_options(

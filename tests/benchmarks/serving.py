@@ -254,7 +254,7 @@ engine = Engine(artifact, device=cpu, dtype=resolve_dtype("auto", cpu), max_batc
 model = Model("mnist-mlp", engine)
 labels, indices = np.full(n, 7), np.arange(n)
 seeds = np.full(n, 1, np.uint64)
-request = ResolvedRequest(model, seeds, labels, indices, {7: n})
+request = ResolvedRequest(model, seeds, labels, indices)
 def make():
     batches = [slice(first, first + 64) for first in range(0, n, 64)]
     made = [engine(seeds[b], indices[b], labels[b]) for b in batches]
