@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.nn.functional import softplus
 
 Objective = Literal["cross-entropy", "relativistic"]
 
@@ -24,13 +24,7 @@ def discriminator_loss(objective: Objective, real_logits: Tensor, fake_logits: T
     """
     if objective == "relativistic":
         return softplus(fake_logits - real_logits)
-    real = binary_cross_entropy_with_logits(
-        real_logits, torch.ones_like(real_logits), reduction="none"
-    )
-    fake = binary_cross_entropy_with_logits(
-        fake_logits, torch.zeros_like(fake_logits), reduction="none"
-    )
-    return real + fake
+    return softplus(-real_logits) + softplus(fake_logits)  # -log D(x) - log(1 - D(G(z)))
 
 
 def generator_loss(objective: Objective, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -41,9 +35,7 @@ def generator_loss(objective: Objective, real_logits: Tensor, fake_logits: Tenso
     """
     if objective == "relativistic":
         return softplus(real_logits - fake_logits)
-    return binary_cross_entropy_with_logits(
-        fake_logits, torch.ones_like(fake_logits), reduction="none"
-    )
+    return softplus(-fake_logits)  # -log D(G(z))
 
 
 def mismatch_loss(logits: Tensor, mismatched_logits: Tensor) -> Tensor:
