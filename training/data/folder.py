@@ -7,9 +7,10 @@ The layout is `DIR/CLASS/*.png`, of which a tenth of every class is held out for
 import hashlib
 import json
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -33,60 +34,39 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class _File:
-    """A readable image.
-
-    Attributes:
-        path: of the file.
-        pixels: (H, W, 3).
-        grey: True if the three channels are equal.
-        original: width and height in the file.
-        digest: SHA-256 of the pixels, independent of the file's format.
-    """
+    """A readable image; the digest is that of its pixels, whatever the file's format."""
 
     path: Path
-    pixels: Pixels = field(repr=False)
-    grey: bool
-    original: tuple[int, int]
+    pixels: Pixels = field(repr=False)  # (H, W, 3)
+    grey: bool  # the three channels are equal
+    original: tuple[int, int]  # width and height in the file
     digest: str
+
+    @property
+    def class_name(self) -> str:
+        return self.path.parent.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderReport:
-    """The contents of a folder.
-
-    Attributes:
-        path: the folder.
-        counts: class name -> number of training images, number of held-out images.
-        image_size: height and width of the images, in pixels.
-        channels: 1 or 3.
-        originals: (width, height) in the files -> number of files.
-        unusable: file left out -> reason.
-        duplicates: files left out, with the pixels of another file of their class.
-        ambiguous: files left out, with the pixels of a file of another class.
-        leaked: held-out files left out, with the pixels of a training file.
-        ignored: number of files whose names are not those of PNG or JPEG files.
-    """
+    """The contents of a folder."""
 
     path: Path
-    counts: dict[str, tuple[int, int]]
-    image_size: int
-    channels: int
-    originals: dict[tuple[int, int], int]
-    unusable: dict[Path, str]
-    duplicates: tuple[Path, ...]
-    ambiguous: tuple[Path, ...]
-    leaked: tuple[Path, ...]
-    ignored: int
-
-    @property
-    def small(self) -> tuple[str, ...]:
-        """Return the classes of fewer than `SMALL_CLASS` training images."""
-        return tuple(name for name, (train, _) in self.counts.items() if train < SMALL_CLASS)
+    counts: dict[str, tuple[int, int]]  # class name -> training images, held-out images
+    image_size: int  # height and width, in pixels
+    channels: int  # 1 or 3
+    originals: dict[tuple[int, int], int]  # (width, height) in the files -> number of files
+    unusable: dict[Path, str]  # file left out -> reason
+    duplicates: tuple[Path, ...]  # left out, with the pixels of another file of their class
+    ambiguous: tuple[Path, ...]  # left out, with the pixels of a file of another class
+    leaked: tuple[Path, ...]  # held-out files left out, with the pixels of a training file
+    ignored: int  # number of files whose names are not those of PNG or JPEG files
 
     def render(self) -> str:
         """Return the report as lines of text."""
         train, test = (sum(pair[i] for pair in self.counts.values()) for i in (0, 1))
         colour = "grey" if self.channels == 1 else "colour"
+        small = [name for name, (trained, _) in self.counts.items() if trained < SMALL_CLASS]
         lines = [
             f"{self.path}: {len(self.counts)} classes, {train:,} images to train on and {test:,} "
             f"held out, {self.image_size}x{self.image_size}, {colour}",
@@ -96,23 +76,21 @@ class FolderReport:
         if set(self.originals) != {(self.image_size, self.image_size)}:
             sizes = Counter(self.originals).most_common()
             lines.append("  resized from " + _some([f"{w}x{h} ({n:,})" for (w, h), n in sizes]))
+        reasons = zip(self._names(self.unusable), self.unusable.values(), strict=True)
         kinds = (
-            ("unusable", [f"{self._short(path)} ({why})" for path, why in self.unusable.items()]),
+            ("unusable", [f"{name} ({why})" for name, why in reasons]),
             ("left out, the same as another of its class", self._names(self.duplicates)),
             ("left out, the same as one of another class", self._names(self.ambiguous)),
             ("not held out, the same as one to train on", self._names(self.leaked)),
-            (f"classes of fewer than {SMALL_CLASS} images", self.small),
+            (f"classes of fewer than {SMALL_CLASS} images", small),
         )
         lines += [f"  {len(names):,} {kind}: {_some(names)}" for kind, names in kinds if names]
         if self.ignored:
             lines.append(f"  {self.ignored:,} other files ignored")
         return "\n".join(lines)
 
-    def _short(self, path: Path) -> str:
-        return str(path.relative_to(self.path))
-
-    def _names(self, paths: Sequence[Path]) -> list[str]:
-        return [self._short(path) for path in paths]
+    def _names(self, paths: Iterable[Path]) -> list[str]:
+        return [str(path.relative_to(self.path)) for path in paths]
 
 
 @dataclass(frozen=True)
@@ -145,38 +123,35 @@ def read_folder(path: Path, *, size: int | None = None, channels: int | None = N
         DataError: the layout is wrong, the sizes differ, or a class has too few images.
     """
     train_dirs, test_dirs = _class_folders(path)
-    reader = _Reader(size)
-    train_files = {name: reader.read(folder) for name, folder in train_dirs.items()}
-    test_files = {name: reader.read(folder) for name, folder in test_dirs.items()}
-    every = [f for files in (train_files, test_files) for each in files.values() for f in each]
-    image_size = size or _one_size(path, every)
-    unique, duplicates, ambiguous = _without_duplicates(train_files)
-    leaked: list[Path] = []
-    if test_dirs:
-        held_out, again, unclear = _without_duplicates(test_files)
-        held_out, leaked = _unseen(held_out, unique)
-        duplicates, ambiguous = duplicates + again, ambiguous + unclear
-    else:
-        unique, held_out = _hold_out(unique)
-    _check_counts(path, unique, held_out)
-    channels = channels or (1 if all(file.grey for file in every) else 3)
-    names = tuple(unique)
+    class_names, test_paths = tuple(train_dirs), set(test_dirs.values())
+    files, unusable, ignored = _read_classes([*train_dirs.values(), *test_dirs.values()], size)
+    image_size = size or _one_size(path, files)
+    train_files = [file for file in files if file.path.parent not in test_paths]
+    test_files = [file for file in files if file.path.parent in test_paths]
+    train, train_duplicates, train_ambiguous = _without_duplicates(train_files)
+    test, test_duplicates, test_ambiguous = _without_duplicates(test_files)
+    known = {file.digest for file in train}
+    leaked = [file.path for file in test if file.digest in known]
+    test = [file for file in test if file.digest not in known]
+    if not test_dirs:
+        train, test = _hold_out(train)
+    channels = channels or (1 if all(file.grey for file in files) else 3)
     report = FolderReport(
         path=path,
-        counts={name: (len(unique[name]), len(held_out.get(name, ()))) for name in names},
+        counts=_count(path, class_names, train, test),
         image_size=image_size,
         channels=channels,
-        originals=dict(Counter(file.original for file in every)),
-        unusable=reader.unusable,
-        duplicates=tuple(duplicates),
-        ambiguous=tuple(ambiguous),
+        originals=dict(Counter(file.original for file in files)),
+        unusable=unusable,
+        duplicates=(*train_duplicates, *test_duplicates),
+        ambiguous=(*train_ambiguous, *test_ambiguous),
         leaked=tuple(leaked),
-        ignored=reader.ignored,
+        ignored=ignored,
     )
     name = path.resolve().name
     name = f"{name}-folder" if name in DATASETS else name  # its metrics are not comparable
-    train, test = (_dataset(name, names, files, channels) for files in (unique, held_out))
-    return Folder(train, test, report)
+    train_set, test_set = (_dataset(name, class_names, it, channels) for it in (train, test))
+    return Folder(train_set, test_set, report)
 
 
 def _class_folders(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -217,41 +192,31 @@ def _is_hidden(path: Path) -> bool:
     return path.name.startswith((".", "__"))
 
 
-class _Reader:
-    """A reader of class folders that keeps count of the files left out.
-
-    Attributes:
-        unusable: file -> reason.
-        ignored: number of files whose names are not those of images.
-    """
-
-    def __init__(self, size: int | None) -> None:
-        self.unusable: dict[Path, str] = {}
-        self.ignored = 0
-        self._size = size
-
-    def read(self, folder: Path) -> list[_File]:
-        """Return the usable images of a class, ordered by the digests of their pixels."""
-        files = []
+def _read_classes(
+    folders: Iterable[Path], size: int | None
+) -> tuple[list[_File], dict[Path, str], int]:
+    """Return the images by class and digest, unusable file -> reason, a count of other files."""
+    files: list[_File] = []
+    unusable: dict[Path, str] = {}
+    ignored = 0
+    for folder in folders:
+        found = []
         entries = sorted(each for each in folder.iterdir() if not _is_hidden(each))
         # disable=None: no bar unless stderr is a terminal.
         for path in tqdm(entries, desc=folder.name, unit="image", leave=False, disable=None):
             if path.suffix.lower() not in SUFFIXES or path.is_dir():
-                self.ignored += 1
+                ignored += 1
                 continue
             try:
-                files.append(_read(path, self._size))
+                found.append(_read(path, size))
             except ValueError as error:
-                self.unusable[path] = str(error)
-        return sorted(files, key=lambda file: file.digest)
+                unusable[path] = str(error)
+        files += sorted(found, key=lambda file: file.digest)
+    return files, unusable, ignored
 
 
 def _read(path: Path, size: int | None) -> _File:
-    """Decode an image.
-
-    Raises:
-        ValueError: the image is unusable.
-    """
+    """Decode an image; raise ValueError with the reason if it is unusable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # real errors are raised
@@ -300,63 +265,52 @@ def _one_size(path: Path, files: Sequence[_File]) -> int:
     )
 
 
-def _without_duplicates(
-    classes: dict[str, list[_File]],
-) -> tuple[dict[str, list[_File]], list[Path], list[Path]]:
-    """Return the classes with each image once, repeated files, and files in several classes."""
-    homes: dict[str, set[str]] = {}
-    for name, files in classes.items():
-        for file in files:
-            homes.setdefault(file.digest, set()).add(name)
-    kept: dict[str, list[_File]] = {name: [] for name in classes}
+def _without_duplicates(files: list[_File]) -> tuple[list[_File], list[Path], list[Path]]:
+    """Return each image once, the repeated files, and the files in several classes."""
+    homes: dict[str, set[str]] = defaultdict(set)
+    for file in files:
+        homes[file.digest].add(file.class_name)
+    kept: dict[str, _File] = {}
     repeated, ambiguous = [], []
-    for name, files in classes.items():
-        seen: set[str] = set()
-        for file in files:
-            if len(homes[file.digest]) > 1:
-                ambiguous.append(file.path)  # its label is unknown
-            elif file.digest in seen:
-                repeated.append(file.path)
-            else:
-                kept[name].append(file)
-            seen.add(file.digest)
-    return kept, repeated, ambiguous
+    for file in files:
+        if len(homes[file.digest]) > 1:
+            ambiguous.append(file.path)  # its label is unknown
+        elif file.digest in kept:
+            repeated.append(file.path)
+        else:
+            kept[file.digest] = file
+    return list(kept.values()), repeated, ambiguous
 
 
-def _unseen(
-    test: dict[str, list[_File]], train: dict[str, list[_File]]
-) -> tuple[dict[str, list[_File]], list[Path]]:
-    """Return the test images that are not training images, and the files of the others."""
-    known = {file.digest for files in train.values() for file in files}
-    kept = {name: [f for f in files if f.digest not in known] for name, files in test.items()}
-    leaked = [f.path for files in test.values() for f in files if f.digest in known]
-    return kept, leaked
-
-
-def _hold_out(
-    classes: dict[str, list[_File]],
-) -> tuple[dict[str, list[_File]], dict[str, list[_File]]]:
+def _hold_out(files: list[_File]) -> tuple[list[_File], list[_File]]:
     """Move a tenth of every class, the images with the smallest digests, to a second split."""
-    shares = {name: max(1, len(files) // HELD_OUT) for name, files in classes.items()}
-    train = {name: files[shares[name] :] for name, files in classes.items()}
-    return train, {name: files[: shares[name]] for name, files in classes.items()}
+    train: list[_File] = []
+    held_out: list[_File] = []
+    for _, group in groupby(files, key=lambda file: file.class_name):
+        members = list(group)
+        count = max(1, len(members) // HELD_OUT)
+        train += members[count:]
+        held_out += members[:count]
+    return train, held_out
 
 
-def _check_counts(
-    path: Path, train: dict[str, list[_File]], held_out: dict[str, list[_File]]
-) -> None:
-    empty = [name for name, files in train.items() if not files]
+def _count(
+    path: Path, class_names: tuple[str, ...], train: list[_File], test: list[_File]
+) -> dict[str, tuple[int, int]]:
+    """Return class name -> numbers of training and test images, if these are enough."""
+    train_counts, test_counts = (Counter(f.class_name for f in split) for split in (train, test))
+    empty = [name for name in class_names if not train_counts[name]]
     if empty:
         raise DataError(f"{path}: classes with too few usable images: {_some(empty)}")
-    if sum(map(len, held_out.values())) < 2:
+    if len(test) < 2:
         raise DataError(f"{path / 'test'}: has fewer than 2 usable images")
+    return {name: (train_counts[name], test_counts[name]) for name in class_names}
 
 
-def _dataset(
-    name: str, class_names: tuple[str, ...], classes: dict[str, list[_File]], channels: int
-) -> Dataset:
-    files = [file for each in class_names for file in classes.get(each, ())]
-    labels = [i for i, each in enumerate(class_names) for _ in classes.get(each, ())]
+def _dataset(name: str, class_names: tuple[str, ...], files: list[_File], channels: int) -> Dataset:
+    order = {each: label for label, each in enumerate(class_names)}
+    files = sorted(files, key=lambda file: order[file.class_name])
+    labels = [order[file.class_name] for file in files]
     images = torch.from_numpy(np.stack([_channels(file.pixels, channels) for file in files]))
     digest = hashlib.sha256(images.numpy().tobytes())
     digest.update(json.dumps([labels, class_names]).encode())
