@@ -28,7 +28,7 @@ from training.distributed import init_distributed
 from training.files import prepare_folder, write_atomically
 from training.gamma_search import DEFAULT_GAMMA
 from training.images import class_grid, grid, save_png
-from training.importing import ForeignCheckpointError, describe_foreign, load_foreign
+from training.importing import ForeignCheckpointError, load_foreign
 from training.inspection import render_picture, render_summary, summary
 from training.loop import train
 from training.networks import Generator, GeneratorConfig, count_parameters
@@ -386,8 +386,7 @@ def import_command(
     if out.exists():
         raise click.BadParameter(f"{out} already exists", param_hint="--out")
     prepare_folder(out.parent)
-    published = load_foreign(checkpoint)
-    generator, info = published.generator, describe_foreign(published, dataset)
+    generator, info = load_foreign(checkpoint, dataset)
     if certify:
         if "dataset" not in info.training:
             made = f"generates images of {_shape(info.network)}, unlike {dataset}"

@@ -47,23 +47,15 @@ class ForeignCheckpointError(FileError):
     """A checkpoint that cannot be imported."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StateDictFormat:
-    """A program's names for the tensors of `MLPGenerator`, and its network's differences.
+    """A program's names for the tensors of `MLPGenerator`, and its network's differences."""
 
-    Attributes:
-        source: the program.
-        embedding: its name for `label_embedding`.
-        body: its name for `main`.
-        eps: of its batch norm.
-        labels_first: True if label embeddings precede the latents.
-    """
-
-    source: str
-    embedding: str
-    body: str
-    eps: float
-    labels_first: bool
+    source: str  # the program
+    embedding: str  # its name for `label_embedding`
+    body: str  # its name for `main`
+    eps: float  # of its batch norm
+    labels_first: bool  # label embeddings precede the latents
 
     def name(self, ours: str) -> str:
         """Return the program's name of a tensor of `MLPGenerator`."""
@@ -75,44 +67,21 @@ class StateDictFormat:
         return theirs.startswith((f"{self.embedding}.", f"{self.body}."))
 
 
-_CGAN_PYTORCH = "Lornatang/CGAN-PyTorch"
-_PYTORCH_GAN = "eriklindernoren/PyTorch-GAN"
+_CGAN_PYTORCH, _PYTORCH_GAN = "Lornatang/CGAN-PyTorch", "eriklindernoren/PyTorch-GAN"
 FORMATS = (
-    *(
-        StateDictFormat(
-            source=_CGAN_PYTORCH,
-            embedding="label_embedding",
-            body=body,
-            eps=1e-5,
-            labels_first=False,
-        )
-        for body in ("main", "layers")
-    ),
-    StateDictFormat(
-        source=_PYTORCH_GAN, embedding="label_emb", body="model", eps=0.8, labels_first=True
-    ),
+    StateDictFormat(_CGAN_PYTORCH, "label_embedding", "main", eps=1e-5, labels_first=False),
+    StateDictFormat(_CGAN_PYTORCH, "label_embedding", "layers", eps=1e-5, labels_first=False),
+    StateDictFormat(_PYTORCH_GAN, "label_emb", "model", eps=0.8, labels_first=True),
 )
 
 
-@dataclass(frozen=True)
-class ForeignGenerator:
-    """A generator that another program trained.
-
-    Attributes:
-        path: of its file.
-        sha256: hexadecimal digest of the whole file.
-        source: the program whose format it has.
-        generator: the equivalent generator of this code, in evaluation mode.
-    """
-
-    path: Path
-    sha256: str
-    source: str
-    generator: MLPGenerator
-
-
-def load_foreign(path: Path) -> ForeignGenerator:
+def load_foreign(path: Path, dataset: str) -> tuple[MLPGenerator, ArtifactInfo]:
     """Read a generator's state dict as `torch.save` wrote it; nothing in it is executed.
+
+    Returns:
+        the equivalent generator in evaluation mode, and the description of an artifact with it. It
+        names the data set and its classes if the images have the data set's shape. Otherwise the
+        classes are named "0", "1", …, without a data set.
 
     Raises:
         ForeignCheckpointError: the file cannot be read, holds more than tensors and plain values,
@@ -121,33 +90,23 @@ def load_foreign(path: Path) -> ForeignGenerator:
     data = read_file(path, MAX_BYTES, ForeignCheckpointError)
     tensors = _find_state_dict(path, _load(path, data))
     form = max(FORMATS, key=lambda form: sum(map(form.owns, tensors)))
-    config = _config(path, form, tensors)
+    network = _config(path, form, tensors)
     with torch.device("meta"), Uninitialised():  # shapes only: a malicious file takes no memory
-        generator = MLPGenerator(config)
+        generator = MLPGenerator(network)
     generator.load_state_dict(_remap(path, form, generator, tensors), assign=True)
     generator.eval().requires_grad_(False)
     _convert(generator, form)
-    return ForeignGenerator(path, hashlib.sha256(data).hexdigest(), form.source, generator)
-
-
-def describe_foreign(foreign: ForeignGenerator, dataset: str) -> ArtifactInfo:
-    """Return the description of an artifact with this generator.
-
-    It names the data set and its classes if the images have the data set's shape. Otherwise the
-    classes are named "0", "1", …, without a data set.
-    """
-    network = foreign.generator.config
     names = DATASETS[dataset].class_names
-    fits = (network.channels, network.image_size) == _NAMED_SHAPE
-    fits = fits and network.num_classes == len(names)
+    shape = (network.channels, network.image_size, network.num_classes)
+    fits = shape == (*_NAMED_SHAPE, len(names))
     training: dict[str, Any] = {
         # The bytes of a file's name need not be valid text, which JSON requires.
-        "imported_from": foreign.path.name.encode(errors="replace").decode(),
-        "imported_sha256": foreign.sha256,
-        "layout": foreign.source,
+        "imported_from": path.name.encode(errors="replace").decode(),
+        "imported_sha256": hashlib.sha256(data).hexdigest(),
+        "layout": form.source,
         "images_seen": None,  # unknown, which ArtifactInfo.images_seen cannot express
     }
-    return ArtifactInfo(
+    return generator, ArtifactInfo(
         network=network,
         class_names=names if fits else tuple(map(str, range(network.num_classes))),
         training={**training, "dataset": dataset} if fits else training,
@@ -219,10 +178,11 @@ def _config(path: Path, form: StateDictFormat, tensors: StateDict) -> MLPGenerat
         raise ForeignCheckpointError(path, f"{key}: shape is {shape}, expected 2 dimensions")
     num_classes, embedding_dim = tensors[key].shape
     pattern = re.compile(rf"{form.body}\.([0-9]{{1,4}})\.weight")
-    matches = [(pattern.fullmatch(name), tensor) for name, tensor in tensors.items()]
-    linear = sorted(
-        (int(match[1]), *tensor.shape) for match, tensor in matches if match and tensor.dim() == 2
-    )  # (position, fan_out, fan_in)
+    linear = sorted(  # (position, fan_out, fan_in)
+        (int(match[1]), *tensor.shape)
+        for name, tensor in tensors.items()
+        if (match := pattern.fullmatch(name)) and tensor.dim() == 2
+    )
     if len(linear) < 2:
         raise ForeignCheckpointError(
             path, f"has {len(linear)} linear layers under {form.body!r}, expected 2 or more"

@@ -29,7 +29,7 @@ from training import importing
 from training.artifact import MAX_BYTES, ArtifactInfo, load_artifact, save_artifact
 from training.data import named as data
 from training.data.named import DATASETS, DatasetSpec
-from training.importing import ForeignCheckpointError, describe_foreign, load_foreign
+from training.importing import ForeignCheckpointError, load_foreign
 from training.quality.certificate import read_certificate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,7 +108,7 @@ def checkpoint(path: Path, published: CganPytorch) -> Path:
 
 
 def assert_same_images(path: Path, published: nn.Module, classes: int = 10) -> None:
-    ours = load_foreign(path).generator
+    ours, _ = load_foreign(path, "mnist")
     latents = torch.randn(40, 100, generator=torch.Generator().manual_seed(2))
     labels = torch.arange(40) % classes
     with torch.inference_mode():
@@ -125,23 +125,22 @@ def test_an_imported_generator_makes_the_published_ones_images(
     checkpoint: Path, published: CganPytorch
 ) -> None:
     assert_same_images(checkpoint, published)
-    imported = load_foreign(checkpoint)
-    assert imported.source == "Lornatang/CGAN-PyTorch"
-    assert imported.sha256 == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    assert not any(module.training for module in imported.generator.modules())
+    generator, _ = load_foreign(checkpoint, "mnist")
+    assert not any(module.training for module in generator.modules())
 
 
 def test_its_weights_are_taken_over_bit_by_bit(checkpoint: Path, published: CganPytorch) -> None:
-    ours = load_foreign(checkpoint).generator.state_dict()
+    ours, _ = load_foreign(checkpoint, "mnist")
     for name, tensor in published.state_dict().items():
-        assert torch.equal(ours[name], tensor), name
+        assert torch.equal(ours.state_dict()[name], tensor), name
 
 
 def test_labels_before_latents_and_another_eps_are_converted(path: Path) -> None:
     published = trained(PytorchGan())
     torch.save(published.state_dict(), path)
     assert_same_images(path, published)
-    assert load_foreign(path).source == "eriklindernoren/PyTorch-GAN"
+    _, info = load_foreign(path, "mnist")
+    assert info.training["layout"] == "eriklindernoren/PyTorch-GAN"
 
 
 @pytest.mark.parametrize(("size", "channels", "classes"), [(32, 3, 10), (8, 1, 3), (28, 1, 26)])
@@ -151,7 +150,7 @@ def test_the_shapes_determine_the_configuration(
     published = trained(CganPytorch(size, channels, classes))
     torch.save(published.state_dict(), path)
     assert_same_images(path, published, classes)
-    network = load_foreign(path).generator.config
+    network = load_foreign(path, "mnist")[0].config
     assert (network.image_size, network.channels, network.num_classes) == (size, channels, classes)
     assert (network.latent_dim, network.embedding_dim) == (100, classes)
     assert network.hidden == (128, 256, 512, 1024)
@@ -188,7 +187,8 @@ def test_half_precision_becomes_single_precision(path: Path, dtype: torch.dtype)
     published = trained(CganPytorch()).to(dtype)
     torch.save(published.state_dict(), path)
     assert_same_images(path, published.float())
-    dtypes = {p.dtype for p in load_foreign(path).generator.parameters()}
+    generator, _ = load_foreign(path, "mnist")
+    dtypes = {p.dtype for p in generator.parameters()}
     assert dtypes == {torch.float32}
 
 
@@ -197,7 +197,7 @@ def test_half_precision_becomes_single_precision(path: Path, dtype: torch.dtype)
 
 def refusal(path: Path) -> str:
     with pytest.raises(ForeignCheckpointError) as caught:
-        load_foreign(path)
+        load_foreign(path, "mnist")
     assert (caught.value.path, str(caught.value)) == (path, f"{path}: {caught.value.cause}")
     assert "\n" not in caught.value.cause
     return caught.value.cause
@@ -380,7 +380,7 @@ def test_a_file_that_grows_when_it_is_unpacked_is_refused(
 
 
 def test_the_artifact_says_where_it_is_from_and_what_is_not_known(checkpoint: Path) -> None:
-    info = describe_foreign(load_foreign(checkpoint), "mnist")
+    _, info = load_foreign(checkpoint, "mnist")
     assert info.class_names == MNIST
     assert info.training == {
         "dataset": "mnist",
@@ -393,7 +393,7 @@ def test_the_artifact_says_where_it_is_from_and_what_is_not_known(checkpoint: Pa
 
 
 def test_the_data_set_names_the_classes(checkpoint: Path) -> None:
-    info = describe_foreign(load_foreign(checkpoint), "fashion-mnist")
+    _, info = load_foreign(checkpoint, "fashion-mnist")
     assert info.class_names == DATASETS["fashion-mnist"].class_names
     assert info.training["dataset"] == "fashion-mnist"
 
@@ -403,16 +403,15 @@ def test_classes_of_no_known_data_set_are_numbered(
     path: Path, size: int, channels: int, classes: int
 ) -> None:
     torch.save(CganPytorch(size, channels, classes).state_dict(), path)
-    info = describe_foreign(load_foreign(path), "mnist")
+    _, info = load_foreign(path, "mnist")
     assert info.class_names == tuple(map(str, range(classes)))
     assert "dataset" not in info.training
 
 
 def test_a_file_whose_name_is_no_text_is_imported(tmp_path: Path, checkpoint: Path) -> None:
     odd = checkpoint.rename(tmp_path / os.fsdecode(b"\xe9.pth"))
-    published = load_foreign(odd)
     out = tmp_path / "a.safetensors"
-    save_artifact(out, published.generator, describe_foreign(published, "mnist"))
+    save_artifact(out, *load_foreign(odd, "mnist"))
     assert load_artifact(out).info.training["imported_from"] == "?.pth"
 
 
