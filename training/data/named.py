@@ -41,22 +41,13 @@ class DataError(Exception):
 
 @dataclass(frozen=True, eq=False)  # == of tensors is a tensor
 class Dataset:
-    """Labelled images, resident on one device.
-
-    Attributes:
-        name: of the data set, for instance ``mnist``.
-        images: (N, C, H, W) uint8 in [0, 255], H == W.
-        labels: (N,) int64 in [0, num_classes).
-        class_names: one name per label.
-        digest: SHA-256 (hex) of the decompressed bytes, images before labels; a checkpoint
-            compares it.
-    """
+    """Labelled images, resident on one device."""
 
     name: str
-    images: torch.Tensor = field(repr=False)  # (N, C, H, W) uint8
-    labels: torch.Tensor = field(repr=False)  # (N,) int64
-    class_names: tuple[str, ...]
-    digest: str
+    images: torch.Tensor = field(repr=False)  # (N, C, H, W) uint8 in [0, 255], H == W
+    labels: torch.Tensor = field(repr=False)  # (N,) int64 in [0, num_classes)
+    class_names: tuple[str, ...]  # one per label
+    digest: str  # SHA-256 (hex) of the decompressed bytes, images before labels
 
     @property
     def num_classes(self) -> int:
@@ -79,37 +70,20 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class DataFile:
-    """One IDX file: its name without ``.gz`` and the SHA-256 (hex) of its decompressed content."""
-
-    name: str
-    sha256: str
-
-    @property
-    def archive(self) -> str:
-        """Return its name on the mirrors."""
-        return f"{self.name}.gz"
-
-
-@dataclass(frozen=True)
 class DatasetSpec:
-    """Description of a data set.
+    """The classes and the files of a data set."""
 
-    Attributes:
-        class_names: one name per label.
-        mirrors: base URLs, tried in this order.
-        sha256: of the decompressed files of images and of labels in each split.
-    """
-
-    class_names: tuple[str, ...]
-    mirrors: tuple[str, ...]
-    sha256: Mapping[Split, tuple[str, str]]
+    class_names: tuple[str, ...]  # one per label
+    mirrors: tuple[str, ...]  # base URLs, tried in this order
+    sha256: Mapping[str, str]  # file without ``.gz`` -> digest (hex) of its decompressed content
 
 
-# Names of the files of images and of labels.
+# Names of the files, without ``.gz``; the same for every data set.
+TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 FILES: Mapping[Split, tuple[str, str]] = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+    "train": (TRAIN_IMAGES, TRAIN_LABELS),
+    "test": (TEST_IMAGES, TEST_LABELS),
 }
 
 DATASETS: Mapping[str, DatasetSpec] = {
@@ -123,14 +97,10 @@ DATASETS: Mapping[str, DatasetSpec] = {
             "https://storage.googleapis.com/cvdf-datasets/mnist/",
         ),
         sha256={
-            "train": (
-                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            ),
-            "test": (
-                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-            ),
+            TRAIN_IMAGES: "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            TRAIN_LABELS: "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            TEST_IMAGES: "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            TEST_LABELS: "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         },
     ),
     "fashion-mnist": DatasetSpec(
@@ -143,17 +113,18 @@ DATASETS: Mapping[str, DatasetSpec] = {
             "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
         ),
         sha256={
-            "train": (
-                "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-                "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-            ),
-            "test": (
-                "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-                "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-            ),
+            TRAIN_IMAGES: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            TRAIN_LABELS: "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            TEST_IMAGES: "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            TEST_LABELS: "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         },
     ),
 }
+
+
+def default_cache() -> Path:
+    """Return the user's folder for downloads and for the classifiers of their own data sets."""
+    return Path(pooch.os_cache("cgan-service"))
 
 
 def default_data_dir() -> Path:
@@ -161,7 +132,7 @@ def default_data_dir() -> Path:
     chosen = os.environ.get(DATA_DIR_VARIABLE)
     if chosen:
         return Path(chosen).expanduser()  # no shell expands variables in a file
-    return Path(pooch.os_cache("cgan-service"))
+    return default_cache()
 
 
 def load_dataset(
@@ -187,10 +158,11 @@ def load_dataset(
     spec = DATASETS[name]
     if split not in FILES:
         raise DataError(f"unknown split {split!r} of {name}; expected {', '.join(FILES)}")
-    files = [DataFile(*pair) for pair in zip(FILES[split], spec.sha256[split], strict=True)]
     folder = data_dir / name
     mirrors = spec.mirrors if mirrors is None else mirrors
-    raw_images, raw_labels = (_content(file, folder, mirrors) for file in files)
+    raw_images, raw_labels = (
+        _content(folder, file, spec.sha256[file], mirrors) for file in FILES[split]
+    )
     try:
         images, labels = _parse(raw_images, raw_labels, len(spec.class_names))
     except ValueError as error:  # though both files have the SHA-256 of the description
@@ -206,10 +178,7 @@ def load_dataset(
 
 
 def parse_idx(data: bytes) -> npt.NDArray[np.uint8]:
-    """Parse an IDX file: two zero bytes, the type, the rank, big-endian sizes, the payload.
-
-    Args:
-        data: the whole file, decompressed.
+    """Parse a decompressed IDX file: two zero bytes, type, rank, big-endian sizes, payload.
 
     Returns:
         uint8 in [0, 255] with 1 to 3 dimensions; a writable copy.
@@ -242,11 +211,7 @@ def parse_idx(data: bytes) -> npt.NDArray[np.uint8]:
 def _parse(
     images_idx: bytes, labels_idx: bytes, num_classes: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Parse images (N, H, H) and labels (N,) and check that they fit each other.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Parse images (N, H, H) and labels (N,); raise ValueError unless they fit each other."""
     images, labels = parse_idx(images_idx), parse_idx(labels_idx)
     if images.ndim != 3 or images.shape[1] != images.shape[2] or labels.ndim != 1:
         raise ValueError(
@@ -259,49 +224,46 @@ def _parse(
     return images, labels
 
 
-def _content(file: DataFile, folder: Path, mirrors: Sequence[str]) -> bytes:
+def _content(folder: Path, name: str, sha256: str, mirrors: Sequence[str]) -> bytes:
     """Return the verified content of a file; download it if it is missing or damaged."""
     failures: list[str] = []
-    for path in (folder / file.archive, folder / file.name):
+    archive = f"{name}.gz"
+    for path in (folder / archive, folder / name):
         if not os.path.lexists(path):  # true for a link whose target is missing
             continue
         try:
-            return _verify(path.read_bytes(), file)
+            return _verify(path.read_bytes(), sha256)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
         except ValueError as error:
             failures.append(f"{path}: {error}")
     for mirror in mirrors:
         prepare_folder(folder)
-        url = f"{mirror.rstrip('/')}/{file.archive}"
+        url = f"{mirror.rstrip('/')}/{archive}"
         try:
-            raw = _get(url, file)
-            content = _verify(raw, file)
+            raw = _get(url)
+            content = _verify(raw, sha256)
         except OSError as error:  # includes all exceptions of requests
             failures.append(f"{url}: {_root_cause(error)}")
         except ValueError as error:
             failures.append(f"{url}: {error}")
         else:
-            _store(folder / file.archive, raw)
+            _store(folder / archive, raw)
             return content
     raise DataError(
         "\n".join(
             [
-                f"{folder}: cannot load {file.name}, with or without .gz:",
+                f"{folder}: cannot load {name}, with or without .gz:",
                 *(f"  {failure}" for failure in failures or ["missing, and downloads are off"]),
-                f"Connect to a network, or put {file.archive} into this folder; the SHA-256 of its "
-                f"decompressed content is {file.sha256}.",
+                f"Connect to a network, or put {archive} into this folder; the SHA-256 of its "
+                f"decompressed content is {sha256}.",
             ]
         )
     )
 
 
-def _verify(raw: bytes, file: DataFile) -> bytes:
-    """Return the decompressed content of a file, gzip or not.
-
-    Raises:
-        ValueError: its SHA-256 is not that of `file`.
-    """
+def _verify(raw: bytes, sha256: str) -> bytes:
+    """Return the decompressed content of a file, gzip or not; raise ValueError for another one."""
     zipped = raw.startswith(_GZIP_MAGIC)  # not by name: browsers decompress and keep the name
     try:
         content = gzip.decompress(raw) if zipped else raw
@@ -310,13 +272,13 @@ def _verify(raw: bytes, file: DataFile) -> bytes:
     except (OSError, zlib.error) as error:
         raise ValueError(f"corrupt gzip data ({error})") from error
     found = hashlib.sha256(content).hexdigest()
-    if found != file.sha256:
+    if found != sha256:
         kind = "other content" if zipped else f"{len(raw)} bytes that are not gzip data"
-        raise ValueError(f"{kind} (SHA-256 {found[:12]}, expected {file.sha256[:12]})")
+        raise ValueError(f"{kind} (SHA-256 {found[:12]}, expected {sha256[:12]})")
     return content
 
 
-def _get(url: str, file: DataFile) -> bytes:
+def _get(url: str) -> bytes:
     """Download a file into memory, with a progress bar on a terminal.
 
     Unverified bytes never reach the disk, and an OSError from here is one of the network.
@@ -324,7 +286,7 @@ def _get(url: str, file: DataFile) -> bytes:
     body = io.BytesIO()
     # pooch sets the true total later, but tests the bar's truth value first, and a bar without a
     # total raises then. disable=None: no bar unless stderr is a terminal.
-    with tqdm(total=1, desc=file.name, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(total=1, desc=Path(url).stem, unit="B", unit_scale=True, disable=None) as bar:
         download = pooch.HTTPDownloader(
             progressbar=bar, chunk_size=_CHUNK_BYTES, timeout=(_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S)
         )

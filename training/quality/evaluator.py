@@ -7,13 +7,11 @@ images must stay unseen until the certificate.
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-import pooch  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from training.data.named import Dataset
+from training.data.named import Dataset, default_cache
 from training.networks import Generator
 from training.quality.certificate import Certificate, certify, estimate_certification_s
 from training.quality.classifier import FeatureClassifier, get_classifier
@@ -50,10 +48,10 @@ class QuickMetrics:
     frechet_distance: float
     score: float
 
-
-def default_cache() -> Path:
-    """Return the folder of the classifiers of the user's own data sets."""
-    return Path(pooch.os_cache("cgan-service"))
+    gan_test: float  # share of generated images that are classified as their own label
+    coverage: float  # share of training images that have a generated one as a near neighbour
+    frechet_distance: float  # of the features of both
+    score: float  # gan_test * coverage, which rises with label fidelity and with diversity
 
 
 @dataclass(frozen=True)

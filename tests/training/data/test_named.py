@@ -26,6 +26,7 @@ from tqdm import tqdm
 from training.data import named as data
 from training.data.named import (
     DATASETS,
+    FILES,
     DataError,
     DatasetSpec,
     default_data_dir,
@@ -57,8 +58,8 @@ def tiny_spec(
     class_names: tuple[str, ...] = ("red", "green", "blue"),
 ) -> DatasetSpec:
     """A data set whose two files are these bytes."""
-    digests = (hashlib.sha256(images).hexdigest(), hashlib.sha256(labels).hexdigest())
-    return DatasetSpec(class_names, mirrors, {"train": digests})
+    digests = (hashlib.sha256(content).hexdigest() for content in (images, labels))
+    return DatasetSpec(class_names, mirrors, dict(zip(FILES["train"], digests, strict=True)))
 
 
 @pytest.fixture(autouse=True)
@@ -588,7 +589,7 @@ def test_a_published_data_set_is_described_completely(name: str) -> None:
 
     assert len(set(spec.class_names)) == 10
     assert len(spec.mirrors) == 2
-    digests = [digest for split in data.FILES for digest in spec.sha256[split]]
+    digests = list(spec.sha256.values())
     assert len(set(digests)) == 4
     assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
 
