@@ -17,10 +17,9 @@ import torch
 from service.inference.engine import Engine
 from service.settings import Settings
 from training.artifact import load_artifact
-from training.data.named import Dataset, default_data_dir, load_dataset
+from training.data.named import Dataset, default_cache, default_data_dir, load_dataset
 from training.quality.certificate import IMAGES, Quality, measure
 from training.quality.classifier import get_classifier
-from training.quality.evaluator import default_cache
 
 CASES = ((torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 1), (torch.bfloat16, 1))
 SHOWN = ("gan_test", "precision", "recall", "density", "coverage", "frechet_distance", "kid")
@@ -47,7 +46,7 @@ def main() -> None:
         artifact = load_artifact(path)
         name = str(artifact.info.training["dataset"])
         train, test = (load_dataset(name, split, options.data_dir) for split in ("train", "test"))
-        classifier = get_classifier(train, test, cache=default_cache())
+        classifier = get_classifier(train, cache=default_cache())
         _, features = classifier.classify(test.images)
         for dtype, seed in CASES:
             engine = Engine(artifact, device=torch.device("cpu"), dtype=dtype, max_batch=64)

@@ -663,7 +663,7 @@ def test_evaluate_refuses_a_judge_that_is_not_the_committed_one(
     monkeypatch.setattr(classifier_module, "DIGESTS", {"mnist": "0" * 64})
     monkeypatch.setattr(
         "training.quality.evaluator.get_classifier",
-        lambda _train, test, **_how: load_bundled_classifier(test),
+        lambda train, **_how: load_bundled_classifier(train),
     )
     result = invoke("evaluate", artifact, "--device", "cpu")
     refused(

@@ -26,7 +26,7 @@ from training.files import FileError, write_atomically
 
 EPOCHS = 12
 MIN_IMAGES = 200_000  # a small data set is passed more often, until this many images were shown
-_BATCH = 128
+BATCH = 128  # images per step, or all images if they are fewer
 
 # `estimate_pass_s` times rounds of this many steps. The first rounds are slower and not counted;
 # the median of the others is robust to processes that take the core for a moment.
@@ -93,12 +93,7 @@ class FeatureClassifier:
 
     @torch.inference_mode()
     def classify(self, pixels: Tensor, *, batch_size: int = 100) -> tuple[Tensor, Tensor]:
-        """Return predictions (N,) int64 and features (N, D) float32.
-
-        Args:
-            pixels: (N, C, H, W) uint8.
-            batch_size: images per forward pass.
-        """
+        """Map pixels (N, C, H, W) uint8 to predictions (N,) int64 and features (N, D) float32."""
         predictions, features = [], []
         for batch in pixels.split(batch_size):
             features.append(self.network.features(to_images(batch)))
@@ -128,19 +123,11 @@ def random_affine(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def train_classifier(
-    dataset: Dataset, *, epochs: float, seed: int, batch_size: int = _BATCH, half: bool = False
+    dataset: Dataset, *, epochs: float, seed: int, half: bool = False
 ) -> ClassifierNetwork:
     """Train a new network, and log the loss of every epoch; see `fit`."""
     network = build(ClassifierNetwork, dataset, seed)
-    fit(
-        network,
-        dataset,
-        epochs=epochs,
-        seed=seed,
-        batch_size=batch_size,
-        half=half,
-        log_epochs=True,
-    )
+    fit(network, dataset, epochs=epochs, seed=seed, half=half, log_epochs=True)
     return network
 
 
@@ -157,7 +144,6 @@ def fit(
     *,
     epochs: float,
     seed: int,
-    batch_size: int = _BATCH,
     half: bool = False,
     log_epochs: bool = False,
 ) -> None:
@@ -171,12 +157,11 @@ def fit(
         dataset: resident on the device.
         epochs: passes over it; the last one may be partial.
         seed: decides order and augmentation.
-        batch_size: images per step, or all images if they are fewer.
         half: compute in bfloat16.
         log_epochs: log the mean loss of every epoch.
     """
     device = dataset.labels.device
-    batch_size = min(batch_size, len(dataset.labels))
+    batch_size = min(BATCH, len(dataset.labels))
     network.to(device)
     rng = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2, fused=True)
@@ -209,23 +194,21 @@ def fit(
     network.eval().requires_grad_(False)
 
 
-def estimate_pass_s(
-    network: nn.Module, dataset: Dataset, *, batch_size: int = _BATCH, half: bool = False
-) -> float:
+def estimate_pass_s(network: nn.Module, dataset: Dataset) -> float:
     """Estimate the duration of one pass of `fit` in seconds by timing some steps.
 
     The network's weights are useless afterwards.
     """
-    batch_size = min(batch_size, len(dataset.labels))
-    few = replace(dataset, images=dataset.images[:batch_size], labels=dataset.labels[:batch_size])
+    half = has_native_bfloat16(dataset.labels.device)
+    few = replace(dataset, images=dataset.images[:BATCH], labels=dataset.labels[:BATCH])
     spent_s: list[float] = []
     while len(spent_s) < _MIN_ROUNDS or sum(spent_s) < _MIN_TIMED_S:
         network.train().requires_grad_(True)
         started = time.perf_counter()
-        fit(network, few, epochs=_STEPS, seed=0, batch_size=batch_size, half=half)
+        fit(network, few, epochs=_STEPS, seed=0, half=half)
         spent_s.append(time.perf_counter() - started)
     step_s = statistics.median(spent_s[_WARMUP_ROUNDS:]) / _STEPS
-    return step_s * (len(dataset.labels) // batch_size)
+    return step_s * (len(dataset.labels) // len(few.labels))
 
 
 def save_classifier(
@@ -243,33 +226,26 @@ def save_classifier(
 
 
 def get_classifier(
-    train: Dataset, test: Dataset, *, cache: Path, seconds: float | None = None
+    train: Dataset, *, cache: Path, seconds: float | None = None
 ) -> FeatureClassifier:
     """Return the classifier of a data set, on that data set's device.
 
     It is the bundled one if there is one for exactly these training images, else a cached one, else
-    one that is trained now and cached. A damaged cached one is trained again.
-
-    Args:
-        train: the training images.
-        test: real images that the classifier is not trained on.
-        cache: folder of cached classifiers.
-        seconds: time limit for training. A cached classifier whose training was shortened by a
-            limit is trained again once there is more time.
+    one that is trained now, within the given time, and cached. A cached one is trained again if it
+    is damaged, or if a time limit shortened its training and there is more time now.
 
     Raises:
         ClassifierError: the bundled file is not the committed one.
         OSError: the cache cannot be written.
     """
     if _TRAINED_ON.get(train.name) == train.digest:
-        return load_bundled_classifier(test)
+        return load_bundled_classifier(train)
     path = cache / "classifiers" / f"{train.digest}.safetensors"
-    cached, cached_epochs = _load_cached(path, test)
+    cached, cached_epochs = _load_cached(path, train)
     full = float(max(EPOCHS, -(-MIN_IMAGES // len(train.labels))))
     if cached is not None and cached_epochs >= full:
         return cached
-    half = has_native_bfloat16(train.labels.device)
-    pass_s = estimate_pass_s(build(ClassifierNetwork, train, seed=0), train, half=half)
+    pass_s = estimate_pass_s(build(ClassifierNetwork, train, seed=0), train)
     epochs = full if seconds is None else min(full, seconds / pass_s)
     # Two estimates of the same machine differ, so half of the epochs counts as enough.
     if cached is not None and seconds is not None and cached_epochs >= epochs / 2:
@@ -282,19 +258,20 @@ def get_classifier(
         passes,
         epochs * pass_s / 60,
     )
+    half = has_native_bfloat16(train.labels.device)
     network = train_classifier(train, epochs=epochs, seed=0, half=half)
     save_classifier(path, network, dataset=train.name, epochs=epochs, seed=0)
-    return _parse(path.read_bytes(), test)
+    return _parse(path.read_bytes(), train)
 
 
-def _load_cached(path: Path, test: Dataset) -> tuple[FeatureClassifier | None, float]:
+def _load_cached(path: Path, dataset: Dataset) -> tuple[FeatureClassifier | None, float]:
     """Return a cached classifier and its epochs; None and 0 if it is missing or damaged."""
     if not path.exists():
         return None, 0.0
     try:
         with safe_open(path, "pt") as file:
             recipe = json.loads(file.metadata()["classifier"])
-        return _parse(path.read_bytes(), test), float(recipe["epochs"])
+        return _parse(path.read_bytes(), dataset), float(recipe["epochs"])
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         logger.warning("%s: is damaged (%s); training it again.", path, error)
         return None, 0.0

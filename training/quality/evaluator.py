@@ -80,7 +80,7 @@ class Evaluator:
             minutes: the budget of a run, which limits the training of a classifier.
         """
         seconds = None if minutes is None else 60.0 * minutes * CLASSIFIER_SHARE
-        classifier = get_classifier(train, test, cache=default_cache(), seconds=seconds)
+        classifier = get_classifier(train, cache=default_cache(), seconds=seconds)
         rng = torch.Generator().manual_seed(_SEED)
         chosen = torch.randperm(len(train.labels), generator=rng)[:REFERENCE_IMAGES]
         _, features = classifier.classify(train.images[chosen.to(train.labels.device)])

@@ -17,24 +17,17 @@ from training.quality.classifier import build, estimate_pass_s, fit, to_images
 IMAGES = 60_000
 EPOCHS = 4  # passes over `IMAGES` images
 SEEDS = 3
-_BATCH = 128
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GANTrain:
-    """Accuracies on the real test images, in [0, 1].
+    """Accuracies on the real test images, in [0, 1]."""
 
-    Attributes:
-        images: number of generated training images.
-        accuracies: of classifiers trained on generated images, one per seed.
-        real: of one trained on as many real training images, or on all of them if there are fewer.
-    """
-
-    images: int
-    accuracies: tuple[float, ...]
-    real: float
+    images: int  # number of generated training images
+    accuracies: tuple[float, ...]  # of classifiers trained on generated images, one per seed
+    real: float  # of one trained as long on the real training images
 
     @property
     def mean(self) -> float:
@@ -74,13 +67,7 @@ class GanTrainClassifier(nn.Module):
 
 
 def gan_train(generated: Dataset, train: Dataset, test: Dataset) -> GANTrain:
-    """Train classifiers on generated images and one on real images; test all on real images.
-
-    Args:
-        generated: images of a generator.
-        train: the real training images.
-        test: the real test images.
-    """
+    """Train classifiers on generated images and one on real images; test all on real images."""
     accuracies = []
     for seed in range(SEEDS):
         accuracies.append(_accuracy(_train(generated, seed), test))
@@ -93,8 +80,7 @@ def gan_train(generated: Dataset, train: Dataset, test: Dataset) -> GANTrain:
 def estimate_gan_train_s(train: Dataset) -> float:
     """Estimate the duration of `gan_train` in seconds from a few timed steps on real images."""
     passes = (SEEDS + 1) * EPOCHS * IMAGES / len(train.labels)
-    half = has_native_bfloat16(train.labels.device)
-    return passes * estimate_pass_s(_build(train, 0), train, batch_size=_BATCH, half=half)
+    return passes * estimate_pass_s(_build(train, 0), train)
 
 
 def _train(dataset: Dataset, seed: int) -> GanTrainClassifier:
@@ -102,7 +88,7 @@ def _train(dataset: Dataset, seed: int) -> GanTrainClassifier:
     classifier = _build(dataset, seed)
     epochs = max(1, round(EPOCHS * IMAGES / len(dataset.labels)))
     half = has_native_bfloat16(dataset.labels.device)
-    fit(classifier, dataset, epochs=epochs, seed=seed, batch_size=_BATCH, half=half)
+    fit(classifier, dataset, epochs=epochs, seed=seed, half=half)
     return classifier
 
 

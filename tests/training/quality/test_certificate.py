@@ -34,7 +34,7 @@ TRAIN, TEST = tiny.dataset(256, 0), tiny.dataset(120, 1)
 
 @pytest.fixture(scope="module")
 def classifier(one_thread: None) -> FeatureClassifier:
-    return FeatureClassifier(train_classifier(TRAIN, epochs=3, seed=0, batch_size=32), "f00d")
+    return FeatureClassifier(train_classifier(TRAIN, epochs=12, seed=0), "f00d")
 
 
 @pytest.fixture(scope="module")

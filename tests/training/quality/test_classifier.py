@@ -33,7 +33,7 @@ DATA = tiny.dataset()
 
 @pytest.fixture(scope="module")
 def network(one_thread: None) -> ClassifierNetwork:
-    return train_classifier(DATA, epochs=3, seed=0, batch_size=32)
+    return train_classifier(DATA, epochs=12, seed=0)
 
 
 # The bundled ones
@@ -122,7 +122,7 @@ def test_a_seed_decides_the_classifier_and_the_global_random_state_is_left_alone
     torch.manual_seed(4)
     before = torch.get_rng_state()
     first, again, other = (
-        train_classifier(DATA, epochs=1, seed=seed, batch_size=64).out.weight for seed in (1, 1, 2)
+        train_classifier(DATA, epochs=1, seed=seed).out.weight for seed in (1, 1, 2)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, again)
@@ -195,7 +195,7 @@ def trainings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def cached(tmp_path_factory: pytest.TempPathFactory, one_thread: None, short: None) -> Path:
     """A cache with the classifier of `DATA`."""
     cache = tmp_path_factory.mktemp("cache")
-    get_classifier(DATA, TEST, cache=cache)
+    get_classifier(DATA, cache=cache)
     return cache
 
 
@@ -204,15 +204,15 @@ def test_a_classifier_is_trained_once_for_a_data_set(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "training")
-    first = get_classifier(DATA, TEST, cache=tmp_path)
+    first = get_classifier(DATA, cache=tmp_path)
     assert caplog.messages[0] == f"{START}10 passes over its training images, about 0.3 minutes"
     assert first.accuracy(TEST) > 0.9
-    again = get_classifier(DATA, TEST, cache=tmp_path)
+    again = get_classifier(DATA, cache=tmp_path)
     assert again.digest == first.digest
     assert torch.equal(again.classify(TEST.images)[1], first.classify(TEST.images)[1])
     assert len(trainings(caplog)) == 1
 
-    get_classifier(tiny.dataset(256, 1), TEST, cache=tmp_path)  # other images: another one
+    get_classifier(tiny.dataset(256, 1), cache=tmp_path)  # other images: another one
     assert len(trainings(caplog)) == len(list((tmp_path / "classifiers").iterdir())) == 2
 
 
@@ -226,7 +226,7 @@ def test_a_damaged_file_in_the_cache_is_trained_again(
     path.parent.mkdir()
     path.write_bytes(found.read_bytes()[:keep])
 
-    again = get_classifier(DATA, TEST, cache=tmp_path)
+    again = get_classifier(DATA, cache=tmp_path)
 
     assert caplog.messages[0].startswith(f"{path}: is damaged (")
     # Training is reproducible.
@@ -239,7 +239,7 @@ def test_training_takes_no_longer_than_its_limit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "training")
-    find = partial(get_classifier, DATA, TEST, cache=tmp_path)
+    find = partial(get_classifier, DATA, cache=tmp_path)
     limited = find(seconds=5.0)
     assert trainings(caplog) == [
         f"{START}2.5 instead of 10 (time limit) passes over its training images, about 0.1 minutes"
@@ -269,7 +269,8 @@ def test_the_last_pass_may_be_partial(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "random_affine", count)
-        network = train_classifier(DATA, epochs=epochs, seed=0, batch_size=64)
+        patch.setattr(module, "BATCH", 64)
+        network = train_classifier(DATA, epochs=epochs, seed=0)
     assert counted == steps
     assert len(caplog.messages) == -(-steps // 4)
     assert not network.training
@@ -288,13 +289,13 @@ def test_the_estimated_time_of_a_pass_is_that_of_its_steps(
 
     monkeypatch.setattr("time.perf_counter", lambda: now_s)
     monkeypatch.setattr(module, "fit", take_time)
+    monkeypatch.setattr(module, "BATCH", 64)
     new = ClassifierNetwork(num_classes=2, channels=1)
-    assert estimate_pass_s(new, DATA, batch_size=64) == pytest.approx(4 * 3.0)
+    assert estimate_pass_s(new, DATA) == pytest.approx(4 * 3.0)
 
 
 def test_the_images_of_a_bundled_classifier_get_it(mnist_dir: Path, tmp_path: Path) -> None:
     train = load_dataset("mnist", "train", mnist_dir, mirrors=())
-    test = load_dataset("mnist", "test", mnist_dir, mirrors=())
-    classifier = get_classifier(train, test, cache=tmp_path)
+    classifier = get_classifier(train, cache=tmp_path)
     assert classifier.digest == DIGESTS["mnist"]
     assert not list(tmp_path.iterdir())

@@ -99,9 +99,7 @@ def test_training_a_classifier_takes_a_limited_share_of_a_budget(
 ) -> None:
     given: list[float | None] = []
 
-    def note(
-        _train: Dataset, _test: Dataset, *, seconds: float | None, **_how: object
-    ) -> FeatureClassifier:
+    def note(_train: Dataset, *, seconds: float | None, **_how: object) -> FeatureClassifier:
         given.append(seconds)
         return evaluator.classifier
 

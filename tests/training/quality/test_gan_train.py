@@ -27,7 +27,7 @@ TRAIN, TEST, GENERATED = tiny.dataset(128, 0), tiny.dataset(120, 1), tiny.datase
 def short() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "IMAGES", 128)
-        patch.setattr(module, "_BATCH", 16)
+        patch.setattr("training.quality.classifier.BATCH", 16)
         yield
 
 
