@@ -214,7 +214,7 @@ def _report(
 
 def _print_plan(run: Run) -> None:
     """Print the configuration, and the time that a few seconds of training predict."""
-    metadata, state, config = run.metadata, run.state, run.metadata.config
+    metadata, state = run.metadata, run.state
     shown = {
         **dataclasses.asdict(metadata),
         "out": str(run.folder.path),
@@ -226,15 +226,15 @@ def _print_plan(run: Run) -> None:
     if metadata.minutes is not None:
         click.echo(f"Estimated time: {metadata.minutes:g} minutes, as given.")
         return
-    left = config.images - state.images_seen
+    left = state.config.images - state.images_seen
     if left <= 0:
         click.echo("Estimated time: 0 minutes; the run is complete.")
         return
-    if config.r1_gamma is None:  # the value does not change the time of a step
-        config = dataclasses.replace(config, r1_gamma=DEFAULT_GAMMA)
+    if state.config.r1_gamma is None:  # the value does not change the time of a step
+        state.config = dataclasses.replace(state.config, r1_gamma=DEFAULT_GAMMA)
     until = time.monotonic() + 5.0
-    step = make_step(state, run.dataset, config)
-    points = train(state, config, step, log_every=2**62, stop=lambda: time.monotonic() > until)
+    step = make_step(state, run.dataset)
+    points = train(state, step, log_every=2**62, stop=lambda: time.monotonic() > until)
     speed = next(points).images_per_s
     click.echo(f"Estimated time: {left / speed / 60:.1f} minutes at {speed:,.0f} images/s.")
 

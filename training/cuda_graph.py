@@ -10,7 +10,6 @@ import logging
 import torch
 from torch import Tensor
 
-from training.config import TrainingConfig
 from training.data.named import Dataset
 from training.loop import StepFn, apply_schedules, make_eager_step, optimize
 from training.state import TrainState
@@ -21,13 +20,13 @@ _WARM_UP_STEPS = 4
 logger = logging.getLogger(__name__)
 
 
-def make_step(state: TrainState, dataset: Dataset, config: TrainingConfig) -> StepFn:
+def make_step(state: TrainState, dataset: Dataset) -> StepFn:
     """Return the fastest step function for this device: a CUDA graph, or eager steps."""
     if state.rng.device.type == "cuda":
         if state.world.size == 1:
-            return CUDAGraphStep(state, dataset, config)
+            return CUDAGraphStep(state, dataset)
         logger.warning("training steps are not captured: they synchronise with other processes")
-    return make_eager_step(state, dataset, config)
+    return make_eager_step(state, dataset)
 
 
 class CUDAGraphStep:
@@ -37,10 +36,10 @@ class CUDAGraphStep:
     capture fails, all steps stay eager.
     """
 
-    def __init__(self, state: TrainState, dataset: Dataset, config: TrainingConfig) -> None:
-        self._state, self._dataset, self._config = state, dataset, config
-        self._eager = make_eager_step(state, dataset, config)
-        self._interval = config.penalty_interval if config.r1_gamma else 1
+    def __init__(self, state: TrainState, dataset: Dataset) -> None:
+        self._state, self._dataset, self._config = state, dataset, state.config
+        self._eager = make_eager_step(state, dataset)
+        self._interval = self._config.penalty_interval if self._config.r1_gamma else 1
         # A whole number of intervals, so that every replay penalises the same steps.
         self._steps = max(self._interval, _STEPS_PER_REPLAY // self._interval * self._interval)
         self._stream = torch.cuda.Stream(state.rng.device)
@@ -55,7 +54,7 @@ class CUDAGraphStep:
         if self._captured is None or number % self._interval:
             return self._launch(progress)
         graph, total = self._captured
-        apply_schedules(self._state, self._config, progress=progress, steps=self._steps)
+        apply_schedules(self._state, progress=progress, steps=self._steps)
         graph.replay()
         return total
 
@@ -77,7 +76,7 @@ class CUDAGraphStep:
                 total = torch.zeros(5, device=self._state.rng.device)
                 for step in range(self._steps):
                     penalise = bool(self._config.r1_gamma) and step % self._interval == 0
-                    total += optimize(self._state, self._dataset, self._config, penalise=penalise)
+                    total += optimize(self._state, self._dataset, penalise=penalise)
         except RuntimeError as error:
             self._state.discriminator.requires_grad_(True)  # the step may have stopped anywhere
             logger.warning("training steps are not captured: %s", str(error).splitlines()[0])

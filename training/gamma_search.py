@@ -31,7 +31,7 @@ MIN_IMAGES = 50_000
 MIN_SECONDS = 60.0
 MIN_SCORE = 0.01  # below this, differences are chance
 
-_DIVERGED = QuickMetrics(gan_test=0.0, coverage=0.0, frechet_distance=math.inf, score=0.0)
+_NO_METRICS = QuickMetrics(gan_test=0.0, coverage=0.0, frechet_distance=math.inf, score=0.0)
 
 logger = logging.getLogger(__name__)
 
@@ -49,37 +49,29 @@ def choose_gamma(
     dataset: Dataset,
     evaluate: EvaluateFn,
     *,
-    seconds: float | None,
     stop: Callable[[], bool],
-) -> tuple[TrainState, TrainingConfig, dict[str, float]]:
+) -> tuple[TrainState, dict[str, float]]:
     """Start a run with each gamma and keep the best start.
 
-    Args:
-        config: of the run; its `r1_gamma` is replaced.
-        start: creates a fresh state, the same for every gamma.
-        dataset: resident on the state's device.
-        evaluate: measures a generator.
-        seconds: the time budget of the run, if it has one.
-        stop: called before every step; True ends the search.
+    `start` creates a fresh state, the same for every gamma. `stop` is called before every step;
+    True ends the search.
 
     Returns:
-        the state to continue from, its configuration, and gamma -> score.
+        the state to continue from, whose configuration has the best gamma, and gamma -> score.
     """
     states: dict[float, TrainState] = {}
     found: dict[float, QuickMetrics] = {}
     for gamma in GAMMAS:
-        candidate = dataclasses.replace(config, r1_gamma=gamma)
-        states[gamma] = state = start(candidate)
-        found[gamma] = metrics = _try(state, candidate, dataset, evaluate, seconds, stop)
+        states[gamma] = state = start(dataclasses.replace(config, r1_gamma=gamma))
+        found[gamma] = metrics = _try(state, dataset, evaluate, stop)
         logger.info(
             "gamma %g: score %.3f, Fréchet distance %.2f",
             *(gamma, metrics.score, metrics.frechet_distance),
         )
         if state.world.any(stop()):
             break
-    best = best_of(found)
     scores = {f"{gamma:g}": round(metrics.score, 4) for gamma, metrics in found.items()}
-    return states[best], dataclasses.replace(config, r1_gamma=best), scores
+    return states[best_of(found)], scores
 
 
 def best_of(found: dict[float, QuickMetrics]) -> float:
@@ -93,29 +85,24 @@ def best_of(found: dict[float, QuickMetrics]) -> float:
 
 
 def _try(
-    state: TrainState,
-    config: TrainingConfig,
-    dataset: Dataset,
-    evaluate: EvaluateFn,
-    seconds: float | None,
-    stop: Callable[[], bool],
+    state: TrainState, dataset: Dataset, evaluate: EvaluateFn, stop: Callable[[], bool]
 ) -> QuickMetrics:
     """Train for a share of the run and measure the generator."""
     began = time.perf_counter()
 
     def done() -> bool:
-        if seconds is None:
-            over = state.images_seen >= SHARE * config.images
+        if state.budget_s is None:
+            over = state.images_seen >= SHARE * state.config.images
         else:
-            over = time.perf_counter() - began >= SHARE * seconds
+            over = time.perf_counter() - began >= SHARE * state.budget_s
         return over or stop()
 
-    step = make_step(state, dataset, config)
+    step = make_step(state, dataset)
     try:
-        for _ in train(state, config, step, seconds=seconds, log_every=2**62, stop=done):
+        for _ in train(state, step, log_every=2**62, stop=done):
             pass
     except DivergedError:
-        return _DIVERGED
+        return _NO_METRICS
     recompute_batch_norm(state.ema, batches=20)
     return evaluate_on_main(state.world, evaluate, state.ema)
 
@@ -124,6 +111,5 @@ def evaluate_on_main(
     world: DistributedContext, evaluate: EvaluateFn, generator: Generator
 ) -> QuickMetrics:
     """Measure a generator in the main process and return its metrics in every process."""
-    names = [field.name for field in dataclasses.fields(QuickMetrics)]
-    values = dataclasses.astuple(evaluate(generator)) if evaluate else (0.0,) * len(names)
-    return QuickMetrics(**dict(zip(names, world.broadcast(*values), strict=True)))
+    metrics = evaluate(generator) if evaluate else _NO_METRICS
+    return QuickMetrics(*world.broadcast(*dataclasses.astuple(metrics)))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from training.config import TrainingConfig
 from training.data.augmentation import diff_augment, flip
 from training.data.named import Dataset
 from training.distributed import SINGLE_PROCESS, DistributedContext
@@ -27,64 +26,43 @@ class DivergedError(Exception):
 
 @dataclass(frozen=True)
 class Losses:
-    """Means since the last log point.
-
-    `real_logit` and `fake_logit` are the discriminator's mean outputs; `penalty` is the mean
-    squared gradient norm of real and fake images, over the steps that compute it.
-    """
+    """Means since the last log point."""
 
     discriminator: float
     generator: float
-    real_logit: float
-    fake_logit: float
-    penalty: float
+    real_logit: float  # the discriminator's output for real images
+    fake_logit: float  # and for generated ones
+    penalty: float  # squared gradient norm of both, over the steps that compute it
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogPoint:
-    """A report of `train`.
+    """A report of `train`."""
 
-    Attributes:
-        losses: means since the last log point; None if no step was made.
-        progress: completed fraction of the run, in [0, 1].
-        images_per_s: speed since the last log point.
-        finished: the run is complete.
-        is_scheduled: an uninterrupted run has this point too.
-    """
-
-    losses: Losses | None
-    progress: float
-    images_per_s: float
-    finished: bool
-    is_scheduled: bool
+    losses: Losses | None  # means since the last log point; None if no step was made
+    progress: float  # completed fraction of the run, in [0, 1]
+    images_per_s: float  # speed since the last log point
+    finished: bool  # the run is complete
+    is_scheduled: bool  # an uninterrupted run has this point too
 
 
-def train_step(
-    state: TrainState, dataset: Dataset, config: TrainingConfig, *, progress: float, penalise: bool
-) -> Tensor:
-    """Make one step of both networks.
-
-    Args:
-        state: changed in place.
-        dataset: resident on the state's device.
-        config: of the run.
-        progress: completed fraction of the run, for the learning rate.
-        penalise: compute the gradient penalty in this step.
+def train_step(state: TrainState, dataset: Dataset, *, progress: float, penalise: bool) -> Tensor:
+    """Make one step of both networks, in place, at a completed fraction of the run.
 
     Returns:
-        (5,) float32 on the device, in the order of the fields of `Losses`.
+        (5,) float32 on the device, in the order of the fields of `Losses`. Without `penalise`, the
+        penalty is 0.
     """
-    apply_schedules(state, config, progress=progress, steps=1)
-    return optimize(state, dataset, config, penalise=penalise)
+    apply_schedules(state, progress=progress, steps=1)
+    return optimize(state, dataset, penalise=penalise)
 
 
-def apply_schedules(
-    state: TrainState, config: TrainingConfig, *, progress: float, steps: int
-) -> None:
+def apply_schedules(state: TrainState, *, progress: float, steps: int) -> None:
     """Set the learning rate and the weight of the average for the next steps, and count them.
 
     Both depend on progress alone. On CUDA they are tensors, which a captured step reads.
     """
+    config = state.config
     lr = config.lr * state.lr_scale
     if config.lr_schedule == "cosine":
         lr *= 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -101,10 +79,9 @@ def _assign(target: float | Tensor, value: float) -> float | Tensor:
     return target.fill_(value) if isinstance(target, Tensor) else value
 
 
-def optimize(
-    state: TrainState, dataset: Dataset, config: TrainingConfig, *, penalise: bool
-) -> Tensor:
+def optimize(state: TrainState, dataset: Dataset, *, penalise: bool) -> Tensor:
     """Run the part of `train_step` that is on the device and can be captured there."""
+    config = state.config
     device_type = dataset.labels.device.type
     with torch.autocast(
         device_type,
@@ -112,13 +89,13 @@ def optimize(
         enabled=config.precision == "bfloat16",
         cache_enabled=device_type != "cuda",  # a cached weight would outlive its step in a capture
     ):
-        real, real_labels, latents, fake_labels = draw_batch(state, dataset, config)
+        real, real_labels, latents, fake_labels = draw_batch(state, dataset)
         fake = state.parallel_generator(latents, fake_labels)  # (N, C, H, W), used by both updates
         labels = torch.cat([real_labels, fake_labels])
         d_loss, logits, penalty = _update_discriminator(
-            state, config, torch.cat([real, fake.detach()]), labels, penalise=penalise
+            state, torch.cat([real, fake.detach()]), labels, penalise=penalise
         )
-        g_loss = _update_generator(state, config, real, fake, labels)
+        g_loss = _update_generator(state, real, fake, labels)
         if config.ema_half_life > 0:  # otherwise `train` copies the generator at log points
             update_ema(state)
         real_logits, fake_logits = logits.chunk(2)
@@ -127,16 +104,15 @@ def optimize(
         ).detach()
 
 
-def draw_batch(
-    state: TrainState, dataset: Dataset, config: TrainingConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw_batch(state: TrainState, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw this process's shard of a batch.
 
     Returns:
         real images (N, C, H, W) and their labels (N,), latents (N, latent_dim) and the labels (N,)
         to generate.
     """
-    real, real_labels = sample_batch(dataset, config.batch_size, state.rng, state.world)
+    config, world = state.config, state.world
+    real, real_labels = sample_batch(dataset, config.batch_size, state.rng, world)
     if config.flip:
         real = flip(real, state.rng)
     device, latent_dim = real.device, state.generator.config.latent_dim
@@ -144,12 +120,10 @@ def draw_batch(
     if config.objective == "relativistic":
         fake_labels = real_labels  # otherwise the label alone would tell the images of a pair apart
     else:
-        fake_labels = state.world.shard(
-            torch.randint(
-                dataset.num_classes, (config.batch_size,), generator=state.rng, device=device
-            )
-        )
-    return real, real_labels, state.world.shard(latents), fake_labels
+        shape = (config.batch_size,)
+        drawn = torch.randint(dataset.num_classes, shape, generator=state.rng, device=device)
+        fake_labels = world.shard(drawn)
+    return real, real_labels, world.shard(latents), fake_labels
 
 
 def sample_batch(
@@ -170,14 +144,15 @@ def sample_batch(
 
 
 def _update_discriminator(
-    state: TrainState, config: TrainingConfig, images: Tensor, labels: Tensor, *, penalise: bool
+    state: TrainState, images: Tensor, labels: Tensor, *, penalise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update it on 2N images, real ones first; return its loss, its logits (2N,), the penalty."""
+    config = state.config
     if config.augment:
         images = diff_augment(images, state.rng)
     images.requires_grad_(penalise)
     if config.mismatch_weight:
-        pairs = torch.stack([labels, _other_labels(state, config, labels)], dim=1)
+        pairs = torch.stack([labels, _other_labels(state, labels)], dim=1)
         logits, mismatched = state.parallel_discriminator(images, pairs).unbind(1)
     else:
         logits = state.parallel_discriminator(images, labels)  # (2N,)
@@ -198,17 +173,16 @@ def _update_discriminator(
     return adversarial, logits, penalty
 
 
-def _other_labels(state: TrainState, config: TrainingConfig, labels: Tensor) -> Tensor:
+def _other_labels(state: TrainState, labels: Tensor) -> Tensor:
     """Draw for each image a label that is not its own: (2N,)."""
     classes = state.generator.config.num_classes
-    shape = (2 * config.batch_size,)
+    shape = (2 * state.config.batch_size,)
     offsets = torch.randint(1, classes, shape, generator=state.rng, device=labels.device)
     return (labels + state.world.shard(offsets)) % classes
 
 
-def _update_generator(
-    state: TrainState, config: TrainingConfig, real: Tensor, fake: Tensor, labels: Tensor
-) -> Tensor:
+def _update_generator(state: TrainState, real: Tensor, fake: Tensor, labels: Tensor) -> Tensor:
+    config = state.config
     real_labels, fake_labels = labels.chunk(2)
     if config.augment:
         real, fake = diff_augment(real, state.rng), diff_augment(fake, state.rng)
@@ -263,23 +237,22 @@ def recompute_batch_norm(generator: Generator, *, batches: int, seed: int = 0) -
 StepFn = Callable[[float], Tensor]
 
 
-def make_eager_step(state: TrainState, dataset: Dataset, config: TrainingConfig) -> StepFn:
+def make_eager_step(state: TrainState, dataset: Dataset) -> StepFn:
     """Return a function that makes one step, launched operation by operation."""
+    config = state.config
 
     def step(progress: float) -> Tensor:
         number = state.images_seen // config.batch_size
         penalise = bool(config.r1_gamma) and number % config.penalty_interval == 0
-        return train_step(state, dataset, config, progress=progress, penalise=penalise)
+        return train_step(state, dataset, progress=progress, penalise=penalise)
 
     return step
 
 
 def train(
     state: TrainState,
-    config: TrainingConfig,
     step: StepFn,
     *,
-    seconds: float | None = None,
     log_every: int,
     stop: Callable[[], bool],
 ) -> Iterator[LogPoint]:
@@ -287,9 +260,7 @@ def train(
 
     Args:
         state: changed in place.
-        config: of the run.
         step: makes the steps of this state.
-        seconds: budget in `state.elapsed_s`, which replaces `config.images` in every schedule.
         log_every: images between two log points.
         stop: called before every step, so it must be cheap. If one process stops, all stop.
 
@@ -304,16 +275,16 @@ def train(
         first, began = state.images_seen, time.perf_counter()
         totals = torch.zeros(5, device=state.rng.device)
         due = False
-        while not due and (progress := measure_progress(state, config, seconds)) < 1.0:
+        while not due and (progress := measure_progress(state)) < 1.0:
             if state.world.any(stop()):
                 break
             totals += step(progress)
             due = state.images_seen // log_every > first // log_every
-        if config.ema_half_life == 0:
+        if state.config.ema_half_life == 0:
             update_ema(state)
-        losses = _mean_losses(state, config, totals, first)
+        losses = _mean_losses(state, totals, first)
         images_per_s = (state.images_seen - first) / (time.perf_counter() - began)
-        progress = measure_progress(state, config, seconds)
+        progress = measure_progress(state)
         finished = progress >= 1.0
         # Before the caller works on the point: a stop during that work gets a point of its own.
         last = finished or state.world.any(stop())
@@ -326,22 +297,17 @@ def train(
         )
 
 
-def measure_progress(state: TrainState, config: TrainingConfig, seconds: float | None) -> float:
+def measure_progress(state: TrainState) -> float:
     """Return the completed fraction of the run, in [0, 1], by images or by time."""
-    if seconds is None:
-        return min(1.0, state.images_seen / config.images)
+    if state.budget_s is None:
+        return min(1.0, state.images_seen / state.config.images)
     (elapsed_s,) = state.world.broadcast(state.elapsed_s)  # every process makes the same steps
-    return min(1.0, elapsed_s / seconds)
+    return min(1.0, elapsed_s / state.budget_s)
 
 
-def _mean_losses(
-    state: TrainState, config: TrainingConfig, totals: Tensor, first: int
-) -> Losses | None:
-    """Return the mean report of the steps since `first` images, which waits for the device.
-
-    Raises:
-        DivergedError: a mean is not finite.
-    """
+def _mean_losses(state: TrainState, totals: Tensor, first: int) -> Losses | None:
+    """Return the mean report of the steps since `first` images, which waits for the device."""
+    config = state.config
     begin, end = first // config.batch_size, state.images_seen // config.batch_size
     steps = end - begin
     means: list[float] = state.world.mean(totals / max(1, steps)).tolist()  # the one read-back

@@ -13,7 +13,7 @@ import torch
 from training.checkpoint import Checkpoint, CheckpointError, RunMetadata, read_checkpoint
 from training.config import PRESETS, TrainingConfig
 from training.data.folder import is_folder, read_folder
-from training.data.named import Dataset, Split, default_data_dir, load_dataset
+from training.data.named import FILES, Dataset, default_data_dir, load_dataset
 from training.devices import describe, has_native_bfloat16, resolve_device
 from training.distributed import SINGLE_PROCESS, DistributedContext, local_device
 from training.files import prepare_folder
@@ -27,7 +27,6 @@ from training.state import TrainState, create_state, generator_config
 # A discriminator memorises fewer images than this unless they are distorted.
 SMALL_DATASET = 20_000
 DEFAULT_PRESET = "conv"
-SPLITS: tuple[Split, Split] = ("train", "test")
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +85,7 @@ def prepare_run(
 ) -> tuple[Run, Evaluator | None]:
     """Start or resume a run; a dry run writes and trains nothing.
 
-    Args:
-        settings: the options.
-        world: the processes of the run.
-        stop: listens to signals once the slow preparations, which cannot be resumed, are over.
+    `stop` listens to signals once the slow preparations, which cannot be resumed, are over.
 
     Returns:
         the run and, in the main process of a run that is not dry, its evaluator.
@@ -108,7 +104,14 @@ def prepare_run(
     )
     preset = settings.preset or DEFAULT_PRESET
     folder = RunFolder(settings.out or Path("runs") / f"{train_set.name}-{preset}")
-    metadata = _describe(settings, preset, train_set, world)
+    metadata = RunMetadata(
+        dataset=train_set.name,
+        dataset_digest=train_set.digest,
+        preset=preset,
+        seed=settings.seed or 0,
+        config=_configure(PRESETS[preset], train_set, settings.overrides, world.size),
+        minutes=settings.minutes,
+    )
     source = _read_source(settings.init_from, preset) if settings.init_from else None
     resumed = _read_resumed(folder, metadata, settings) if settings.resume else None
     if resumed is not None:
@@ -122,33 +125,21 @@ def prepare_run(
         seconds = _training_seconds(metadata, train_set, evaluator, world, settings, spent)
         stop.listen()
     evaluate = evaluator.evaluate_quick if evaluator else None
+    best = None
     if resumed is not None:
-        run = resume_run(folder, train_set, resumed, evaluate, seconds=seconds, world=world)
-        return run, evaluator
-    state, metadata = start(
-        *(metadata, train_set, evaluate),
-        seconds=seconds,
-        stop=stop,
-        world=world,
-        source=source,
-        search=not settings.dry_run,
-    )
-    state.started_at = started_at
-    run = Run(folder, state, train_set, metadata, evaluate=evaluate, seconds=seconds)
+        state, best = resume(resumed, train_set, world, seconds), resumed.best
+    else:
+        state, metadata = start(
+            *(metadata, train_set, evaluate),
+            seconds=seconds,
+            stop=stop,
+            world=world,
+            source=source,
+            search=not settings.dry_run,
+        )
+        state.started_at = started_at
+    run = Run(folder, state, train_set, metadata, evaluate=evaluate, best=best)
     return run, evaluator
-
-
-def _describe(
-    settings: TrainSettings, preset: str, train_set: Dataset, world: DistributedContext
-) -> RunMetadata:
-    return RunMetadata(
-        dataset=train_set.name,
-        dataset_digest=train_set.digest,
-        preset=preset,
-        seed=settings.seed or 0,
-        config=_configure(PRESETS[preset], train_set, settings.overrides, world.size),
-        minutes=settings.minutes,
-    )
 
 
 def select_device(name: str) -> torch.device:
@@ -172,7 +163,7 @@ def load_splits(
         logger.info("%s", folder.report.render())
         return folder.train.to(device), folder.test.to(device)
     data_dir = data_dir or default_data_dir()
-    train_set, test_set = (load_dataset(name, split, data_dir) for split in SPLITS)
+    train_set, test_set = (load_dataset(name, split, data_dir) for split in FILES)
     return train_set.to(device), test_set.to(device)
 
 
@@ -268,7 +259,7 @@ def _training_seconds(
                 metadata.minutes, generator, certified=settings.certify
             )
         except ValueError as error:
-            raise SettingsError(f"--minutes: {str(error).removeprefix('minutes: ')}") from error
+            raise SettingsError(f"--minutes: {error}") from error
         if spent > (1.0 - MIN_TRAINING_SHARE) * seconds:
             raise SettingsError(
                 f"--minutes {metadata.minutes:g} is too short: preparation took {spent:.1f} s of it"
@@ -292,46 +283,43 @@ def start(
     An open `r1_gamma` is taken from `source`, or chosen by a search if `search` is set and the run
     is long enough. A run that is stopped during the search cannot be resumed.
     """
-    shape, config = generator_config(metadata.config, dataset), metadata.config
+    config, shape = metadata.config, generator_config(metadata.config, dataset)
+    origin, scores = None, None
 
     def fresh(config: TrainingConfig) -> TrainState:
-        return create_state(config, shape, dataset.labels.device, metadata.seed, world)
+        return create_state(config, shape, dataset.labels.device, metadata.seed, world, seconds)
 
-    origin, scores, gamma = None, None, DEFAULT_GAMMA if search else None
     if source is not None:
-        images_seen, gamma = source.state["images_seen"], source.metadata.config.r1_gamma
-        origin = {**dataclasses.asdict(source.metadata), "images_seen": images_seen}
+        if config.r1_gamma is None:
+            config = dataclasses.replace(config, r1_gamma=source.metadata.config.r1_gamma)
         state = fresh(config)
         source.initialise(state)
+        images_seen = source.state["images_seen"]
+        origin = {**dataclasses.asdict(source.metadata), "images_seen": images_seen}
     elif config.r1_gamma is None and search and is_worthwhile(config, seconds):
-        state, config, scores = choose_gamma(
-            config, fresh, dataset, evaluate, seconds=seconds, stop=stop
-        )
+        state, scores = choose_gamma(config, fresh, dataset, evaluate, stop=stop)
     else:
+        if config.r1_gamma is None and search:
+            config = dataclasses.replace(config, r1_gamma=DEFAULT_GAMMA)
         state = fresh(config)
-    if config.r1_gamma is None:
-        config = dataclasses.replace(config, r1_gamma=gamma)
     return state, dataclasses.replace(
-        metadata, config=config, gamma_scores=scores, initialised_from=origin
+        metadata, config=state.config, gamma_scores=scores, initialised_from=origin
     )
 
 
-def resume_run(
-    folder: RunFolder,
-    dataset: Dataset,
+def resume(
     checkpoint: Checkpoint,
-    evaluate: EvaluateFn,
-    *,
-    seconds: float | None = None,
+    dataset: Dataset,
     world: DistributedContext = SINGLE_PROCESS,
-) -> Run:
-    """Resume the run of a checkpoint.
+    seconds: float | None = None,
+) -> TrainState:
+    """Return the state of a checkpoint.
 
     Raises:
         CheckpointError: the checkpoint does not fit its own configuration.
     """
-    metadata, best = checkpoint.metadata, checkpoint.best
-    shape = generator_config(metadata.config, dataset)
-    state = create_state(metadata.config, shape, dataset.labels.device, metadata.seed, world)
+    config, seed = checkpoint.metadata.config, checkpoint.metadata.seed
+    shape = generator_config(config, dataset)
+    state = create_state(config, shape, dataset.labels.device, seed, world, seconds)
     checkpoint.restore(state)
-    return Run(folder, state, dataset, metadata, evaluate=evaluate, seconds=seconds, best=best)
+    return state

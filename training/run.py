@@ -83,16 +83,10 @@ class Run:
 
     The averaged generator is evaluated at regular intervals. The best one is exported at once, so
     that there is always a file to serve. If coverage falls to half of the best, or a loss is not
-    finite, the run continues from the best state at half the learning rate.
+    finite, the run continues from the best state at half the learning rate. Only the main process
+    writes files.
 
     Attributes:
-        folder: the files of the run; only the main process writes.
-        state: networks and progress.
-        dataset: resident on the state's device.
-        metadata: description of the run.
-        evaluate: measures a generator.
-        seconds: the time for training and evaluation, if the run has a time budget.
-        best: the best snapshot so far.
         last_evaluation: index of the last evaluation, of `EVALUATIONS`; -1 before the first.
     """
 
@@ -104,11 +98,10 @@ class Run:
         metadata: RunMetadata,
         *,
         evaluate: EvaluateFn,
-        seconds: float | None = None,
         best: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.state, self.dataset, self.metadata = folder, state, dataset, metadata
-        self.evaluate, self.seconds = evaluate, seconds
+        self.evaluate = evaluate
         self.best: BestSnapshot | None = None
         self.last_evaluation = -1
         if best is not None:
@@ -130,10 +123,10 @@ class Run:
                 artifact so far remains.
             OSError: another file of the run cannot be written.
         """
-        with open_run_log(self.folder, self.state, self.metadata.config) as self._log:
+        with open_run_log(self.folder, self.state) as self._log:
             while True:
                 # Made again after every rollback, which replaces tensors that a graph has captured.
-                step = make_step(self.state, self.dataset, self.metadata.config)
+                step = make_step(self.state, self.dataset)
                 try:
                     finished = self._train(step, stop)
                     break
@@ -148,9 +141,7 @@ class Run:
         last_checkpoint, saved_at = time.monotonic(), -1
         for point in train(
             self.state,
-            self.metadata.config,
             step,
-            seconds=self.seconds,
             log_every=LOG_EVERY_IMAGES,
             stop=stop,
         ):
@@ -175,7 +166,7 @@ class Run:
         save_checkpoint(self.folder.checkpoint, self.state, self.metadata, best)
 
     def _interval(self, count: int) -> int:
-        return int(measure_progress(self.state, self.metadata.config, self.seconds) * count)
+        return int(measure_progress(self.state) * count)
 
     def _record(self, point: LogPoint) -> None:
         if self._log is None or point.losses is None:
@@ -195,16 +186,12 @@ class Run:
             return False
         since = self.state.elapsed_s - self._evaluated_at
         (affordable,) = self.state.world.broadcast(
-            self.seconds is None or self._evaluation_s <= EVALUATION_BUDGET * since
+            self.state.budget_s is None or self._evaluation_s <= EVALUATION_BUDGET * since
         )
         return bool(affordable)
 
     def _evaluate(self) -> None:
-        """Measure the averaged generator, and export it if it is the best so far.
-
-        Raises:
-            DivergedError: its diversity has collapsed.
-        """
+        """Measure the averaged generator; export it if it is the best; raise if it collapsed."""
         began, state = self.state.elapsed_s, self.state
         recompute_batch_norm(state.ema, batches=20)
         metrics = evaluate_on_main(state.world, self.evaluate, state.ema)
@@ -223,11 +210,7 @@ class Run:
         self._evaluation_s, self._evaluated_at = state.elapsed_s - began, state.elapsed_s
 
     def _roll_back(self, reason: str) -> None:
-        """Restore the best networks at half the learning rate; progress and random draws go on.
-
-        Raises:
-            DivergedError: no best state exists yet, or too many rollbacks were made.
-        """
+        """Restore the best networks at half the learning rate; progress and random draws go on."""
         state = self.state
         if self.best is None:
             raise DivergedError(f"{reason} before the first evaluation; nothing was exported")

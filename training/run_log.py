@@ -11,7 +11,6 @@ from typing import Never, TextIO
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training.config import TrainingConfig
 from training.images import class_grid, save_png
 from training.loop import LogPoint, recompute_batch_norm
 from training.quality.evaluator import QuickMetrics
@@ -21,24 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """The files of a run.
-
-    Attributes:
-        path: the folder itself.
-        checkpoint: the state that `--resume` continues from.
-        artifact: the best generator so far.
-        log: one JSON object per line, one line per log point.
-        tensorboard: TensorBoard's event files.
-        samples: grids of samples, named by images seen.
-    """
+    """The files of a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoint = path / "checkpoint.pt"
-        self.artifact = path / "generator.safetensors"
-        self.log = path / "log.jsonl"
-        self.tensorboard = path / "tensorboard"
-        self.samples = path / "samples"
+        self.checkpoint = path / "checkpoint.pt"  # the state that `--resume` continues from
+        self.artifact = path / "generator.safetensors"  # the best generator so far
+        self.log = path / "log.jsonl"  # one JSON object per line, one line per log point
+        self.tensorboard = path / "tensorboard"  # its event files
+        self.samples = path / "samples"  # grids of samples, named by images seen
 
 
 class RunLogger:
@@ -90,9 +80,7 @@ class RunLogger:
 
 
 @contextmanager
-def open_run_log(
-    folder: RunFolder, state: TrainState, config: TrainingConfig
-) -> Iterator[RunLogger | None]:
+def open_run_log(folder: RunFolder, state: TrainState) -> Iterator[RunLogger | None]:
     """Open the records of a run in the main process; yield None in the others."""
     if not state.world.is_main_process:
         yield None
@@ -100,7 +88,7 @@ def open_run_log(
     folder.samples.mkdir(parents=True, exist_ok=True)
     _truncate_log(folder.log, state.images_seen)
     bar = tqdm(
-        total=config.images,
+        total=state.config.images,
         initial=state.images_seen,
         unit="img",
         unit_scale=True,

@@ -28,13 +28,13 @@ _PARTS = ("generator", "discriminator", "ema", "generator_optimizer", "discrimin
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Everything that a step changes.
+    """Everything that a step changes, and the configuration that decides how.
 
     Attributes:
         ema: the moving average of the generator; without a half-life, a copy made at log points.
         rng: the only source of randomness of the steps, on the device. Every process of a run draws
             the same numbers and takes its shard.
-        world: the processes of the run.
+        budget_s: time budget in `elapsed_s`, which replaces `config.images` in every schedule.
         images_seen: real images shown so far.
         started_at: `time.perf_counter()` at the start, minus the time of interruptions.
         lr_scale: factor of the learning rate; every rollback halves it.
@@ -42,6 +42,7 @@ class TrainState:
             where a captured step reads it.
     """
 
+    config: TrainingConfig
     generator: Generator
     discriminator: nn.Module
     ema: Generator
@@ -49,6 +50,7 @@ class TrainState:
     discriminator_optimizer: torch.optim.Adam
     rng: torch.Generator
     world: DistributedContext = SINGLE_PROCESS
+    budget_s: float | None = None
     images_seen: int = 0
     started_at: float = field(default_factory=time.perf_counter)
     lr_scale: float = 1.0
@@ -114,6 +116,7 @@ def create_state(
     device: torch.device,
     seed: int,
     world: DistributedContext = SINGLE_PROCESS,
+    budget_s: float | None = None,
 ) -> TrainState:
     """Build the networks and their optimisers on the device.
 
@@ -127,6 +130,7 @@ def create_state(
     for network in (generator, discriminator):  # convolutions are fastest in channels-last order
         network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return TrainState(
+        config=config,
         generator=generator,
         discriminator=discriminator,
         ema=deepcopy(generator).requires_grad_(False),
@@ -134,6 +138,7 @@ def create_state(
         discriminator_optimizer=_adam(discriminator, config, device),
         rng=torch.Generator(device).manual_seed(seed),
         world=world,
+        budget_s=budget_s,
         ema_weight=torch.ones((), device=device) if device.type == "cuda" else 1.0,
     )
 

@@ -137,7 +137,7 @@ def our_loop(
 ) -> Callable[[float], float]:
     """This project's steps as a function: seconds to spend -> images per second."""
     state = create_state(config, generator_config(config, dataset), device, seed=0)
-    step = (make_eager_step if eager else make_step)(state, dataset, config)
+    step = (make_eager_step if eager else make_step)(state, dataset)
 
     def run(seconds: float) -> float:
         began, first = time.perf_counter(), state.images_seen

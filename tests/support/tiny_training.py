@@ -113,18 +113,15 @@ def feature_classifier(train: Dataset, *_given: object, **_options: object) -> F
     return FeatureClassifier(train_classifier(train, epochs=4, seed=0), digest="0" * 64)
 
 
-def steps(
-    state: TrainState, training: TrainingConfig, count: int, data: Dataset | None = None
-) -> Tensor:
+def steps(state: TrainState, count: int, data: Dataset | None = None) -> Tensor:
     """Make `count` steps as a run would; return the report of the last one."""
-    shown = data or dataset()
+    shown, training = data or dataset(), state.config
     report = torch.zeros(5)
     for _ in range(count):
         step = state.images_seen // training.batch_size
         report = train_step(
             state,
             shown,
-            training,
             progress=min(1.0, state.images_seen / training.images),
             penalise=bool(training.r1_gamma) and step % training.penalty_interval == 0,
         )

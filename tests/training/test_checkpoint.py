@@ -75,7 +75,7 @@ def differing(one: TrainState, two: TrainState) -> list[str]:
 def saved(path: Path, count: int = 3, config: TrainingConfig = tiny.CONFIG) -> TrainState:
     """A state after some steps, and its checkpoint."""
     state = tiny.state(config, seed=3)
-    tiny.steps(state, config, count)
+    tiny.steps(state, count)
     save_checkpoint(path, state, replace(METADATA, config=config), BEST)
     return state
 
@@ -109,13 +109,13 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     tmp_path: Path, config: TrainingConfig
 ) -> None:
     whole = tiny.state(config, seed=3)
-    tiny.steps(whole, config, 12)
+    tiny.steps(whole, 12)
 
     saved(tmp_path / "c.pt", 5, config)
     checkpoint = read_checkpoint(tmp_path / "c.pt")
     resumed = tiny.state(config, seed=77)  # all that it has of its own must be replaced
     checkpoint.restore(resumed)
-    tiny.steps(resumed, config, 7)
+    tiny.steps(resumed, 7)
 
     assert resumed.images_seen == 12 * config.batch_size
     assert differing(resumed, whole) == []
@@ -130,8 +130,8 @@ def test_a_run_that_forgot_its_random_state_would_be_another_one(tmp_path: Path)
     assert differing(forgetful, state) == []
     forgetful.rng.manual_seed(3)
     assert differing(forgetful, state) == ["rng"]
-    tiny.steps(forgetful, tiny.CONFIG, 1)
-    tiny.steps(state, tiny.CONFIG, 1)
+    tiny.steps(forgetful, 1)
+    tiny.steps(state, 1)
     assert "generator.main.0.weight" in differing(forgetful, state)
 
 
@@ -139,11 +139,11 @@ def test_pictures_of_the_average_between_steps_change_nothing_that_is_trained(
     tmp_path: Path,
 ) -> None:
     whole = tiny.state()
-    tiny.steps(whole, tiny.CONFIG, 8)
+    tiny.steps(whole, 8)
     sampled = tiny.state()
-    tiny.steps(sampled, tiny.CONFIG, 4)
+    tiny.steps(sampled, 4)
     recompute_batch_norm(sampled.ema, batches=2)
-    tiny.steps(sampled, tiny.CONFIG, 4)
+    tiny.steps(sampled, 4)
     assert all(
         name.startswith("ema.") and ("running" in name or "num_batches" in name)
         for name in differing(sampled, whole)
@@ -155,7 +155,7 @@ def test_a_checkpoint_says_whose_it_is_and_how_far_it_came(
 ) -> None:
     metadata = replace(METADATA, minutes=2.5, gamma_scores={"0.2": 0.5, "1": 0.75})
     state = tiny.state()
-    tiny.steps(state, tiny.CONFIG, 2)
+    tiny.steps(state, 2)
     monkeypatch.setattr(time, "perf_counter", lambda: state.started_at + 12.5)
     save_checkpoint(tmp_path / "c.pt", state, metadata, BEST)
     monkeypatch.setattr(time, "perf_counter", lambda: 7000.0)  # of a later process
@@ -180,7 +180,7 @@ def test_a_rate_that_was_scaled_down_survives(tmp_path: Path) -> None:
     checkpoint.restore(fresh)
     assert checkpoint.best is None
     assert fresh.lr_scale == 0.25
-    tiny.steps(fresh, tiny.CONFIG, 1)
+    tiny.steps(fresh, 1)
     assert fresh.generator_optimizer.param_groups[0]["lr"] == 0.25 * tiny.CONFIG.lr
 
 
@@ -222,7 +222,7 @@ def test_a_resumed_state_lies_on_the_gpu_entirely(tmp_path: Path, config: Traini
     device = torch.device("cuda")
     network = tiny.CONV_NETWORK if config.generator == "conv" else tiny.NETWORK
     state, fresh = (create_state(config, network, device, seed) for seed in (0, 1))
-    tiny.steps(state, config, 3, tiny.dataset().to(device))
+    tiny.steps(state, 3, tiny.dataset().to(device))
     save_checkpoint(tmp_path / "c.pt", state, replace(METADATA, config=config), None)
     read_checkpoint(tmp_path / "c.pt").restore(fresh)
     assert differing(fresh, state) == []
@@ -237,7 +237,7 @@ def test_a_resumed_state_lies_on_the_gpu_entirely(tmp_path: Path, config: Traini
 
 def test_the_next_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
     state = saved(tmp_path / "c.pt")
-    tiny.steps(state, tiny.CONFIG, 1)
+    tiny.steps(state, 1)
     save_checkpoint(tmp_path / "c.pt", state, METADATA, None)
 
     checkpoint = read_checkpoint(tmp_path / "c.pt")

@@ -30,12 +30,12 @@ gpu = pytest.mark.gpu
 @BOTH
 def test_on_the_cpu_every_step_is_launched_by_itself(config: TrainingConfig) -> None:
     state, plain = tiny.state(config), tiny.state(config)
-    step_fn = make_step(state, DATA, config)
+    step_fn = make_step(state, DATA)
     assert not isinstance(step_fn, CUDAGraphStep)
 
     for number in range(1, 4):
         report = step_fn(0.1)
-        expected = make_eager_step(plain, DATA, config)(0.1)
+        expected = make_eager_step(plain, DATA)(0.1)
         assert torch.equal(report, expected)
         assert state.images_seen == number * config.batch_size
 
@@ -45,16 +45,16 @@ def test_the_eager_stepper_penalises_every_interval_from_wherever_it_begins(
 ) -> None:
     chosen: list[bool] = []
 
-    def remember(state: TrainState, _data: Dataset, config: TrainingConfig, **how: Any) -> Tensor:
+    def remember(state: TrainState, _data: Dataset, **how: Any) -> Tensor:
         chosen.append(how["penalise"])
-        state.images_seen += config.batch_size
+        state.images_seen += state.config.batch_size
         return torch.zeros(5)
 
     monkeypatch.setattr(loop, "train_step", remember)
     config = replace(tiny.CONFIG, penalty_interval=3)
     state = tiny.state(config)
     state.images_seen = 2 * config.batch_size  # as a resumed run
-    step_fn = make_step(state, DATA, config)
+    step_fn = make_step(state, DATA)
     for _ in range(5):
         step_fn(0.0)
     assert chosen == [False, True, False, False, True]
@@ -87,12 +87,12 @@ def captured(step_fn: StepFn) -> bool:
 def test_captured_steps_are_the_eager_ones(config: TrainingConfig, options: dict[str, Any]) -> None:
     config = replace(config, **options)
     (state, data), (plain, _) = on_gpu(config), on_gpu(config)
-    step_fn = make_step(state, data, config)
+    step_fn = make_step(state, data)
 
     total = follow(state, step_fn, 60, config)
     assert captured(step_fn)
-    expected = follow(plain, make_eager_step(plain, data, config), 0, config)
-    eager = make_eager_step(plain, data, config)
+    expected = follow(plain, make_eager_step(plain, data), 0, config)
+    eager = make_eager_step(plain, data)
     while plain.images_seen < state.images_seen:
         expected += eager(0.25)
 
@@ -109,7 +109,7 @@ def test_captured_steps_are_the_eager_ones(config: TrainingConfig, options: dict
 def test_a_replay_follows_the_schedule_of_its_moment(config: TrainingConfig) -> None:
     """Rates and weights lie in tensors: with a rate of nothing, the networks stand still."""
     state, data = on_gpu(config)
-    step_fn = make_step(state, data, config)
+    step_fn = make_step(state, data)
     follow(state, step_fn, 40, config)
     assert captured(step_fn)
     before = copy.deepcopy(state.generator.state_dict())
@@ -127,10 +127,10 @@ def test_penalised_steps_are_counted_in_a_replay_as_they_are_one_by_one() -> Non
     (state, data), (plain, _) = on_gpu(config), on_gpu(config)
     means = []
     for each, step_fn in (
-        (state, make_step(state, data, config)),
-        (plain, make_eager_step(plain, data, config)),
+        (state, make_step(state, data)),
+        (plain, make_eager_step(plain, data)),
     ):
-        (point,) = train(each, config, step_fn, log_every=2**40, stop=lambda: False)
+        (point,) = train(each, step_fn, log_every=2**40, stop=lambda: False)
         assert point.losses is not None
         means.append(point.losses.penalty)
     assert means[0] > 0
@@ -144,14 +144,14 @@ def test_a_stepper_made_anew_goes_on_after_other_weights_were_loaded(
 ) -> None:
     """As after a return to the best."""
     (state, data), (plain, _) = on_gpu(config), on_gpu(config)
-    step_fn = make_step(state, data, config)
+    step_fn = make_step(state, data)
     follow(state, step_fn, 40, config)
     contents = copy.deepcopy(state.state_dict())
     follow(state, step_fn, 80, config)
 
     for each in (state, plain):
         each.load_state_dict(contents)
-    again, eager = make_step(state, data, config), make_eager_step(plain, data, config)
+    again, eager = make_step(state, data), make_eager_step(plain, data)
     follow(state, again, state.images_seen // config.batch_size + 40, config)
     assert captured(again)
     while plain.images_seen < state.images_seen:
@@ -178,13 +178,13 @@ def test_steps_that_cannot_be_captured_are_launched_and_the_reason_is_logged_onc
 
     monkeypatch.setattr(cuda_graph, "optimize", read_back)
     (state, data), (plain, _) = on_gpu(config), on_gpu(config)
-    step_fn = make_step(state, data, config)
+    step_fn = make_step(state, data)
     total = follow(state, step_fn, 30, config)
     (reason,) = caplog.messages
     assert reason.startswith("training steps are not captured: ")
     assert "\n" not in reason
     assert not captured(step_fn)
-    expected = follow(plain, make_eager_step(plain, data, config), 30, config)
+    expected = follow(plain, make_eager_step(plain, data), 30, config)
     torch.testing.assert_close(total, expected, rtol=2e-2, atol=1e-2)
     assert all(p.requires_grad for p in state.discriminator.parameters())
 
@@ -195,7 +195,7 @@ def test_steps_that_wait_for_other_processes_are_not_captured(
 ) -> None:
     state, data = on_gpu(tiny.CONFIG)
     state.world = DistributedContext(0, 2)  # its networks are not shared; no step is made
-    step_fn = make_step(state, data, tiny.CONFIG)
+    step_fn = make_step(state, data)
     assert not isinstance(step_fn, CUDAGraphStep)
     assert caplog.messages == [
         "training steps are not captured: they synchronise with other processes"

@@ -54,10 +54,12 @@ class Starts:
     """Creates fresh states as a run does, and keeps them."""
 
     spoil: float | None = None  # with this gamma a state is not finite from the start
+    budget_s: float | None = None
     made: list[tuple[TrainingConfig, TrainState]] = field(default_factory=list)
 
     def __call__(self, config: TrainingConfig) -> TrainState:
         state = tiny.state(config, seed=3)
+        state.budget_s = self.budget_s
         if config.r1_gamma == self.spoil:
             with torch.no_grad():
                 state.generator.label_embedding.weight.fill_(float("nan"))
@@ -70,10 +72,10 @@ def choose(
     evaluate: Callable[[Generator], QuickMetrics],
     *,
     config: TrainingConfig = OPEN,
-    seconds: float | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[TrainState, TrainingConfig, dict[str, float]]:
-    return choose_gamma(config, starts, DATA, evaluate, seconds=seconds, stop=stop)
+    state, scores = choose_gamma(config, starts, DATA, evaluate, stop=stop)
+    return state, state.config, scores
 
 
 @pytest.mark.parametrize("best", range(len(GAMMAS)))
@@ -139,7 +141,7 @@ def test_the_run_continues_as_if_the_chosen_gamma_had_been_given(config: Trainin
     given = replace(config, r1_gamma=GAMMAS[1])
     assert chosen == given
     plain = tiny.state(given, seed=3)
-    tiny.steps(plain, given, SEARCHED // given.batch_size)
+    tiny.steps(plain, SEARCHED // given.batch_size)
 
     for _ in range(2):
         assert {
@@ -147,8 +149,8 @@ def test_the_run_continues_as_if_the_chosen_gamma_had_been_given(config: Trainin
             for name in differing(state, plain)
             if not name.startswith("ema.") or not ("running" in name or "num_batches" in name)
         } == set()
-        tiny.steps(state, chosen, 4)
-        tiny.steps(plain, given, 4)
+        tiny.steps(state, 4)
+        tiny.steps(plain, 4)
 
 
 def test_a_gamma_with_which_training_diverges_scores_nothing() -> None:
@@ -200,8 +202,8 @@ def test_in_a_run_with_a_time_budget_each_gamma_has_its_share(
         return step
 
     monkeypatch.setattr(gamma_search, "make_step", take_time)
-    starts = Starts()
-    choose(starts, Scores([0.1, 0.2, 0.3]), seconds=400.0)
+    starts = Starts(budget_s=400.0)
+    choose(starts, Scores([0.1, 0.2, 0.3]))
     assert [state.images_seen for _, state in starts.made] == [12 * OPEN.batch_size] * 3
     assert now_s == pytest.approx(3 * SHARE * 400.0)
 

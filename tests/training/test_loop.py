@@ -90,9 +90,7 @@ def test_the_wrong_label_is_any_but_the_own() -> None:
     seen = {
         (own, other)
         for _ in range(50)
-        for own, other in zip(
-            labels.tolist(), _other_labels(state, tiny.CONV, labels).tolist(), strict=True
-        )
+        for own, other in zip(labels.tolist(), _other_labels(state, labels).tolist(), strict=True)
     }
     assert seen == {(own, other) for own in range(5) for other in range(5) if own != other}
 
@@ -172,7 +170,7 @@ def test_a_step_runs_the_generator_once_and_shows_its_images_to_both_phases(
     state, watcher = tiny.state(config), Watcher()
     watcher.watch(state)
     rounds = 3
-    tiny.steps(state, config, rounds)
+    tiny.steps(state, rounds)
 
     assert len(watcher.generated) == rounds
     calls = len(watcher.judged) // rounds
@@ -193,7 +191,7 @@ def test_a_step_takes_the_gradients_of_the_formulas(config: TrainingConfig, pena
     generator, discriminator = copy.deepcopy(state.generator), copy.deepcopy(state.discriminator)
     watcher.watch(state)
 
-    report = train_step(state, DATA, config, progress=0.0, penalise=penalise)
+    report = train_step(state, DATA, progress=0.0, penalise=penalise)
 
     (latents, fake_labels), (images, labels) = watcher.generated[0], watcher.judged[0]
     if config.mismatch_weight:
@@ -244,12 +242,12 @@ def test_a_step_moves_both_networks_and_leaves_the_discriminator_trainable(
 ) -> None:
     state = tiny.state(config)
     if config.generator == "conv":  # a block that starts as the identity wakes up by and by
-        tiny.steps(state, config, 3)
+        tiny.steps(state, 3)
         state.images_seen = 0
     parts = ["generator", "discriminator", *(["ema"] if config.ema_half_life else [])]
     before = {n: copy.deepcopy(getattr(state, n)) for n in parts}
 
-    train_step(state, DATA, config, progress=0.0, penalise=False)
+    train_step(state, DATA, progress=0.0, penalise=False)
 
     for name, old in before.items():
         was = dict(old.named_parameters())
@@ -265,7 +263,7 @@ def test_fake_labels_are_drawn_from_all_classes_under_cross_entropy() -> None:
     state, watcher = tiny.state(tiny.PAPER), Watcher()
     watcher.watch(state)
 
-    tiny.steps(state, tiny.PAPER, 20, data)
+    tiny.steps(state, 20, data)
 
     drawn = torch.cat([labels for _, labels in watcher.generated])
     assert drawn.bincount().tolist() == pytest.approx([160, 160], abs=40)
@@ -278,7 +276,7 @@ def test_fake_labels_are_those_of_the_real_images_under_the_relativistic_objecti
     state, watcher = tiny.state(), Watcher()
     watcher.watch(state)
 
-    tiny.steps(state, tiny.CONFIG, 5)
+    tiny.steps(state, 5)
 
     batches = [labels for images, labels in watcher.judged if len(images) == 32]
     for labels, (_, fake_labels) in zip(batches, watcher.generated, strict=True):
@@ -292,7 +290,7 @@ def test_every_batch_is_whole_and_fresh_however_small_the_data_set(config: Train
     state, watcher = tiny.state(config), Watcher()
     watcher.watch(state)
 
-    tiny.steps(state, config, 4, tiny.dataset(5))
+    tiny.steps(state, 4, tiny.dataset(5))
 
     assert [latents.shape for latents, _ in watcher.generated] == [(16, 9)] * 4
     pairs = itertools.combinations([latents for latents, _ in watcher.generated], 2)
@@ -330,7 +328,7 @@ def test_the_state_alone_decides_what_is_drawn(config: TrainingConfig) -> None:
     for noise in (1, 2):
         torch.manual_seed(noise)
         state = tiny.state(config)
-        tiny.steps(state, config, 3)
+        tiny.steps(state, 3)
         outcomes.append(state)
     for one, two in zip(
         outcomes[0].generator.parameters(), outcomes[1].generator.parameters(), strict=True
@@ -343,7 +341,7 @@ def test_the_global_random_state_is_left_as_it_was(config: TrainingConfig) -> No
     torch.manual_seed(5)
     before = torch.get_rng_state()
     state = tiny.state(config)
-    tiny.steps(state, config, 2)
+    tiny.steps(state, 2)
     recompute_batch_norm(state.ema, batches=1)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -371,7 +369,7 @@ def test_nothing_is_read_back_during_a_step(config: TrainingConfig, precision: A
     config = replace(config, precision=precision)
     state = tiny.state(config)
     with ForbidReadBack():
-        report = train_step(state, DATA, config, progress=0.3, penalise=bool(config.r1_gamma))
+        report = train_step(state, DATA, progress=0.3, penalise=bool(config.r1_gamma))
     assert report.isfinite().all()
 
 
@@ -383,7 +381,7 @@ def test_every_preset_makes_finite_steps_in_its_own_precision(preset: str) -> No
     )
     network = tiny.CONV_NETWORK if config.generator == "conv" else tiny.NETWORK
     state = create_state(config, network, tiny.CPU, 0)
-    report = tiny.steps(state, config, config.penalty_interval + 1)
+    report = tiny.steps(state, config.penalty_interval + 1)
     assert report.isfinite().all()
     weights = [p for n in (state.generator, state.discriminator) for p in n.parameters()]
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in weights)
@@ -397,7 +395,7 @@ def test_every_preset_makes_finite_steps_in_its_own_precision(preset: str) -> No
 )
 def test_the_cosine_schedule_falls_to_nothing(progress: float, factor: float) -> None:
     state = tiny.state()
-    train_step(state, DATA, tiny.CONFIG, progress=progress, penalise=False)
+    train_step(state, DATA, progress=progress, penalise=False)
     for optimizer in (state.generator_optimizer, state.discriminator_optimizer):
         lr = optimizer.param_groups[0]["lr"]
         assert lr == pytest.approx(tiny.CONFIG.lr * factor, abs=1e-12)
@@ -405,7 +403,7 @@ def test_the_cosine_schedule_falls_to_nothing(progress: float, factor: float) ->
 
 def test_the_constant_schedule_stays() -> None:
     state = tiny.state(tiny.PAPER)
-    train_step(state, DATA, tiny.PAPER, progress=0.99, penalise=False)
+    train_step(state, DATA, progress=0.99, penalise=False)
     assert state.generator_optimizer.param_groups[0]["lr"] == tiny.PAPER.lr
 
 
@@ -419,8 +417,9 @@ def test_the_last_steps_of_a_run_have_almost_no_learning_rate() -> None:
 # The average
 
 
-def averaged(state: TrainState, config: TrainingConfig, images_seen: int) -> float:
+def averaged(config: TrainingConfig, images_seen: int) -> float:
     """The weight that one update gave the generator, from the change of its parameters."""
+    state = tiny.state(config)
     with torch.no_grad():
         for average, parameter in zip(
             state.ema.parameters(), state.generator.parameters(), strict=True
@@ -428,7 +427,7 @@ def averaged(state: TrainState, config: TrainingConfig, images_seen: int) -> flo
             average.fill_(1.0)
             parameter.fill_(3.0)
     state.images_seen = images_seen - config.batch_size
-    apply_schedules(state, config, progress=0.0, steps=1)
+    apply_schedules(state, progress=0.0, steps=1)
     assert state.images_seen == images_seen
     update_ema(state)
     moved = {value for p in state.ema.parameters() for value in p.unique().tolist()}
@@ -439,7 +438,7 @@ def averaged(state: TrainState, config: TrainingConfig, images_seen: int) -> flo
 def test_after_a_half_life_of_images_half_of_the_old_average_is_left() -> None:
     config = replace(tiny.CONFIG, ema_half_life=160.0)
     expected = 1 - 0.5 ** (config.batch_size / 160)
-    assert averaged(tiny.state(), config, 1_000_000) == pytest.approx(expected, rel=1e-5)
+    assert averaged(config, 1_000_000) == pytest.approx(expected, rel=1e-5)
     assert (1 - expected) ** 10 == pytest.approx(0.5)  # ten batches of 16 are a half-life
 
 
@@ -447,7 +446,7 @@ def test_the_half_life_grows_with_the_images_seen_until_it_is_reached() -> None:
     config = replace(tiny.CONFIG, ema_half_life=1000.0, ema_ramp=0.05)
     for images_seen, half_life in [(2000, 100.0), (10_000, 500.0), (20_000, 1000.0), (10**6, 1e3)]:
         expected = 1 - 0.5 ** (config.batch_size / half_life)
-        assert averaged(tiny.state(), config, images_seen) == pytest.approx(expected, rel=1e-4)
+        assert averaged(config, images_seen) == pytest.approx(expected, rel=1e-4)
 
 
 def test_without_a_half_life_the_average_is_the_generator_of_the_last_log_point() -> None:
@@ -466,7 +465,7 @@ def test_without_a_half_life_the_average_is_the_generator_of_the_last_log_point(
 def test_the_average_counts_the_step_that_it_follows() -> None:
     """The first step, too, has a half-life: of 5 % of its own images."""
     state, fresh = tiny.state(), tiny.state()
-    tiny.steps(state, tiny.CONFIG, 1)
+    tiny.steps(state, 1)
     weight = 1 - 0.5 ** (1 / 0.05)
     for average, start, parameter in zip(
         state.ema.parameters(), fresh.ema.parameters(), state.generator.parameters(), strict=True
@@ -495,7 +494,7 @@ def moments(generator: nn.Module, latents: Tensor, labels: Tensor) -> list[tuple
 
 def test_recomputed_statistics_are_the_mean_over_batches_of_what_the_weights_give() -> None:
     state = tiny.state()
-    tiny.steps(state, tiny.CONFIG, 5)
+    tiny.steps(state, 5)
     batches: list[tuple[Tensor, Tensor]] = []
     hook = state.ema.register_forward_pre_hook(lambda _module, given: batches.append(given))
     recompute_batch_norm(state.ema, batches=4)
@@ -558,7 +557,8 @@ def test_every_class_has_the_same_share_in_the_statistics(classes: int, batches:
 
 
 def follow(state: TrainState, config: TrainingConfig, **options: Any) -> Iterator[LogPoint]:
-    return train(state, config, make_eager_step(state, DATA, config), **options)
+    state.config = config
+    return train(state, make_eager_step(state, DATA), **options)
 
 
 def run_to_end(state: TrainState, config: TrainingConfig, **options: Any) -> list[LogPoint]:
@@ -699,9 +699,9 @@ def test_a_budget_in_time_counts_all_of_it_and_not_the_images(
     clock.now_s += 45.0
     state.images_seen = 10**9
     assert state.elapsed_s == 45.0
-    assert measure_progress(state, tiny.CONFIG, seconds=180.0) == 0.25
-    assert measure_progress(state, tiny.CONFIG, seconds=30.0) == 1.0
-    assert measure_progress(state, tiny.CONFIG, seconds=None) == 1.0
+    for budget_s, progress in ((180.0, 0.25), (30.0, 1.0), (None, 1.0)):
+        state.budget_s = budget_s
+        assert measure_progress(state) == progress
 
 
 def test_a_budget_in_time_drives_the_schedule_and_ends_the_run(
@@ -718,7 +718,8 @@ def test_a_budget_in_time_drives_the_schedule_and_ends_the_run(
     state.started_at = -20.0  # before a resumption
     clock = Clock(now_s=-2.0, step_s=1.0)
     monkeypatch.setattr(time, "perf_counter", clock)
-    points = run_to_end(state, replace(tiny.CONFIG, images=1), seconds=30.0, log_every=10_000)
+    state.budget_s = 30.0
+    points = run_to_end(state, replace(tiny.CONFIG, images=1), log_every=10_000)
 
     # The clock is asked once as the stretch begins, and then before every step.
     assert used == pytest.approx([(20 + second) / 30 for second in range(10)])
@@ -736,7 +737,7 @@ def test_a_rate_that_was_scaled_down_stays_so_on_every_schedule() -> None:
         for progress in (0.0, 0.3, 0.9):
             rates = []
             for state in (whole, half):
-                apply_schedules(state, config, progress=progress, steps=1)
+                apply_schedules(state, progress=progress, steps=1)
                 for optimizer in (state.generator_optimizer, state.discriminator_optimizer):
                     rates.append(optimizer.param_groups[0]["lr"])
             assert rates[2:] == pytest.approx([rates[0] / 2] * 2, rel=1e-12)
@@ -746,9 +747,9 @@ def test_a_rate_that_was_scaled_down_stays_so_on_every_schedule() -> None:
 def test_several_steps_at_once_count_all_of_their_images() -> None:
     """A replayed graph makes many steps; the average is weighted as at the last of them."""
     together, apart = tiny.state(), tiny.state()
-    apply_schedules(together, tiny.CONFIG, progress=0.5, steps=8)
+    apply_schedules(together, progress=0.5, steps=8)
     for _ in range(8):
-        apply_schedules(apart, tiny.CONFIG, progress=0.5, steps=1)
+        apply_schedules(apart, progress=0.5, steps=1)
     assert together.images_seen == apart.images_seen == 8 * tiny.CONFIG.batch_size
     assert together.ema_weight == apart.ema_weight
 
@@ -832,7 +833,7 @@ def seen_by_the_discriminator(
     """The images of every forward of it in a few steps from the same start."""
     state, watcher = tiny.state(config), Watcher()
     watcher.watch(state)
-    tiny.steps(state, config, count, data)
+    tiny.steps(state, count, data)
     return [images for images, _ in watcher.judged]
 
 
@@ -878,7 +879,7 @@ def test_augment_distorts_real_and_fake_images_before_every_forward_of_the_discr
     config = replace(tiny.CONFIG, augment=True)
     state, watcher = tiny.state(config), Watcher()
     watcher.watch(state)
-    tiny.steps(state, config, 1)
+    tiny.steps(state, 1)
 
     shown = [images for images, _ in watcher.judged]
     assert len(shown) == len(plain) == len(distorted) == 3
@@ -895,7 +896,7 @@ def test_the_gradient_of_the_generator_goes_through_the_distortion(
     monkeypatch.setattr(loop, "diff_augment", lambda images, rng: images * 0.0)
     config = replace(tiny.CONFIG, augment=True)
     state = tiny.state(config)
-    train_step(state, DATA, config, progress=0.0, penalise=False)
+    train_step(state, DATA, progress=0.0, penalise=False)
     assert all(not gradient.any() for gradient in gradients(state.generator).values())
 
 
@@ -931,7 +932,7 @@ def test_the_gpu_computes_the_same_step_as_the_cpu(config: TrainingConfig) -> No
             draws = iter([indices.to(device), classes.to(device)])
             patch.setattr(torch, "randint", lambda *_, draws=draws, **__: next(draws))
             patch.setattr(torch, "randn", lambda *_, device=device, **__: latents.to(device))
-            report = train_step(state, DATA.to(device), config, progress=0.2, penalise=True)
+            report = train_step(state, DATA.to(device), progress=0.2, penalise=True)
         reports[name] = report.cpu()
         after[name] = {n: g.cpu() for n, g in gradients(state.generator).items()}
     torch.testing.assert_close(reports["cuda"], reports["cpu"], rtol=1e-3, atol=1e-5)

@@ -33,7 +33,7 @@ from training.config import TrainingConfig
 from training.gamma_search import EvaluateFn
 from training.loop import DivergedError, StepFn, make_eager_step
 from training.networks import Generator
-from training.prepare import resume_run
+from training.prepare import resume
 from training.quality.evaluator import Evaluator, QuickMetrics
 from training.run import (
     EVALUATION_BUDGET,
@@ -118,9 +118,13 @@ def fresh(
     )
 
 
-def resumed(folder: RunFolder, evaluate: EvaluateFn = None) -> Run:
+def resumed(folder: RunFolder, evaluate: EvaluateFn = None, budget_s: float | None = None) -> Run:
     checkpoint = read_checkpoint(folder.checkpoint)
-    return resume_run(folder, DATA, checkpoint, evaluate or FakeEvaluator())
+    return Run(
+        *(folder, resume(checkpoint, DATA, seconds=budget_s), DATA, checkpoint.metadata),
+        evaluate=evaluate or FakeEvaluator(),
+        best=checkpoint.best,
+    )
 
 
 def log_of(folder: RunFolder) -> list[dict[str, Any]]:
@@ -340,8 +344,9 @@ class Clock:
         monkeypatch.setattr(run_module, "make_step", timed)
 
 
-def begun_now(config: TrainingConfig = tiny.CONFIG) -> TrainState:
-    state = tiny.state(config)
+def begun_now(budget_s: float) -> TrainState:
+    state = tiny.state()
+    state.budget_s = budget_s
     state.started_at = time.perf_counter()
     return state
 
@@ -360,7 +365,7 @@ def test_evaluation_takes_a_small_share_of_a_time_budget(
         clock.now_s += evaluation_s
         return fake(generator)
 
-    run = Run(folder, begun_now(), DATA, METADATA, evaluate=evaluate, seconds=budget_s)
+    run = Run(folder, begun_now(budget_s), DATA, METADATA, evaluate=evaluate)
     assert run.finish(NEVER)
 
     moments = [line["elapsed_s"] for line in metrics_of(folder)]
@@ -375,9 +380,8 @@ def test_quick_evaluations_are_as_many_in_a_run_with_a_time_budget(
 ) -> None:
     monkeypatch.setattr(run_module, "LOG_EVERY_IMAGES", 16)
     Clock(monkeypatch, step_s=1.0)
-    assert Run(folder, begun_now(), DATA, METADATA, evaluate=FakeEvaluator(), seconds=100.0).finish(
-        NEVER
-    )
+    run = Run(folder, begun_now(100.0), DATA, METADATA, evaluate=FakeEvaluator())
+    assert run.finish(NEVER)
     assert [line["elapsed_s"] for line in metrics_of(folder)] == [1.0, *range(5, 101, 5)]
 
 
@@ -385,7 +389,7 @@ def test_a_time_budget_ends_a_run_and_drives_its_schedules(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, step_s=2.0)
-    run = Run(folder, begun_now(), DATA, METADATA, evaluate=FakeEvaluator(), seconds=60.0)
+    run = Run(folder, begun_now(60.0), DATA, METADATA, evaluate=FakeEvaluator())
     assert run.finish(NEVER)
 
     assert clock.now_s == 60.0
@@ -399,12 +403,11 @@ def test_time_that_was_used_before_an_interruption_counts(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, step_s=2.0)
-    run = Run(folder, begun_now(), DATA, METADATA, evaluate=FakeEvaluator(), seconds=60.0)
+    run = Run(folder, begun_now(60.0), DATA, METADATA, evaluate=FakeEvaluator())
     assert not run.finish(StopAfter(14))
     used_s = clock.now_s
     clock.now_s = 5000.0  # another process, much later
-    checkpoint = read_checkpoint(folder.checkpoint)
-    again = resume_run(folder, DATA, checkpoint, FakeEvaluator(), seconds=60.0)
+    again = resumed(folder, budget_s=60.0)
     assert again.finish(NEVER)
     assert 0 < used_s < 60.0
     assert clock.now_s == 5000.0 + 60.0 - used_s

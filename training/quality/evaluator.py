@@ -32,21 +32,9 @@ CLASSIFIER_SHARE = 0.2
 MIN_TRAINING_SHARE = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class QuickMetrics:
-    """Metrics of fewer images than a certificate's, so less exact.
-
-    Attributes:
-        gan_test: share of generated images that are classified as their own label.
-        coverage: share of real training images that have a generated one as a near neighbour.
-        frechet_distance: of the features of both.
-        score: gan_test * coverage, which rises with label fidelity and with diversity.
-    """
-
-    gan_test: float
-    coverage: float
-    frechet_distance: float
-    score: float
+    """Metrics of fewer images than a certificate's, so less exact."""
 
     gan_test: float  # share of generated images that are classified as their own label
     coverage: float  # share of training images that have a generated one as a near neighbour
@@ -129,7 +117,7 @@ class Evaluator:
         if seconds - reserved < MIN_TRAINING_SHARE * seconds:
             enough = (reserved / (1.0 - MIN_TRAINING_SHARE) + quick_s) / (1.0 - RESERVED_SHARE) / 60
             raise ValueError(
-                f"minutes: {minutes:g} is too short, since the evaluation takes about "
+                f"{minutes:g} is too short, since the evaluation takes about "
                 f"{reserved / 60:.1f} minutes here; with --certify, give "
                 f"{math.ceil(10 * enough) / 10:.1f} or more"
             )
