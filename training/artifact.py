@@ -7,7 +7,7 @@ once and checks it against the network that the file's own configuration builds.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -88,7 +88,7 @@ class ArtifactInfo:
                 return index
         raise ValueError(
             f"{_quote(text)} is not a class; allowed is an index from 0 to "
-            f"{len(self.class_names) - 1} or a name: {_list(self.class_names)}"
+            f"{len(self.class_names) - 1} or a name: {list_names(self.class_names)}"
         )
 
 
@@ -190,9 +190,10 @@ def _quote(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
-def _list(names: tuple[str, ...], most: int = 20) -> str:
+def list_names(names: Sequence[str], most: int = 20) -> str:
+    """Return names separated by commas; of more than `most`, the first ones and their number."""
     shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"
+    return shown if len(names) <= most else f"{shown}, … ({len(names):,} in all)"
 
 
 def _parse_header(path: Path, data: bytes) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.artifact import Artifact, ArtifactInfo
+from training.artifact import Artifact, ArtifactInfo, list_names
 from training.images import class_grid, grid
 from training.networks import count_parameters
 from training.quality.certificate import read_certificate
-from training.quality.report import TABLE_CLASSES, render_table
+from training.quality.report import render_table
 
 _PER_LINE = 5  # classes per line of the picture
 
@@ -46,7 +46,7 @@ def render_summary(artifact: Artifact) -> str:
         "size": f"{values['size_bytes']:,} bytes",
         "network": f"{info.network.kind}, {values['parameters']:,} parameters",
         **_listed(values["network"]),
-        "classes": _classes(info.class_names),
+        "classes": list_names(info.class_names),
         "images seen": "unknown" if images_seen is None else f"{images_seen:,}",
         "source commit": info.source_commit or "unknown",
         "training": "" if info.training else "not recorded",
@@ -55,11 +55,6 @@ def render_summary(artifact: Artifact) -> str:
     width = max(map(len, lines))
     shown = [f"{name:<{width}}  {value}".rstrip() for name, value in lines.items()]
     return _printable("\n".join([str(artifact.path), *shown, "", _certificate(info)]))
-
-
-def _classes(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:TABLE_CLASSES])
-    return shown if len(names) <= TABLE_CLASSES else f"{shown}, … ({len(names):,} in all)"
 
 
 def _listed(values: dict[str, Any]) -> dict[str, str]:
