@@ -39,7 +39,6 @@ class ArtifactInfo:
     """The description inside an artifact.
 
     Attributes:
-        network: the generator's full configuration.
         class_names: one name per class, in the order of the labels.
         training: training configuration and circumstances.
         images_seen: real images shown during training.
@@ -47,8 +46,6 @@ class ArtifactInfo:
         certificate: the measured quality; None if not measured.
         value_range: of the generator's output.
         latent_prior: distribution of a latent's entries.
-        format: always `cgan-generator`.
-        version: of the format.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -94,17 +91,10 @@ class ArtifactInfo:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact: the generator in evaluation mode on the CPU, and the file's identity.
-
-    Attributes:
-        path: of the file.
-        sha256: hexadecimal digest of the whole file, the identity of the model.
-        info: the description inside the file.
-        generator: with the file's weights.
-    """
+    """A loaded artifact: the generator in evaluation mode on the CPU, and the file's identity."""
 
     path: Path
-    sha256: str
+    sha256: str  # hexadecimal digest of the whole file, the identity of the model
     info: ArtifactInfo
     generator: Generator
 
@@ -254,16 +244,7 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...],
     error: type[FileError],
 ) -> None:
-    """Raise `error` unless a tensor of a file has the wanted shape, a dtype of these, and values.
-
-    Args:
-        path: of the file.
-        name: of the tensor.
-        have: the tensor.
-        want: a tensor of the expected shape.
-        dtypes: the allowed ones.
-        error: the exception's type.
-    """
+    """Raise `error` unless `have` has the shape of `want`, one of the dtypes, and valid values."""
     if have.dtype not in dtypes:
         allowed = " or ".join(map(str, dtypes))
         raise error(path, f"{name}: dtype is {have.dtype}, expected {allowed}")

@@ -41,39 +41,22 @@ class CheckpointError(FileError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetadata:
-    """The description of a run, which a resumption must match.
-
-    Attributes:
-        dataset: name of the data set.
-        dataset_digest: SHA-256 of its contents.
-        preset: name of the preset.
-        seed: of the run.
-        config: the training configuration.
-        minutes: the time budget, if the run has one.
-        gamma_scores: gamma -> score, if a search chose `config.r1_gamma`.
-        initialised_from: metadata of the run whose networks this one started with, if any.
-    """
+    """The description of a run, which a resumption must match."""
 
     dataset: str
-    dataset_digest: str
+    dataset_digest: str  # SHA-256 of its contents
     preset: str
     seed: int
     config: TrainingConfig
-    minutes: float | None
-    gamma_scores: dict[str, float] | None = None
-    initialised_from: dict[str, Any] | None = None
+    minutes: float | None  # the time budget, if the run has one
+    gamma_scores: dict[str, float] | None = None  # gamma -> score, if there was a search
+    initialised_from: dict[str, Any] | None = None  # metadata of the run with the first networks
 
 
 def save_checkpoint(
     path: Path, state: TrainState, metadata: RunMetadata, best: dict[str, Any] | None
 ) -> None:
-    """Write a checkpoint atomically.
-
-    Args:
-        path: of the file.
-        state: to resume from.
-        metadata: of the run.
-        best: the best snapshot so far, as plain values and tensors.
+    """Write a checkpoint atomically; `best` holds plain values and tensors only.
 
     Raises:
         CheckpointError: the file cannot be written; the previous checkpoint is intact.
@@ -95,19 +78,12 @@ def save_checkpoint(
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The contents of a checkpoint file.
-
-    Attributes:
-        path: of the file.
-        metadata: of the run.
-        state: contents for `TrainState.load_state_dict`.
-        best: the best snapshot, as it was given to `save_checkpoint`.
-    """
+    """The contents of a checkpoint file."""
 
     path: Path
     metadata: RunMetadata
-    state: dict[str, Any]
-    best: dict[str, Any] | None
+    state: dict[str, Any]  # contents for `TrainState.load_state_dict`
+    best: dict[str, Any] | None  # the best snapshot, as it was given to `save_checkpoint`
 
     def restore(self, state: TrainState) -> None:
         """Load the stored state into a state of the same configuration.

@@ -58,10 +58,7 @@ def available_cores(root: Path = Path("/")) -> int:
 
     That is the smallest of the scheduling affinity and the CPU quotas of the process's control
     groups (v1 and v2), which limit containers; a fraction of a core counts as one. A quota that
-    cannot be read or parsed counts as no limit.
-
-    Args:
-        root: folder that holds `proc` and `sys`.
+    cannot be read or parsed counts as no limit. `root` holds the folders `proc` and `sys`.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -75,11 +72,7 @@ def available_cores(root: Path = Path("/")) -> int:
 
 
 def limit_threads(processes: int = 1) -> None:
-    """Limit PyTorch's threads to this process's share of the cores, unless OMP_NUM_THREADS is set.
-
-    Args:
-        processes: number of processes that share the cores.
-    """
+    """Limit PyTorch's threads to a process's share of the cores, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         threads = min(torch.get_num_threads(), available_cores())  # its default is physical cores
         torch.set_num_threads(max(1, threads // processes))

@@ -17,15 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The processes of a run.
+    """The processes of a run."""
 
-    Attributes:
-        rank: this process, in [0, size).
-        size: the number of processes.
-    """
-
-    rank: int = 0
-    size: int = 1
+    rank: int = 0  # this process, in [0, size)
+    size: int = 1  # the number of processes
 
     @property
     def is_main_process(self) -> bool:

@@ -26,7 +26,6 @@ class MLPGeneratorConfig:
     """The multilayer-perceptron generator of the CGAN (Mirza & Osindero, arXiv 1411.1784).
 
     Attributes:
-        num_classes: number of classes.
         channels: 1 (grey) or 3 (RGB).
         image_size: height and width of an image in pixels.
         latent_dim: length of a latent vector.
@@ -88,14 +87,9 @@ class MLPGenerator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Linear(widths[-1], pixels), nn.Tanh())
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        """Generate images.
+        """Map latents and labels to images (N, C, H, W) float32 in [-1, 1].
 
-        Args:
-            latents: (N, latent_dim) float32, drawn from a standard normal distribution.
-            labels: (N,) int64 in [0, num_classes).
-
-        Returns:
-            (N, C, H, W) float32 in [-1, 1].
+        Latents (N, latent_dim) float32 are standard normal, labels (N,) int64 in [0, num_classes).
         """
         size = self.config.image_size
         x = torch.cat([latents, self.label_embedding(labels)], dim=1)  # (N, latent + embedding)
@@ -129,14 +123,9 @@ class MLPDiscriminator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Score images against labels.
+        """Map images (N, C, H, W) float32 in [-1, 1] and labels (N,) int64 to logits (N,).
 
-        Args:
-            images: (N, C, H, W) float32 in [-1, 1].
-            labels: (N,) int64.
-
-        Returns:
-            logits (N,), large for images that look real for their label.
+        A logit is large if the image looks real for its label.
         """
         x = torch.cat([images.flatten(1), self.label_embedding(labels)], dim=1)
         x = self.main(x)  # (N, 1)

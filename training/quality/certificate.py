@@ -44,66 +44,36 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Metrics of one set of images against the real test images.
+    """Metrics of one set of images against the real test images."""
 
-    Attributes:
-        gan_test: share of images that are classified as their own label, in [0, 1].
-        gan_test_per_class: the same for each class; None for a class without images.
-        precision: share of images that lie among the real ones.
-        recall: share of real images that lie among these.
-        density: how densely real images surround these; about 1 for real images, can exceed 1.
-        coverage: share of real images that have one of these as a near neighbour.
-        frechet_distance: of normal distributions fitted to the features; 0 for equal ones.
-        kid: kernel distance of the features, unbiased; about 0 for equal distributions.
-        kid_std: standard deviation of `kid` over subsets.
-    """
-
-    gan_test: float
-    gan_test_per_class: tuple[float | None, ...]
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-    frechet_distance: float
-    kid: float
-    kid_std: Annotated[float, Field(alias="kid_spread")]
+    gan_test: float  # share of images that are classified as their own label, in [0, 1]
+    gan_test_per_class: tuple[float | None, ...]  # None for a class without images
+    precision: float  # share of images that lie among the real ones
+    recall: float  # share of real images that lie among these
+    density: float  # of real images around these; about 1 for real images, can exceed 1
+    coverage: float  # share of real images that have one of these as a near neighbour
+    frechet_distance: float  # of normal distributions fitted to the features; 0 for equal ones
+    kid: float  # kernel distance of the features, unbiased; about 0 for equal distributions
+    kid_std: Annotated[float, Field(alias="kid_spread")]  # standard deviation over subsets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """The measured quality of a generator.
-
-    An alias is the field's name inside artifacts.
-
-    Attributes:
-        dataset: name of the data set.
-        dataset_sha256: digest of its training images.
-        classifier_sha256: digest of the feature classifier's file.
-        classifier_accuracy: of the feature classifier on the real test images.
-        images: number of generated images, equally many of each class.
-        neighbours: k of precision, recall, density and coverage.
-        seed: of the latents.
-        generated: metrics of the generated images.
-        reference: the same metrics of as many real training images.
-        gan_train: accuracy of classifiers trained on generated images.
-        memorisation: distances of generated images to training images.
-        parzen: the legacy log-likelihood, for MNIST only.
-        parzen_reference: the same with real training images in place of generated ones.
-    """
+    """The measured quality of a generator; an alias is the field's name inside artifacts."""
 
     dataset: str
-    dataset_sha256: str
+    dataset_sha256: str  # of its training images
     classifier_sha256: Annotated[str, Field(alias="judge_sha256")]
-    classifier_accuracy: Annotated[float, Field(alias="judge_accuracy")]
-    images: int
-    neighbours: int
-    seed: int
+    classifier_accuracy: Annotated[float, Field(alias="judge_accuracy")]  # on real test images
+    images: int  # generated, equally many of each class
+    neighbours: int  # k of precision, recall, density and coverage
+    seed: int  # of the latents
     generated: Quality
-    reference: Annotated[Quality, Field(alias="real")]
+    reference: Annotated[Quality, Field(alias="real")]  # of as many real training images
     gan_train: GANTrain
     memorisation: Memorisation
-    parzen: Parzen | None
-    parzen_reference: Annotated[Parzen | None, Field(alias="parzen_real")]
+    parzen: Parzen | None  # for MNIST only
+    parzen_reference: Annotated[Parzen | None, Field(alias="parzen_real")]  # of training images
 
 
 _CERTIFICATE = TypeAdapter(Certificate)
@@ -194,11 +164,7 @@ def estimate_certification_s(
 def generate_dataset(generator: Generator, like: Dataset, *, images: int, seed: int) -> Dataset:
     """Generate a data set with the classes of a real one, the labels 0, 1, 2, … in turn.
 
-    Args:
-        generator: in evaluation mode, on the device of `like`.
-        like: gives classes and device.
-        images: how many.
-        seed: see `generate`.
+    The generator is in evaluation mode, on the device of the real data set.
     """
     labels = torch.arange(images, device=like.labels.device) % like.num_classes
     return dataclasses.replace(

@@ -44,28 +44,18 @@ class QuickMetrics:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A feature classifier and the images to compare with, all on one device.
-
-    Attributes:
-        classifier: trained on the training images.
-        train: the training images.
-        test: real images that a run never sees.
-        reference_features: (M, D) of the training images that quick metrics compare with.
-    """
+    """A feature classifier and the images to compare with, all on one device."""
 
     classifier: FeatureClassifier
     train: Dataset
-    test: Dataset
-    reference_features: Tensor
+    test: Dataset  # a run never sees them
+    reference_features: Tensor  # (M, D), of the training images that quick metrics compare with
 
     @classmethod
     def create(cls, train: Dataset, test: Dataset, *, minutes: float | None = None) -> "Evaluator":
         """Load or train the classifier of a data set, and compute the reference features.
 
-        Args:
-            train: the training images.
-            test: real images that a run never sees.
-            minutes: the budget of a run, which limits the training of a classifier.
+        The budget of a run in minutes limits the training of a classifier.
         """
         seconds = None if minutes is None else 60.0 * minutes * CLASSIFIER_SHARE
         classifier = get_classifier(train, cache=default_cache(), seconds=seconds)
@@ -77,8 +67,7 @@ class Evaluator:
     def evaluate_quick(self, generator: Generator) -> QuickMetrics:
         """Measure `QUICK_IMAGES` images of a generator; takes 1 to 2 s on a CPU.
 
-        Args:
-            generator: in evaluation mode, on the images' device. No random state is changed.
+        The generator is in evaluation mode, on the images' device. No random state is changed.
         """
         labels = torch.arange(QUICK_IMAGES, device=self.train.labels.device)
         labels %= generator.config.num_classes

@@ -18,13 +18,8 @@ _BATCH = 500  # bounds the matrix of distances
 class Memorisation:
     """Distances to the nearest training image: root mean square over pixels in [0, 1].
 
-    Attributes:
-        median: of the generated images.
-        first_percentile: of the generated images.
-        test_median: of the real test images.
-        test_first_percentile: of the real test images.
-        close: share of generated images that are nearer than the test images' first percentile;
-            test images have 0.01.
+    `close` is the share of generated images that are nearer than the first percentile of the real
+    test images, which have 0.01.
     """
 
     median: float
@@ -37,10 +32,7 @@ class Memorisation:
 def memorisation(generated: Tensor, train: Tensor, test: Tensor) -> Memorisation:
     """Compare up to `IMAGES` generated and as many test images with all training images.
 
-    Args:
-        generated: (N, C, H, W) uint8.
-        train: (T, C, H, W) uint8.
-        test: (M, C, H, W) uint8, none of which is in train.
+    All are (…, C, H, W) uint8; none of the test images is in train.
     """
     fake, real = (nearest_distances(images[:IMAGES], train) for images in (generated, test))
     threshold = real.quantile(0.01)

@@ -27,17 +27,11 @@ PUBLISHED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parzen:
-    """A mean log-likelihood in nats.
+    """A log-likelihood in nats."""
 
-    Attributes:
-        mean: over the test images.
-        standard_error: of the mean.
-        sigma: width of the window, for pixels in [0, 1].
-    """
-
-    mean: float
-    standard_error: float
-    sigma: float
+    mean: float  # over the test images
+    standard_error: float  # of the mean
+    sigma: float  # width of the window, for pixels in [0, 1]
 
 
 def parzen(samples: Tensor, validation: Tensor, test: Tensor) -> Parzen:
@@ -65,13 +59,7 @@ def parzen(samples: Tensor, validation: Tensor, test: Tensor) -> Parzen:
 
 
 def _log_likelihoods(samples: Tensor, images: Tensor, sigmas: Sequence[float]) -> Iterator[Tensor]:
-    """Yield for each width the log of the mean of N normal densities at the images: (M,) float64.
-
-    Args:
-        samples: (N, D), the means of the densities.
-        images: (M, D).
-        sigmas: standard deviations.
-    """
+    """Yield for each width the log of the mean normal density at each image: (M,) float64."""
     squared = torch.cdist(images, samples).square_()  # (M, N)
     nearest = squared.amin(1)
     squared -= nearest[:, None]  # else a narrow width would sum zeros only
