@@ -30,30 +30,24 @@ _PARTS = ("generator", "discriminator", "ema", "generator_optimizer", "discrimin
 class TrainState:
     """Everything that a step changes, and the configuration that decides how.
 
-    Attributes:
-        ema: the moving average of the generator; without a half-life, a copy made at log points.
-        rng: the only source of randomness of the steps, on the device. Every process of a run draws
-            the same numbers and takes its shard.
-        budget_s: time budget in `elapsed_s`, which replaces `config.images` in every schedule.
-        images_seen: real images shown so far.
-        started_at: `time.perf_counter()` at the start, minus the time of interruptions.
-        lr_scale: factor of the learning rate; every rollback halves it.
-        ema_weight: weight of the generator in the next update of the average; a tensor on CUDA,
-            where a captured step reads it.
+    Every process of a run draws the same random numbers and takes its shard.
     """
 
     config: TrainingConfig
     generator: Generator
     discriminator: nn.Module
-    ema: Generator
+    ema: Generator  # the moving average; without a half-life, a copy made at log points
     generator_optimizer: torch.optim.Adam
     discriminator_optimizer: torch.optim.Adam
-    rng: torch.Generator
+    rng: torch.Generator  # the only source of randomness of the steps, on the device
     world: DistributedContext = SINGLE_PROCESS
-    budget_s: float | None = None
-    images_seen: int = 0
+    budget_s: float | None = None  # of `elapsed_s`; replaces `config.images` in every schedule
+    images_seen: int = 0  # real images shown so far
+    # `time.perf_counter()` at the start, minus the time of interruptions.
     started_at: float = field(default_factory=time.perf_counter)
-    lr_scale: float = 1.0
+    lr_scale: float = 1.0  # factor of the learning rate; every rollback halves it
+    # Weight of the generator in the next update of the average; a tensor on CUDA, where a captured
+    # step reads it.
     ema_weight: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
