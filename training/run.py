@@ -139,12 +139,7 @@ class Run:
     def _train(self, step: StepFn, stop: Callable[[], bool]) -> bool:
         writes = self.state.world.is_main_process
         last_checkpoint, saved_at = time.monotonic(), -1
-        for point in train(
-            self.state,
-            step,
-            log_every=LOG_EVERY_IMAGES,
-            stop=stop,
-        ):
+        for point in train(self.state, step, log_every=LOG_EVERY_IMAGES, stop=stop):
             self._record(point)
             if point.losses is not None and self._evaluation_is_due(point):
                 self._evaluate()
