@@ -4,8 +4,9 @@
 
 Each NAME=CHECKOUT is a working tree of this project. Without any, this tree is compared with two
 common servers of the same generator (`tests.benchmarks.baselines`). Servers and load share the
-cores; nothing is pinned. Rounds of all servers are interleaved, and medians are printed with the
-ratio to the first server. Run nothing else.
+cores; nothing is pinned. Each round starts all servers anew, because two processes of one build may
+differ by a tenth, and runs all loads against each. Medians of the rounds are printed with the ratio
+to the first server. Run nothing else.
 """
 
 import argparse
@@ -96,24 +97,20 @@ def start(stack: ExitStack, command: Sequence[str], checkout: Path) -> int:
     raise SystemExit(f"{' '.join(command)} in {checkout} did not start")
 
 
-def measure(
-    ports: dict[tuple[str, str], int], cases: Sequence[Case], rounds: int, seconds: float
-) -> dict[tuple[str, Case], list[Sample]]:
-    """Run all cases against all servers, interleaved."""
-    found: dict[tuple[str, Case], list[Sample]] = {}
-    names = list(dict.fromkeys(name for name, _ in ports))
-    for number in range(rounds):
-        for case in cases:
-            for name in names if number % 2 == 0 else reversed(names):
-                port = ports.get((name, case.model), ports.get((name, "")))
-                assert port is not None
-                load = {"connections": case.connections}
-                run(closed_loop(port, requests(case), seconds=0.3, **load))
-                sample = run(closed_loop(port, requests(case), seconds=seconds, **load))
-                if sample.other or sample.refusals:
-                    raise SystemExit(f"{case}, {name}: requests failed")
-                found.setdefault((name, case), []).append(sample)
-    return found
+def measure_round(
+    ports: dict[tuple[str, str], int], cases: Sequence[Case], seconds: float
+) -> Iterator[tuple[str, Case, Sample]]:
+    """Run all cases against all servers; yields name, case and what was measured."""
+    for case in cases:
+        for name in dict.fromkeys(name for name, _ in ports):
+            port = ports.get((name, case.model), ports.get((name, "")))
+            assert port is not None
+            load = {"connections": case.connections}
+            run(closed_loop(port, requests(case), seconds=0.3, **load))
+            sample = run(closed_loop(port, requests(case), seconds=seconds, **load))
+            if sample.other or sample.refusals:
+                raise SystemExit(f"{case}, {name}: requests failed")
+            yield name, case, sample
 
 
 def report(found: dict[tuple[str, Case], list[Sample]], path: Path | None) -> None:
@@ -164,16 +161,22 @@ def compare(
     """
     cases = [Case(*each, form) for each in itertools.product(models, sizes, connections)]
     command = ["service", *(["--workers", str(workers)] if workers > 1 else [])]
-    ports: dict[tuple[str, str], int] = {}
-    with ExitStack() as stack:
-        for name, checkout in builds or [("this service", REPOSITORY)]:
-            ports[name, ""] = start(stack, command, checkout.resolve())
-        if not builds:
-            for name, model in itertools.product(BASELINES, models):
-                weights = REPOSITORY / "weights" / f"{model}.safetensors"
-                baseline = ["tests.benchmarks.baselines", name, "--weights", str(weights)]
-                ports[name, model] = start(stack, baseline, REPOSITORY)
-        report(measure(ports, cases, rounds, seconds), path)
+    found: dict[tuple[str, Case], list[Sample]] = {}
+    for number in range(rounds):
+        with ExitStack() as stack:
+            ports = {}
+            for name, checkout in builds or [("this service", REPOSITORY)]:
+                ports[name, ""] = start(stack, command, checkout.resolve())
+            if not builds:
+                for name, model in itertools.product(BASELINES, models):
+                    weights = REPOSITORY / "weights" / f"{model}.safetensors"
+                    baseline = ["tests.benchmarks.baselines", name, "--weights", str(weights)]
+                    ports[name, model] = start(stack, baseline, REPOSITORY)
+            if number % 2:
+                ports = dict(reversed(ports.items()))
+            for name, case, sample in measure_round(ports, cases, seconds):
+                found.setdefault((name, case), []).append(sample)
+    report(found, path)
 
 
 def main() -> None:
