@@ -1,0 +1,1 @@
+"""Tests with heavy client libraries, which the extra `clients` installs; skipped without it."""
