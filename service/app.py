@@ -12,17 +12,10 @@ import torch
 from fastapi import FastAPI
 from starlette.types import Lifespan
 
+from service import errors
 from service.api import datasets, generate, health, models, open_inference, openai, pages
 from service.api.respond import Responder
 from service.encoding.timeslice import TimeSlicedEncoder
-from service.errors import (
-    AUTH_ERRORS,
-    PROTOCOL_ERRORS,
-    ServiceError,
-    add_exception_handlers,
-    error_responses,
-    send_error,
-)
 from service.generation import Generation
 from service.inference.batcher import Batcher
 from service.inference.health import Readiness, run_self_tests
@@ -64,10 +57,10 @@ class App(FastAPI):
             for path, operations in schema["paths"].items():
                 needs_key = self.auth_required and path not in PUBLIC_PATHS
                 for operation in operations.values():
-                    responses = error_responses(*PROTOCOL_ERRORS, path=path)
+                    responses = errors.error_responses(*errors.PROTOCOL_ERRORS, path=path)
                     responses |= operation["responses"]
                     if needs_key:
-                        responses |= error_responses(*AUTH_ERRORS, path=path)
+                        responses |= errors.error_responses(*errors.AUTH_ERRORS, path=path)
                         operation["security"] = [{name: []} for name in _SECURITY_SCHEMES]
                     operation["responses"] = responses
             if self.auth_required:
@@ -126,7 +119,7 @@ def create_app(
     app.state.readiness = readiness
     app.state.batcher = batcher
     app.state.reloader = reloader
-    app.state.error_app = AccessLogMiddleware(send_error, metrics)  # for the protocol
+    app.state.error_app = AccessLogMiddleware(errors.send_error, metrics)  # for the protocol
     # From the inside out.
     app.add_middleware(generate.GenerateEndpoint, responder=responder)
     if buckets:
@@ -146,7 +139,7 @@ def _create_routes(responder: Responder, readiness: Readiness, lifespan: Lifespa
         docs_url=None,
         redoc_url=None,
     )
-    add_exception_handlers(app)
+    errors.add_exception_handlers(app)
     app.include_router(generate.create_router())
     app.include_router(models.create_router(responder))
     app.include_router(datasets.create_router(responder))
@@ -161,7 +154,7 @@ def _add_tracing(app: FastAPI, endpoint: str) -> "TracerProvider":
     try:
         from service.middleware import tracing  # noqa: PLC0415  (of an extra)
     except ModuleNotFoundError as error:
-        raise ServiceError(
+        raise errors.ServiceError(
             "--otlp-endpoint needs optional dependencies; run: pip install -e '.[traces]'"
         ) from error
     provider = tracing.create_tracer_provider(endpoint)

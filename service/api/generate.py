@@ -3,7 +3,6 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -63,7 +62,7 @@ class GenerateEndpoint:
             if scope["method"] not in METHODS:
                 raise method_not_allowed(scope["method"], PATH, METHODS)
             scope["route"] = self
-            status, headers, body = await self._generate(scope, receive)
+            status, headers, body = await self._generate(Request(scope, receive))
         except Problem as problem:
             await problem_response(problem, scope)(scope, receive, send)
             return
@@ -73,12 +72,12 @@ class GenerateEndpoint:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _generate(self, scope: Scope, receive: Receive) -> tuple[int, RawHeaders, bytes]:
-        headers = Headers(scope=scope)
+    async def _generate(self, sent: Request) -> tuple[int, RawHeaders, bytes]:
+        headers, scope = sent.headers, sent.scope
         parameters: GenerateQuery | GenerateBody
         if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
-            _check_body(headers, scope)
-            parameters = parse_body(await Request(scope, receive).body())  # the server bounds it
+            _check_body(sent)
+            parameters = parse_body(await sent.body())  # the server bounds its size
         else:
             parameters = parse_query(scope["query_string"])
         image_format = parameters.format or negotiate(", ".join(headers.getlist("accept")))
@@ -135,18 +134,19 @@ def create_router() -> APIRouter:
     return router
 
 
-def _check_body(headers: Headers, scope: Scope) -> None:
+def _check_body(sent: Request) -> None:
     """Check that a body is allowed, and is JSON.
 
     Raises:
         Problem: 415 for another type, 422 where no body is allowed.
     """
-    if scope["method"] != "POST":
+    headers, query = sent.headers, sent.scope["query_string"]
+    if sent.method != "POST":
         name = "transfer-encoding" if "transfer-encoding" in headers else "content-length"
         reason = "is not allowed; send the parameters in the query string"
         raise invalid_value("body", f"{name}: {headers[name]}", reason)
-    if scope["query_string"]:
-        query = scope["query_string"].decode("latin-1")
+    if query:
+        query = query.decode("latin-1")
         raise invalid_value("query", query, "must be empty if the body has the parameters")
     content_type = headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":

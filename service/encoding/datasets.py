@@ -23,14 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.encoding.archives import (
-    DESCRIPTOR_BYTES,
-    TAR_END,
-    TarMember,
-    ZipEntry,
-    tar_padded,
-    zip_end,
-)
+from service.encoding import archives
 from service.encoding.png import store_png
 from service.generation import ResolvedRequest
 from service.inference.latents import SamplingOptions, splitmix64
@@ -223,7 +216,7 @@ def _lay_out_webdataset(dataset: GeneratedDataset) -> FileLayout:
     begin = dataset.first * dataset.classes
     digits = max(8, len(str(dataset.last * dataset.classes - 1)))
     label_bytes = len(str(dataset.classes - 1))
-    png_member, label_member = TarMember(writer.length), TarMember(label_bytes)
+    png_member, label_member = archives.TarMember(writer.length), archives.TarMember(label_bytes)
     sample_bytes = png_member.length + label_member.length
 
     def samples(batch: Batch) -> Iterator[bytes]:
@@ -235,7 +228,7 @@ def _lay_out_webdataset(dataset: GeneratedDataset) -> FileLayout:
 
     block_bytes = sample_bytes * dataset.classes
     segment = Segment(block_bytes, samples, dataset.blocks, needs_pixels=True)
-    return FileLayout([segment, _once(TAR_END)])
+    return FileLayout([segment, _once(archives.TAR_END)])
 
 
 def _lay_out_idx(dataset: GeneratedDataset) -> FileLayout:
@@ -255,13 +248,13 @@ def _lay_out_idx(dataset: GeneratedDataset) -> FileLayout:
     def file(name: str, sizes: tuple[int, ...], data: Segment) -> tuple[Segment, Segment, Segment]:
         header = struct.pack(f">HBB{len(sizes)}I", 0, 8, len(sizes), *sizes)
         size = len(header) + data.length
-        padding = bytes(tar_padded(size) - size)
-        return _once(TarMember(size).header(name) + header), data, _once(padding)
+        padding = bytes(archives.tar_padded(size) - size)
+        return _once(archives.TarMember(size).header(name) + header), data, _once(padding)
 
     segments = [
         *file("train-images-idx3-ubyte", shape, _images(dataset)),
         *file("train-labels-idx1-ubyte", (dataset.images,), labels),
-        _once(TarMember(len(names)).file("classes.txt", names) + TAR_END),
+        _once(archives.TarMember(len(names)).file("classes.txt", names) + archives.TAR_END),
     ]
     return FileLayout([segment for segment in segments if segment.length])  # padding may be empty
 
@@ -273,9 +266,9 @@ def _lay_out_zip(dataset: GeneratedDataset) -> FileLayout:
     folders = class_folders(dataset.model.info.class_names)
     crcs = np.zeros(dataset.images, dtype=np.uint32)
 
-    def entry(label: int, index: int, number: int = 0, offset: int = 0) -> ZipEntry:
+    def entry(label: int, index: int, number: int = 0, offset: int = 0) -> archives.ZipEntry:
         name = f"{folders[label]}/{index:0{digits}}.png".encode()
-        return ZipEntry(name, writer.length, int(crcs[number]), offset)
+        return archives.ZipEntry(name, writer.length, int(crcs[number]), offset)
 
     entries = [entry(label, 0) for label in range(dataset.classes)]
     block_bytes = sum(each.local_bytes + writer.length for each in entries)
@@ -293,13 +286,10 @@ def _lay_out_zip(dataset: GeneratedDataset) -> FileLayout:
             yield each.central()
             offset += each.local_bytes + writer.length
 
-    end = zip_end(dataset.images, dataset.blocks * block_bytes, dataset.blocks * central_bytes)
-    segments = [
-        Segment(block_bytes, images, dataset.blocks, needs_pixels=True),
-        Segment(central_bytes, directory, dataset.blocks),
-        _once(end),
-    ]
-    return FileLayout(segments, seekable=False)
+    files = Segment(block_bytes, images, dataset.blocks, needs_pixels=True)
+    central = Segment(central_bytes, directory, dataset.blocks)
+    end = archives.zip_end(dataset.images, files.length, central.length)
+    return FileLayout([files, central, _once(end)], seekable=False)
 
 
 class _NPZArray:
@@ -310,7 +300,7 @@ class _NPZArray:
         description = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(buffer, description)
         self._header, self._data = buffer.getvalue(), data
-        self.entry = ZipEntry(f"{name}.npy".encode(), len(self._header) + data.length)
+        self.entry = archives.ZipEntry(f"{name}.npy".encode(), len(self._header) + data.length)
         self._crc = 0
 
     def segments(self) -> list[Segment]:
@@ -319,7 +309,7 @@ class _NPZArray:
         return [
             Segment(self.entry.local_bytes + len(self._header), self._begin),
             replace(self._data, make=lambda batch: map(self._sum, make(batch))),
-            Segment(DESCRIPTOR_BYTES, self._finish),
+            Segment(archives.DESCRIPTOR_BYTES, self._finish),
         ]
 
     def _begin(self, _batch: Batch) -> list[bytes]:
@@ -353,7 +343,7 @@ def _lay_out_npz(dataset: GeneratedDataset) -> FileLayout:
         array.entry.offset = offset
         offset += sum(segment.length for segment in array.segments())
     central_bytes = sum(array.entry.central_bytes for array in arrays)
-    end = zip_end(len(arrays), offset, central_bytes)
+    end = archives.zip_end(len(arrays), offset, central_bytes)
 
     def directory(_batch: Batch) -> Iterator[bytes]:
         yield from (array.entry.central() for array in arrays)

@@ -19,14 +19,8 @@ from fastapi import FastAPI
 from service.app import create_app
 from service.errors import ServiceError
 from service.inference.repository import ModelRepository, load_repository
+from service.server import protocol
 from service.server.metrics_port import open_metrics_port
-from service.server.protocol import (
-    TIMEOUT_CHECK_S,
-    ConnectionLimits,
-    HTTPProtocol,
-    enforce_timeouts,
-    raise_nofile_limit,
-)
 from service.server.sockets import open_sockets, startup_message, url_of
 from service.settings import Settings
 from service.telemetry.logging import configure_logging
@@ -61,9 +55,12 @@ class Server(uvicorn.Server):
         *,
         supervised: bool = False,
     ) -> None:
-        connections = raise_nofile_limit(settings.max_connections)
-        self._limits = ConnectionLimits(app.state.error_app, settings.client_timeout_s, connections)
-        http: Any = partial(HTTPProtocol, self._limits)
+        self._limits = protocol.ConnectionLimits(
+            app.state.error_app,
+            settings.client_timeout_s,
+            protocol.raise_nofile_limit(settings.max_connections),
+        )
+        http: Any = partial(protocol.HTTPProtocol, self._limits)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -111,9 +108,9 @@ class Server(uvicorn.Server):
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TIMEOUT_CHECK_S)
+            await asyncio.sleep(protocol.TIMEOUT_CHECK_S)
             self._write_snapshot()
-            await enforce_timeouts(self._connections, asyncio.get_running_loop().time)
+            await protocol.enforce_timeouts(self._connections, asyncio.get_running_loop().time)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
