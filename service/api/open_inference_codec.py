@@ -215,13 +215,10 @@ def _read(tensor: InputTensor, rest: bytes) -> tuple[NDArray[np.int64], bytes]:
 
 
 def _outputs(request: InferenceRequest) -> dict[OutputName, bool]:
-    binary = request.parameters.binary_data_output
-    if not request.outputs:
-        return dict.fromkeys(OUTPUTS, binary)
     found: dict[OutputName, bool] = {}
-    for each in request.outputs:
+    for each in request.outputs or [RequestedOutput(name=name) for name in OUTPUTS]:
         chosen = None if each.parameters is None else each.parameters.binary_data
-        found[each.name] = binary if chosen is None else chosen
+        found[each.name] = request.parameters.binary_data_output if chosen is None else chosen
     return found
 
 

@@ -98,10 +98,8 @@ def request_from_recipe(recipe: Recipe, repository: ModelRepository) -> Resolved
     Raises:
         Problem: 404, its model is not loaded; 422, the recipe is invalid.
     """
-    for model in repository:
-        if model.sha256 == recipe.sha256:
-            break
-    else:
+    model = next((each for each in repository if each.sha256 == recipe.sha256), None)
+    if model is None:
         loaded = ", ".join(each.versioned_name for each in repository)
         message = f"is the digest of a model that is not loaded; loaded: {loaded}"
         raise invalid_value("sha256", recipe.sha256, message, status=404)
@@ -132,9 +130,8 @@ def _sampling_options(
         at = np.array(_one_of("at", one, several))
     for name, values in (("label", labels), ("at", at)):
         if values is not None and len(values) != count:
-            raise invalid_value(
-                name, len(values), f"must have one value for each of {count} images"
-            )
+            message = f"must have one value for each of {count} images"
+            raise invalid_value(name, len(values), message)
     plain = weights is None and at is None and recipe.truncation == 1.0
     options = None if plain else SamplingOptions(recipe.truncation, recipe.to_seed, at, weights)
     return options, np.array(labels, dtype=np.int64)
@@ -155,22 +152,19 @@ def compare(
     sheet = contact_sheet(result.pixels)
     scale = max(1, png.pixels.shape[1] // sheet.shape[1])
     height, width = scale * sheet.shape[0], scale * sheet.shape[1]
-    same_size = (height, width, sheet.shape[2]) == png.pixels.shape
-    differing = 0
-    if same_size:  # a file of another shape could enlarge the images beyond any memory
-        differing = int((enlarge(sheet, scale) != png.pixels).any(axis=-1).sum())
-    same_file = same_size and encode_sheet(request, result, scale) == png.file
-    if not same_size:
+    same_pixels = same_file = False
+    if (height, width, sheet.shape[2]) != png.pixels.shape:
+        # The images are not enlarged: a file of another shape could ask for more than any memory.
         size = f"{png.pixels.shape[1]}x{png.pixels.shape[0]}"
         detail = f"The recipe gives {width}x{height} pixels; the file has {size}."
-    elif differing:
+    elif differing := int((enlarge(sheet, scale) != png.pixels).any(axis=-1).sum()):
         detail = f"{differing} of {width * height} pixels differ."
-    elif same_file:
-        detail = "The file is identical."
     else:
-        detail = "All pixels are identical; another encoder wrote the file."
+        same_pixels, same_file = True, encode_sheet(request, result, scale) == png.file
+        other = "All pixels are identical; another encoder wrote the file."
+        detail = "The file is identical." if same_file else other
     return VerificationResult(
-        same_pixels=same_size and not differing,
+        same_pixels=same_pixels,
         same_file=same_file,
         detail=detail,
         model=request.model.versioned_name,
