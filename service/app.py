@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,17 +169,16 @@ def _add_gauges(
     """Report the queue, and the memory of GPUs, whenever metrics are scraped."""
     metrics.queue_images.set_function(lambda: batcher.queued_rows)
     metrics.queue_limit_images.set(settings.max_queue_images)
-    for device in {
-        model.engine.device for model in repository if model.engine.device.type == "cuda"
-    }:
+    for device in {model.engine.device for model in repository}:
+        if device.type == "cuda":
+            memory = partial(metrics.device_memory.labels, str(device))
+            memory("used").set_function(partial(_used_memory, device))
+            memory("total").set(torch.cuda.mem_get_info(device)[1])
 
-        def used(device: torch.device = device) -> float:
-            try:
-                free, total = torch.cuda.mem_get_info(device)
-            except RuntimeError:  # the device is lost; the scrape must still succeed
-                return math.nan
-            return total - free
 
-        metrics.device_memory.labels(str(device), "used").set_function(used)
-        total = torch.cuda.mem_get_info(device)[1]
-        metrics.device_memory.labels(str(device), "total").set(total)
+def _used_memory(device: torch.device) -> float:
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # the device is lost; the scrape must still succeed
+        return math.nan
+    return total - free
