@@ -5,7 +5,6 @@ import re
 import time
 from random import getrandbits
 
-from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,7 +26,6 @@ class AccessLogMiddleware:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
-        self._instruments: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and log and count it when its response is complete.
@@ -72,15 +70,8 @@ class AccessLogMiddleware:
         # The route's template, not the path: labels must be bounded.
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if route != "unmatched" else "any"
-        instruments = self._instruments.get((route, method, status))
-        if instruments is None:
-            instruments = self._instruments[route, method, status] = (
-                self._metrics.requests.labels(route, method, str(status)),
-                self._metrics.request_seconds.labels(route),
-            )
-        counter, histogram = instruments
-        counter.inc()
-        histogram.observe(seconds)
+        self._metrics.requests.labels(route, method, str(status)).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
         # Probes and scrapes arrive every few seconds and would bury the rest.
         level = logging.DEBUG if route in PROBE_PATHS else logging.INFO
         if not access_log.isEnabledFor(level):
