@@ -3,16 +3,16 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import getrandbits
 from typing import Annotated, Any, NamedTuple
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import Field
-from starlette.types import Send
+from starlette.types import Scope, Send
 
 from service.api.caching import cache_control, entity_tag, matches
 from service.api.parameters import SamplingFields
@@ -23,7 +23,6 @@ from service.encoding.datasets import (
     MEDIA_TYPES,
     Batch,
     DatasetFormat,
-    FileLayout,
     GeneratedDataset,
     SegmentRange,
     lay_out,
@@ -133,7 +132,9 @@ async def _respond(responder: Responder, request: Request, query: DatasetQuery) 
     status, media_type = 206 if byte_range else 200, MEDIA_TYPES[query.format]
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=media_type)
-    content = await _Download(responder, request, dataset, layout, start, stop).begin()
+    batch_images = int(min(_MAX_BATCH_IMAGES, burst_limit(request.scope)))
+    parts = layout.ranges(start, stop, max(1, batch_images // dataset.classes))
+    content = await _Download(responder, request.scope, dataset, parts, start, stop).begin()
     return _CutOffResponse(content, status, headers, media_type)
 
 
@@ -177,22 +178,16 @@ class _Drawn(NamedTuple):
     result: GenerationResult | None = None
 
 
+@dataclass
 class _Download:
     """The bytes start:stop of a data set, of which a few ranges are in memory at a time."""
 
-    def __init__(
-        self,
-        responder: Responder,
-        request: Request,
-        dataset: GeneratedDataset,
-        layout: FileLayout,
-        start: int,
-        stop: int,
-    ) -> None:
-        self._responder, self._scope, self._dataset = responder, request.scope, dataset
-        self._start, self._stop = start, stop
-        batch_images = int(min(_MAX_BATCH_IMAGES, burst_limit(request.scope)))
-        self._parts = layout.ranges(start, stop, max(1, batch_images // dataset.classes))
+    responder: Responder
+    scope: Scope
+    dataset: GeneratedDataset
+    parts: Iterator[SegmentRange]
+    start: int
+    stop: int
 
     async def begin(self) -> AsyncIterator[bytes]:
         """Generate the first images, then return the bytes.
@@ -200,18 +195,18 @@ class _Download:
         Raises:
             Problem: the first images cannot be generated.
         """
-        return self._stream(await self._draw(next(self._parts), retry=False))
+        return self._stream(await self._draw(next(self.parts), retry=False))
 
     async def _stream(self, drawn: _Drawn) -> AsyncIterator[bytes]:
         drawing = None
         try:
             while True:
-                following = next(self._parts, None)
+                following = next(self.parts, None)
                 if following is not None:  # generated while this range is encoded and sent
                     drawing = asyncio.ensure_future(self._draw(following, retry=True))
                 part, content = drawn.part, await self._encode(drawn)
                 if self._is_sent(part):
-                    yield content[max(0, self._start - part.offset) : self._stop - part.offset]
+                    yield content[max(0, self.start - part.offset) : self.stop - part.offset]
                 if following is None or drawing is None:
                     return
                 drawn = await drawing
@@ -223,25 +218,25 @@ class _Download:
 
     def _is_sent(self, part: SegmentRange) -> bool:
         """Return false for a range that is only made for its checksum."""
-        return part.offset + part.length > self._start
+        return part.offset + part.length > self.start
 
     async def _draw(self, part: SegmentRange, *, retry: bool) -> _Drawn:
         """Generate the images of a range, with retries once the response has begun."""
-        request = self._dataset.request(part.first, part.last)
-        batch = Batch(part.first * self._dataset.classes, request)
+        request = self.dataset.request(part.first, part.last)
+        batch = Batch(part.first * self.dataset.classes, request)
         if not part.segment.needs_pixels:
             return _Drawn(part, batch)
         if not self._is_sent(part):
             request = replace(request, counted=False)
-        result = await self._responder.draw(request, self._scope, retry=retry)
+        result = await self.responder.draw(request, self.scope, retry=retry)
         return _Drawn(part, Batch(batch.first, request, result.pixels), result)
 
     async def _encode(self, drawn: _Drawn) -> bytes:
         part, batch, result = drawn
         encoder = _join(part.segment.make(batch))
         if result is None:
-            return await self._responder.encoder.run(encoder, batch.request.pixels)
-        encoded = await self._responder.encode(batch.request, self._scope, result, encoder)
+            return await self.responder.encoder.run(encoder, batch.request.pixels)
+        encoded = await self.responder.encode(batch.request, self.scope, result, encoder)
         return encoded.body
 
 
