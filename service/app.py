@@ -93,8 +93,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         batcher.start(readiness.lose)
+        metrics.ready.set_function(lambda: readiness.problem is None)
         _add_gauges(metrics, batcher, settings, repository)
-        readiness.refresh()
         reloader.start()
         interval_s = settings.self_test_interval_s
         testing = asyncio.ensure_future(

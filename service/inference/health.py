@@ -32,7 +32,6 @@ class Readiness:
         self.fault: str | None = None
         self.lost = False
         self.on_device_lost: Callable[[], object] | None = None
-        metrics.ready.set(0)
 
     @property
     def problem(self) -> Problem | None:
@@ -55,13 +54,11 @@ class Readiness:
     def drain(self) -> None:
         """Turn readiness off permanently."""
         self.draining = True
-        self.refresh()
 
     def set_fault(self, fault: str | None) -> None:
         """Turn readiness off while there is a fault, and on again with None."""
         if not self.lost:
             self.fault = fault
-        self.refresh()
 
     def lose(self, error: errors.DeviceLost) -> None:
         """Turn readiness off permanently, and let the server end the process."""
@@ -71,10 +68,6 @@ class Readiness:
         self.lost = True
         if self.on_device_lost is not None:
             self.on_device_lost()
-
-    def refresh(self) -> None:
-        """Update the gauge."""
-        self._metrics.ready.set(self.problem is None)
 
 
 async def run_self_tests(
