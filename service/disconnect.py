@@ -1,6 +1,7 @@
 """The flag by which a connection tells the request it carries that its client has disconnected."""
 
 from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 CLIENT = "client_of_connection"  # key of the ASGI scope, for a `Client`
@@ -11,19 +12,13 @@ class Disconnected(Exception):  # noqa: N818  (an event, not a fault)
     """The client disconnected before its response was complete."""
 
 
+@dataclass(slots=True, eq=False)
 class Client:
-    """The client at the other end of a connection; in the scope under `CLIENT`.
+    """The client at the other end of a connection; in the scope under `CLIENT`."""
 
-    Attributes:
-        disconnected: true once the connection is lost.
-        on_disconnect: called at that moment; set by the request that is being answered.
-    """
-
-    __slots__ = ("disconnected", "on_disconnect")
-
-    def __init__(self) -> None:
-        self.disconnected = False
-        self.on_disconnect: Callable[[], object] | None = None
+    disconnected: bool = False  # true once the connection is lost
+    # Called at that moment; set by the request that is being answered.
+    on_disconnect: Callable[[], object] | None = None
 
     def disconnect(self) -> None:
         """Raise the flag; called by the connection."""

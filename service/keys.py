@@ -20,17 +20,11 @@ _FORM = "must be name:secret or name:secret:images-per-second"
 
 @dataclass(frozen=True, slots=True)
 class APIKey:
-    """An API key.
+    """An API key."""
 
-    Attributes:
-        name: shown in the log; not secret.
-        digest: SHA-256 of the secret.
-        images_per_second: the limit of this key; None for the limit of the settings.
-    """
-
-    name: str
-    digest: bytes = field(repr=False)
-    images_per_second: float | None = None
+    name: str  # shown in the log; not secret
+    digest: bytes = field(repr=False)  # SHA-256 of the secret
+    images_per_second: float | None = None  # None for the limit of the settings
 
 
 def parse_keys(text: object) -> tuple[APIKey, ...]:

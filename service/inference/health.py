@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from prometheus_client import Counter
@@ -16,22 +17,16 @@ from service.telemetry.metrics import Metrics
 log = logging.getLogger("service")
 
 
+@dataclass(eq=False)
 class Readiness:
-    """State that decides if the service takes new work.
+    """State that decides if the service takes new work."""
 
-    Attributes:
-        draining: True while the service shuts down.
-        fault: description of a device's fault.
-        lost: True if the fault is permanent.
-        on_device_lost: called when a device is lost; only a new process can help then.
-    """
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self.draining = False
-        self.fault: str | None = None
-        self.lost = False
-        self.on_device_lost: Callable[[], object] | None = None
+    metrics: Metrics
+    draining: bool = False  # while the service shuts down
+    fault: str | None = None  # description of a device's fault
+    lost: bool = False  # the fault is permanent
+    # Called when a device is lost; only a new process can help then.
+    on_device_lost: Callable[[], object] | None = None
 
     @property
     def problem(self) -> Problem | None:
@@ -63,7 +58,7 @@ class Readiness:
     def lose(self, error: errors.DeviceLost) -> None:
         """Turn readiness off permanently, and let the server end the process."""
         log.critical("the device is lost", extra={"fields": {"cause": str(error)}})
-        self._metrics.devices_lost.inc()
+        self.metrics.devices_lost.inc()
         self.set_fault("it is lost")
         self.lost = True
         if self.on_device_lost is not None:

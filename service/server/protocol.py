@@ -42,19 +42,12 @@ log = logging.getLogger("service.server.protocol")
 
 @dataclass
 class ConnectionLimits:
-    """Settings and state that all connections of a server share.
+    """Settings and state that all connections of a server share."""
 
-    Attributes:
-        error_app: ASGI app that sends the `problem` of the scope.
-        client_timeout_s: time that a client may keep the server waiting.
-        max_connections: open connections; any more get a 503.
-        draining: close every connection after its next response.
-    """
-
-    error_app: ASGIApp
-    client_timeout_s: float
-    max_connections: int
-    draining: bool = False
+    error_app: ASGIApp  # sends the `problem` of the scope
+    client_timeout_s: float  # that a client may keep the server waiting
+    max_connections: int  # open ones; any more get a 503
+    draining: bool = False  # close every connection after its next response
 
 
 class WriteCoalescingTransport:
