@@ -36,12 +36,7 @@ MEDIA_TYPES: dict[DatasetFormat, str] = {
     "idx": "application/x-tar",
     "npz": "application/x-npz",
 }
-_SUFFIXES: dict[DatasetFormat, str] = {
-    "zip": "zip",
-    "webdataset": "tar",
-    "idx": "idx.tar",
-    "npz": "npz",
-}
+_SUFFIXES = {"webdataset": "tar", "idx": "idx.tar"}  # of the others, the name of the format
 LAYOUT_VERSION = 1  # of the bytes that this module makes
 _SHUFFLE = np.uint64(0x6A09E667F3BCC909)  # keeps the order independent of the latents
 _UNSAFE = re.compile(r"[^\w.-]+", re.ASCII)  # zip needs a flag for names beyond ASCII
@@ -90,7 +85,7 @@ class GeneratedDataset:
         """Return a name for the file."""
         part = "" if self.first == 0 else f"-from-{self.first * self.classes}"
         name = f"{self.model.name}-{self.last}-of-each-seed-{self.seed}{part}"
-        return f"{name}.{_SUFFIXES[file_format]}"
+        return f"{name}.{_SUFFIXES.get(file_format, file_format)}"
 
 
 class Batch(NamedTuple):
