@@ -213,7 +213,7 @@ class Batcher:
         if backlog_s > 0.0:
             fits_s = running_s + backlog_s * min(1.0, excess / queued) if excess > 0 else 0.0
             retry_after_s = min(retry_after_s, max(fits_s, late_s))
-        return errors.Overloaded(queued, max(retry_after_s, MIN_RETRY_AFTER_S))
+        return errors.Overloaded(max(retry_after_s, MIN_RETRY_AFTER_S))
 
     def _withdraw(self, request: PendingRequest) -> None:
         """Drop the rows of a request that are not started; called under the lock."""

@@ -16,8 +16,8 @@ class Draining(Exception):
 class Overloaded(Exception):
     """A request for which the queue has no room or not enough time; retry in `retry_after_s`."""
 
-    def __init__(self, queued_rows: int, retry_after_s: float) -> None:
-        super().__init__(queued_rows, retry_after_s)
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(retry_after_s)
         self.retry_after_s = retry_after_s
 
 
