@@ -50,8 +50,8 @@ class Interpolation:
 class GenerationRequest:
     """A request for images, not yet checked against the models."""
 
-    labels: Sequence[str | int] = ()  # class names or indices
-    mix: Sequence[tuple[str, float]] = ()  # in place of labels, classes and their weights
+    labels: Sequence[str] = ()  # each a class name or, if no class has that name, an index
+    mix: Sequence[tuple[str, float]] = ()  # in place of labels, labels and their weights
     n: int = 1  # images, or interpolations, of each label
     seed: int | None = None  # of all images; drawn if None
     index: int = 0  # number of the first image
@@ -183,7 +183,7 @@ class Generation:
 
         Args:
             model: generates them.
-            labels: (N,), 1 <= N <= 1024.
+            labels: (N,) integers, 1 <= N <= 1024; each is read as its decimal text.
             seeds: (N,); if None, one is drawn for all.
             indices: (N,), not negative; if None, images of the same seed and class are numbered.
             truncation: in (0, 1].
@@ -191,10 +191,8 @@ class Generation:
         Raises:
             Problem: 422 for a label that is not a class of the model.
         """
-        classes = len(model.info.class_names)
-        invalid = labels[(labels < 0) | (labels >= classes)]
-        if len(invalid):
-            raise _unknown_class("LABEL", int(invalid[0]), classes)
+        texts, rows = np.unique(labels, return_inverse=True)
+        labels = np.array([_label(model, str(each), "LABEL") for each in texts.tolist()])[rows]
         if seeds is None:
             seeds = np.full(len(labels), getrandbits(_SEED_BITS), dtype=np.uint64)
         if indices is None:
@@ -292,13 +290,8 @@ class Generation:
         return Problem(status, kind, detail, headers=headers)
 
 
-def _label(model: Model, label: str | int, field: str = "label") -> int:
-    """Return the class index of a name, of an index as text, or of an index."""
-    if isinstance(label, int):
-        classes = len(model.info.class_names)
-        if label not in range(classes):
-            raise _unknown_class(field, label, classes)
-        return label
+def _label(model: Model, label: str, field: str = "label") -> int:
+    """Return the class index of a name or, if no class has that name, of an index as text."""
     known = model.labels.get(label)
     if known is not None:
         return known
@@ -306,10 +299,6 @@ def _label(model: Model, label: str | int, field: str = "label") -> int:
         return model.info.label(label)
     except ValueError as error:
         raise invalid_value(field, label, str(error)) from error
-
-
-def _unknown_class(field: str, label: int, classes: int) -> Problem:
-    return invalid_value(field, label, f"unknown class; allowed: an index from 0 to {classes - 1}")
 
 
 def mix_weights(model: Model, mix: Sequence[tuple[str, float]]) -> NDArray[np.float64]:

@@ -25,6 +25,10 @@ class ModelEntry(BaseModel):
     default: bool
     sha256: str = Field(description="digest of the artifact's file; the model's identity")
     classes: list[str] = Field(description="class names, in the order of their indices")
+    ambiguous_labels: list[str] = Field(
+        description="names of classes that are also the index of another class; as labels they "
+        "stand for the class of that name"
+    )
     image_size: int = Field(description="height and width in pixels")
     channels: int
     device: str
@@ -113,6 +117,7 @@ def _entry(model: Model, default: bool) -> ModelEntry:
         default=default,
         sha256=model.sha256,
         classes=list(info.class_names),
+        ambiguous_labels=model.ambiguous_labels,
         image_size=info.network.image_size,
         channels=info.network.channels,
         device=str(engine.device),

@@ -45,9 +45,9 @@ class InputTensor(BaseModel, extra="forbid", strict=True):
     """A tensor of a request."""
 
     name: Literal["LABEL", "SEED", "INDEX"] = Field(
-        description="LABEL: class index of each image; SEED: of each image, one is drawn for all "
-        "if not given; INDEX: number of each image among those of its seed and class, from 0 if "
-        "not given"
+        description='LABEL: label of each image, 7 as "7" on /generate; SEED: of each image, one '
+        "is drawn for all if not given; INDEX: number of each image among those of its seed and "
+        "class, from 0 if not given"
     )
     shape: _Rows = Field(description="number of images", examples=[[2]])
     datatype: Literal["INT64"]

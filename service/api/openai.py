@@ -27,7 +27,7 @@ class ImageRequest(BaseModel, extra="forbid"):
 
     prompt: str = Field(
         max_length=1000,
-        description="a class name or index, or a phrase with exactly one of them",
+        description="a label as on /generate, or a phrase with exactly one",
         examples=["a seven"],
     )
     model: str | None = Field(None, description="as on /generate; the default model if not given")
@@ -132,19 +132,20 @@ def _encode(request: ResolvedRequest, result: GenerationResult, scale: int) -> I
     return ImagesResponse(created=int(time.time()), data=data).model_dump_json().encode()
 
 
-def find_class(model: Model, prompt: str) -> int:
-    """Return the index of the class that a prompt names.
+def find_class(model: Model, prompt: str) -> str:
+    """Return the name of the class that a prompt names.
 
-    The prompt is a name or an index, or a phrase that contains one of them. Names match in any case
-    and in the plural. A name within a longer matching name does not count: "t-shirt" does not match
-    "shirt".
+    The prompt is a label, or a phrase that contains one: a class name or, if no class has that
+    name, an index. Names match in any case and in the plural. A name within a longer matching name
+    does not count: "t-shirt" does not match "shirt".
 
     Raises:
         Problem: 422, the prompt names no class or several.
     """
+    classes = model.info.class_names
     exact = model.labels.get(prompt.strip())
     if exact is not None:
-        return exact
+        return classes[exact]
     words = _WORD.findall(prompt.casefold())
     spans = [
         (first, first + len(name), label)
@@ -159,8 +160,7 @@ def find_class(model: Model, prompt: str) -> int:
         if not any(a <= first and last <= b and b - a > last - first for a, b, _ in spans)
     }
     if len(found) == 1:
-        return found.pop()
-    classes = model.info.class_names
+        return classes[found.pop()]
     if found:
         names = ", ".join(classes[label] for label in sorted(found))
         raise invalid_value("prompt", prompt, f"names several classes ({names}); name one")

@@ -18,6 +18,7 @@ MAX_WEIGHT = 1e6
 MAX_SCALE = 16
 _MAX_CACHED_QUERY_BYTES = 256
 
+_LABEL = "a class name or, if no class has that name, a class index"
 _TRUNCATION = "lower values give more typical, less varied images"
 _MODEL = "NAME of a model, or NAME@sha256:DIGEST to pin its file; the default model if not given"
 _SEED = "the same seed gives the same images; drawn if not given"
@@ -56,7 +57,7 @@ class _GenerateFields(SamplingFields):
 
     def _request(
         self,
-        labels: Sequence[str | int] | None,
+        labels: Sequence[str] | None,
         mix: Sequence[tuple[str, float]] | None,
         seed: int | None,
         interpolation: Interpolation | None,
@@ -81,10 +82,10 @@ class GenerateQuery(_GenerateFields, extra="forbid", frozen=True):
     """The parameters of `/generate` in its query string."""
 
     label: Annotated[list[str], _SEVERAL] | None = Field(
-        None, examples=[["7"]], description="class index or class name; may repeat"
+        None, examples=[["7"]], description=f"{_LABEL}; may repeat"
     )
     mix: Annotated[list[str], _SEVERAL] | None = Field(
-        None, description="in place of label: CLASS:WEIGHT for each class of a mixture"
+        None, description="in place of label: LABEL:WEIGHT for each class of a mixture"
     )
     to_seed: SeedValue | None = Field(
         None, description="interpolate from the images of seed to those of this seed"
@@ -131,11 +132,11 @@ class GenerateBody(_GenerateFields, extra="forbid", strict=True):
     """The parameters of `POST /generate` as JSON, in place of its query string."""
 
     labels: Annotated[list[str | int], _SEVERAL] | None = Field(
-        None, description="class names, or indices as numbers", examples=[["3", 8]]
+        None, description=f'each {_LABEL}; 8 is the same as "8"', examples=[["3", 8]]
     )
     label: str | int | None = Field(None, description="in place of labels, if there is only one")
     mix: Annotated[dict[str, _Weight], _SEVERAL] | None = Field(
-        None, description="in place of labels: the weight of each class of a mixture"
+        None, description="in place of labels: the weight of each label of a mixture"
     )
     interpolate: InterpolationBody | None = None
 
@@ -145,11 +146,12 @@ class GenerateBody(_GenerateFields, extra="forbid", strict=True):
         Raises:
             Problem: 422, naming the parameter.
         """
-        labels, seed, interpolation = self.labels, self.seed, None
+        given, seed, interpolation = self.labels, self.seed, None
         if self.label is not None:
-            if labels is not None:
+            if given is not None:
                 raise invalid_value("label", self.label, "cannot be combined with labels")
-            labels = [self.label]
+            given = [self.label]
+        labels = None if given is None else [str(each) for each in given]
         if self.interpolate is not None:
             path = self.interpolate
             if path.from_seed is not None:
@@ -175,9 +177,9 @@ _WEIGHT: TypeAdapter[float] = TypeAdapter(_Weight)
 
 # They replace pydantic's messages, which differ from one way of being invalid to the other.
 _ALLOWED = {
-    "label": f"must be given once to {MAX_IMAGES} times, each a class index or a class name",
+    "label": f"must be given once to {MAX_IMAGES} times, each a class name or a class index",
     "labels": f"must be a list of 1 to {MAX_IMAGES} class names or indices",
-    "mix": f"must give classes weights from 0 to {MAX_WEIGHT:.0f}: mix=CLASS:WEIGHT for each, or "
+    "mix": f"must give labels weights from 0 to {MAX_WEIGHT:.0f}: mix=LABEL:WEIGHT for each, or "
     "an object in JSON",
     "n": f"must be an integer from 1 to {MAX_IMAGES}",
     "seed": f"must be an integer from 0 to {MAX_SEED}",

@@ -37,7 +37,7 @@ CONTENT_TYPES["multipart"] += f'; boundary="{_BOUNDARY}"'.encode()
 class ImageEntry(BaseModel):
     """An image and its recipe."""
 
-    label: int | None = Field(description="null for a mixture")
+    label: int | None = Field(description="class index; null for a mixture")
     class_name: str | None
     seed: int
     index: int

@@ -41,11 +41,16 @@ class Model:
 
     @cached_property
     def labels(self) -> dict[str, int]:
-        """Class indices by class name, and by index as a text."""
+        """Class indices by label: a class name or, if no class has that name, an index as text."""
         names = self.info.class_names
-        labels = {str(index): index for index in range(len(names))}
-        # A name takes precedence over an index, and the first of equal names over the others.
-        return labels | {name: index for index, name in reversed(list(enumerate(names)))}
+        by_index = {str(index): index for index in range(len(names))}
+        return by_index | {name: index for index, name in enumerate(names)}
+
+    @property
+    def ambiguous_labels(self) -> list[str]:
+        """Names of classes that are also the index of another class, in the order of these."""
+        indices = range(len(self.info.class_names))
+        return [str(index) for index in indices if self.labels[str(index)] != index]
 
     @property
     def versioned_name(self) -> str:

@@ -25,12 +25,12 @@ const percent = (share) => `${Math.round(100 * share)} %`;
 function fillClasses() {
   const { classes } = model();
   $("chips").replaceChildren(
-    ...classes.map((name, label) =>
-      make("label", {}, make("input", { type: "checkbox", name: "label", value: label }), make("span", { textContent: name })),
+    ...classes.map((name) =>
+      make("label", {}, make("input", { type: "checkbox", name: "label", value: name }), make("span", { textContent: name })),
     ),
   );
   for (const id of ["from", "to", "subject"]) {
-    $(id).replaceChildren(...classes.map((name, label) => make("option", { value: label, textContent: name })));
+    $(id).replaceChildren(...classes.map((name) => make("option", { value: name, textContent: name })));
   }
   $("to").selectedIndex = Math.min(1, classes.length - 1);
 }
@@ -77,13 +77,22 @@ function read() {
   return query;
 }
 
+/** Return the name of the class of a label: a name or, if no class has that name, an index. */
+function className(label) {
+  const { classes } = model();
+  return classes.includes(label) || !/^[0-9]{1,6}$/.test(label) ? label : classes[Number(label)];
+}
+
+/** Return the label and the weight of a part of a mixture; a name may contain a colon. */
+const splitPart = (part) => [className(part.slice(0, part.lastIndexOf(":"))), part.slice(part.lastIndexOf(":") + 1)];
+
 /** Fill the form from a query of /generate. */
 function write(query) {
   const name = query.get("model");
   if (models.some((each) => each.name === name)) $("model").value = name;
   fillClasses();
   showCertificate();
-  const mix = query.getAll("mix").map((each) => each.split(":"));
+  const mix = query.getAll("mix").map(splitPart);
   form.elements.mode.value = mix.length ? "mix" : query.has("to_seed") ? "interpolate" : "classes";
   if (mix.length) {
     const [[from], [to, share]] = [mix[0], mix[1] ?? [mix[0][0], 0]];
@@ -91,11 +100,11 @@ function write(query) {
     $("to").value = to;
     $("share").value = share;
   } else if (query.has("to_seed")) {
-    $("subject").value = query.get("label");
+    $("subject").value = className(query.get("label"));
     $("to-seed").value = query.get("to_seed");
     $("steps").value = query.get("steps") ?? 12;
   }
-  const labels = mode() === "classes" ? query.getAll("label") : [];
+  const labels = mode() === "classes" ? query.getAll("label").map(className) : [];
   for (const chip of form.querySelectorAll("input[name=label]")) {
     chip.checked = labels.length ? labels.includes(chip.value) : true;
   }
@@ -207,10 +216,10 @@ function showTiming(header, took) {
 
 /** Return a URL that always gives this image. */
 function permanent(image) {
-  const { model: name, mix, label, at, truncation } = image.recipe;
+  const { model: name, mix, at, truncation } = image.recipe;
   const query = new URLSearchParams({ model: `${name}@sha256:${shown.sha256}` });
   if (mix) for (const [each, weight] of Object.entries(mix)) query.append("mix", `${each}:${weight}`);
-  else query.set("label", label);
+  else query.set("label", image.class_name);
   query.set("seed", shown.seed);
   query.set("index", image.index);
   if (at !== undefined) {
@@ -303,10 +312,11 @@ function showCertificate() {
   showSamples(model());
 }
 
-async function showSamples({ name, sha256, classes }) {
+async function showSamples({ name, sha256, classes, ambiguous_labels: ambiguous }) {
   const columns = Math.max(1, Math.min(12, Math.floor(1024 / classes.length)));
   const query = new URLSearchParams({ model: `${name}@sha256:${sha256}`, n: columns, seed: 1, format: "json" });
-  for (const label of classes.keys()) query.append("label", label);
+  // Names of many classes would exceed the longest URL that the service accepts.
+  classes.forEach((each, index) => query.append("label", ambiguous.includes(`${index}`) ? each : index));
   try {
     const { images } = await (await ask(`generate?${query}`)).json();
     if (model().name !== name) return;

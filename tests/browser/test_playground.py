@@ -15,7 +15,8 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from tests.support.serving import ServiceProcess
+from tests.support.numbered import serve_numbered_classes
+from tests.support.serving import LocalService, ServiceProcess
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECRET = "a-secret-of-16-characters"  # of the service that these tests start
@@ -41,6 +42,12 @@ def limited() -> Iterator[ServiceProcess]:
     with ServiceProcess(
         "--api-keys", keys, "--burst-images", "1024", "--max-queue-images", "1024"
     ) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def numbered() -> Iterator[LocalService]:
+    with serve_numbered_classes() as one:
         yield one
 
 
@@ -111,7 +118,7 @@ def test_what_is_picked_is_what_the_api_makes(visit: Open, service: ServiceProce
     seed = 2**64 - 1
     query = f"label=7&index=2&seed={seed}&model=mnist"
     assert png(images(page).last) == service.client.post(f"/generate?{query}").content
-    assert "label=3&label=7&n=3&seed=18446744073709551615" in page.url
+    assert "label=three&label=seven&n=3&seed=18446744073709551615" in page.url
 
 
 def test_another_model_has_other_classes(visit: Open) -> None:
@@ -148,6 +155,37 @@ def test_a_permanent_link_gives_the_image_that_is_shown(
     answer = service.client.get(link)
     assert "immutable" in answer.headers["Cache-Control"]
     assert answer.content == png(images(page).nth(2))
+
+
+@pytest.mark.parametrize(("model", "number"), [("ten", "10"), ("ten", "1"), ("even", "2")])
+@pytest.mark.parametrize("mode", ["Classes", "Mix", "Interpolate"])
+def test_a_class_whose_name_is_a_number_is_the_one_that_is_shown(
+    visit: Open, numbered: LocalService, model: str, number: str, mode: str
+) -> None:
+    page = visit(f"/?model={model}&seed=5", at=str(numbered.client.base_url))
+    page.get_by_role("radio", name=mode).check()
+    if mode == "Classes":
+        only(page, number)
+    elif mode == "Mix":
+        page.get_by_label("From", exact=True).select_option(label=number)
+        page.get_by_label("Weight of the second class").fill("0")
+    else:
+        page.get_by_label("Class", exact=True).select_option(label=number)
+    generate(page)
+    shown = images(page).nth(1)
+    words = {"Classes": number, "Mix": f"100 % {number}", "Interpolate": number}[mode]
+    expect(shown).to_have_attribute("alt", re.compile(f"^{words},"))
+    page.locator("#grid button").nth(1).click()
+    link = page.get_by_role("dialog").get_by_role("link").get_attribute("href")
+    assert link is not None
+    assert f"mix={number}:1" in link if mode == "Mix" else f"label={number}&" in link
+    assert numbered.client.get(link).content == png(shown)
+    command = page.locator("#curl").inner_text()
+    assert f"'{link}'" in command
+    before = png(shown)
+    page.reload()  # its address alone gives the same images again
+    expect(images(page).nth(1)).to_have_attribute("alt", re.compile(f"^{words},"))
+    assert png(images(page).nth(1)) == before
 
 
 def test_an_image_enlarges_crisply_with_all_that_it_is_made_from(visit: Open) -> None:

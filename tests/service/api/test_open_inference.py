@@ -193,7 +193,7 @@ def test_truncation_is_a_parameter(client: httpx.Client) -> None:
 
 def test_a_wrong_value_is_named_to_a_triton_client(remote: Any) -> None:
     for inputs, words in (
-        ([tensor("LABEL", 10)], "LABEL: unknown class; allowed: an index from 0 to 9"),
+        ([tensor("LABEL", 10)], "LABEL: '10' is not a class; allowed is an index from 0 to 9"),
         ([tensor("LABEL", -1)], "LABEL: must be from 0"),
         ([tensor("SEED", 1)], "LABEL: is required"),
         ([tensor("LABEL", 1, 2), tensor("SEED", 1)], "SEED: has 1 rows, but LABEL has 2"),

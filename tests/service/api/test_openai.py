@@ -179,4 +179,4 @@ def test_a_phrase_names_exactly_one_class(
             find_class(chosen, prompt)
         assert caught.value.errors[0].field == "prompt"
     else:
-        assert chosen.info.class_names[find_class(chosen, prompt)] == expected
+        assert find_class(chosen, prompt) == expected
