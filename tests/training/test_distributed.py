@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.support import tiny_training as tiny
-from tests.support.processes import REPOSITORY
+from tests.support.processes import torchrun
 from training.__main__ import main
 from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint
@@ -101,9 +99,11 @@ import os, shutil, signal, sys
 from pathlib import Path
 import pytest
 from tests.support import tiny_training as tiny
+from tests.support.processes import end_with_input
 from training import loop
 from training.__main__ import main
 
+end_with_input()
 scratch, rank = Path(sys.argv.pop(1)), os.environ["RANK"]
 out = sys.argv[sys.argv.index("--out") + 1]
 tiny.install(pytest.MonkeyPatch(), scratch / rank)
@@ -147,33 +147,19 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     scratch = tmp_path_factory.mktemp("pair")
     (scratch / "script.py").write_text(SCRIPT)
     os.mkfifo(scratch / "copied")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "--redirects", "3", "--log-dir", str(scratch / "logs")),
-            *(str(scratch / "script.py"), str(scratch), *TRAIN, "--out", str(scratch / "run")),
-        ],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=TIMEOUT_S,
-    )
+    command = [str(scratch), *TRAIN, "--out", str(scratch / "run")]
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    logs = scratch / "logs"
+    with torchrun(scratch / "script.py", *command, logs=logs, environment=environment) as process:
+        process.wait(timeout=TIMEOUT_S)
 
     def printed(name: str) -> list[str]:
-        found = sorted((scratch / "logs").glob(f"*/attempt_0/*/{name}.log"))
-        assert len(found) == 2, ended.stderr
+        found = sorted(logs.glob(f"*/attempt_0/*/{name}.log"))
+        assert len(found) == 2
         return [path.read_text() for path in found]
 
     errors = printed("stderr")
-    assert ended.returncode == 0, errors
+    assert process.returncode == 0, errors
     statuses = [(scratch / f"status{rank}").read_text() for rank in (0, 1)]
     folders = RunFolder(scratch / "stopped"), RunFolder(scratch / "run")
     return Ended(*folders, statuses, errors, printed("stdout"))
@@ -265,6 +251,29 @@ def test_one_process_resumes_a_run_of_two(
     assert load_artifact(folder.artifact).info.training["processes"] == 1
     losses = losses_of(folder)
     assert losses[640] == pytest.approx(losses_of(single)[640], rel=1e-3)
+
+
+HANGING = """
+import sys
+from threading import Event
+from tests.support.processes import end_with_input
+
+end_with_input()
+alive = open(sys.argv[1], "w")
+print("alive", file=alive, flush=True)
+Event().wait()
+"""
+
+
+def test_processes_that_hang_end_with_the_test_that_started_them(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(HANGING)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with torchrun(tmp_path / "script.py", str(pipe), logs=tmp_path / "logs"):
+        reader = pipe.open()
+        assert [reader.readline() for _ in range(2)] == ["alive\n", "alive\n"]
+    with reader:
+        assert reader.read() == ""  # the end, once neither process holds the pipe open
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(
