@@ -18,7 +18,13 @@ if absent := [name for name in ("click", "pooch", "tensorboard", "tqdm") if not 
 import click
 import torch
 
-from training.artifact import ArtifactError, ArtifactInfo, load_artifact, save_artifact
+from training.artifact import (
+    ArtifactError,
+    ArtifactInfo,
+    list_names,
+    load_artifact,
+    save_artifact,
+)
 from training.cli import Commands
 from training.config import PRESETS, TrainingConfig
 from training.cuda_graph import make_step
@@ -28,7 +34,7 @@ from training.distributed import init_distributed
 from training.files import prepare_folder, write_atomically
 from training.gamma_search import DEFAULT_GAMMA
 from training.images import class_grid, grid, save_png
-from training.importing import ForeignCheckpointError, load_foreign
+from training.importing import ForeignCheckpointError, load_foreign, read_class_names
 from training.inspection import render_picture, render_summary, summary
 from training.loop import train
 from training.networks import Generator, GeneratorConfig, count_parameters
@@ -364,30 +370,47 @@ _UNMEASURED = "To import it without an evaluation, give --no-certify."
     help="The artifact to write, NAME.safetensors; must not exist.",
 )
 @click.option(
-    "--dataset",
-    type=click.Choice(sorted(DATASETS)),
-    default="mnist",
-    help="Data set that names the classes, and that the evaluation compares with.",
+    "--classes",
+    help="Names of the classes in the order of their labels: separated by commas, or a text file "
+    'with one a line. [default: those of --dataset, else "0", "1", …]',
 )
 @click.option(
-    "--certify/--no-certify", default=True, help="Evaluate it as the command evaluate does."
+    "--dataset",
+    type=click.Choice(sorted(DATASETS)),
+    help="Data set that it was trained on: names the classes, and the evaluation compares with it.",
+)
+@click.option(
+    "--certify/--no-certify",
+    default=None,
+    help="Evaluate it as the command evaluate does. [default: certify if there is a --dataset]",
 )
 @device_option
 @data_dir_option
 def import_command(
-    *, checkpoint: Path, out: Path, dataset: str, certify: bool, device: str, data_dir: Path | None
+    *,
+    checkpoint: Path,
+    out: Path,
+    classes: str | None,
+    dataset: str | None,
+    certify: bool | None,
+    device: str,
+    data_dir: Path | None,
 ) -> None:
     """Convert a foreign CHECKPOINT to an artifact.
 
     CHECKPOINT is a generator's state dict as CGAN-PyTorch or PyTorch-GAN save it.
     """
-    if out.suffix != ".safetensors":
-        raise click.BadParameter(f"{out} must end in .safetensors", param_hint="--out")
-    if out.exists():
-        raise click.BadParameter(f"{out} already exists", param_hint="--out")
+    if certify and dataset is None:
+        raise click.UsageError("--certify needs --dataset, the images to compare with")
+    _check_new_artifact(out)
+    try:
+        names = None if classes is None else read_class_names(classes)
+        generator, info = load_foreign(checkpoint, class_names=names, dataset=dataset)
+    except ValueError as error:
+        option = "--dataset" if classes is None else "--classes"
+        raise click.BadParameter(str(error), param_hint=option) from error
     prepare_folder(out.parent)
-    generator, info = load_foreign(checkpoint, dataset)
-    if certify:
+    if dataset is not None and certify is not False:
         if "dataset" not in info.training:
             made = f"generates images of {_shape(info.network)}, unlike {dataset}"
             raise ForeignCheckpointError(checkpoint, f"{made}\n{_UNMEASURED}")
@@ -401,6 +424,16 @@ def import_command(
         click.echo(render_table(certificate, info.class_names))
     save_artifact(out, generator, info)
     click.echo(f"{out}: imported from {checkpoint}, SHA-256 {load_artifact(out).sha256}")
+    click.echo(f"Classes: {list_names(info.class_names)}")
+    if classes is None and dataset is None:
+        click.echo("Name the classes with --classes; evaluate with --dataset.")
+
+
+def _check_new_artifact(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise click.BadParameter(f"{path} must end in .safetensors", param_hint="--out")
+    if path.exists():
+        raise click.BadParameter(f"{path} already exists; choose another name", param_hint="--out")
 
 
 @main.command("inspect")

@@ -7,6 +7,7 @@ once and checks it against the network that the file's own configuration builds.
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from training.files import FileError, read_file, write_atomically
+from training.files import FileError, find_kind, read_file, write_atomically
 from training.networks import Generator, GeneratorConfig, build_generator
 
 MAX_BYTES = 1 << 30  # limits the memory that a wrong path can take; real files are far smaller
+MAX_NAME = 200  # characters of a class name
 _KINDS = ("mlp", "conv")
 _METADATA_KEY = "artifact"  # a single key of sorted JSON: equal contents give equal bytes
 # Stored beside the fields of `ArtifactInfo`. It detects damage, not manipulation. Files of early
@@ -51,7 +53,7 @@ class ArtifactInfo:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     network: GeneratorConfig
-    class_names: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...]
+    class_names: tuple[Annotated[str, Field(min_length=1, max_length=MAX_NAME)], ...]
     training: dict[str, Any] = field(default_factory=dict)
     images_seen: Annotated[int, Field(ge=0)]
     source_commit: str | None = None
@@ -67,7 +69,8 @@ class ArtifactInfo:
                 f"{len(self.class_names)} class names for {self.network.num_classes} classes"
             )
         if len(set(self.class_names)) != len(self.class_names):
-            raise ValueError("class names repeat")
+            twice = next(name for name, n in Counter(self.class_names).items() if n > 1)
+            raise ValueError(f"class names repeat: {_quote(twice)}")
         json.dumps((self.training, self.certificate), allow_nan=False)  # raises for NaN and inf
 
     def label(self, text: str) -> int:
@@ -190,8 +193,11 @@ def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
     """Return the header of a safetensors file: JSON after 8 bytes of its length."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
-        if data[:2] == b"PK" or data[:1] == b"\x80":
+        kind = find_kind(data)
+        if kind in ("a pickle", "a file of torch.save"):
             raise ArtifactError(path, "is a pickle (a checkpoint?); nothing in it was executed")
+        if kind not in (None, "a safetensors file"):
+            raise ArtifactError(path, f"is {kind}; expected an artifact (.safetensors)")
         raise ArtifactError(path, f"is truncated or not a safetensors file ({len(data)} bytes)")
     try:
         header = json.loads(data[8 : 8 + length])

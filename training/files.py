@@ -1,8 +1,45 @@
-"""Atomic file writes."""
+"""Files: kinds by content, checked reads, atomic writes."""
 
+import io
 import os
 import tempfile
+import zipfile
 from pathlib import Path
+
+# (position, bytes there, kind); the first match counts.
+_SIGNATURES = (
+    (
+        *(0, b"version https://git-lfs.github.com/spec/"),
+        "a Git LFS pointer instead of the file itself; fetch the file with: git lfs pull",
+    ),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, such as a Keras model of .h5"),
+    (0, b"\x80", "a pickle"),
+    (0, b"GGUF", "a GGUF model"),
+    (4, b"TFL3", "a TensorFlow Lite model"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (0, b"\xfd7zXZ", "an xz archive; unpack it first"),
+    (0, b"7z\xbc\xaf", "a 7-zip archive; unpack it first"),
+    (0, b"Rar!", "a RAR archive; unpack it first"),
+    (257, b"ustar", "a tar archive; unpack it first"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"%PDF", "a PDF document"),
+    (8, b"{", "a safetensors file"),
+    (0, b"{", "JSON text"),
+    # Protocol buffers: the first field is a version, the second one text or a message.
+    (0, b"\x08\x01\x12", "a TensorFlow SavedModel"),
+    *((0, bytes([8, version]), "an ONNX model") for version in range(3, 64)),
+)
+# A zip archive with a file whose path ends like this -> kind; the first match counts.
+_ZIPPED = {
+    "model.weights.h5": "a Keras model",
+    "/constants.pkl": "a TorchScript model",
+    "/archive_format": "a program of torch.export",
+    "data.pkl": "a file of torch.save",
+    ".npy": "a file of NumPy arrays",
+    "": "a zip archive; unpack it first",
+}
 
 
 class FileError(Exception):
@@ -31,6 +68,28 @@ def read_file(path: Path, max_bytes: int, error: type[FileError]) -> bytes:
         return path.read_bytes()
     except OSError as cause:
         raise error(path, f"cannot be read: {cause.strerror}") from cause
+
+
+def find_kind(data: bytes) -> str | None:
+    """Return the kind of a file by its content, such as "a Keras model"; None if unknown."""
+    if not data:
+        return "an empty file"
+    if data.startswith(b"PK\x03\x04"):
+        return _find_zipped_kind(data)
+    if data[:1000].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "an HTML page, probably the answer of a failed download; download it again"
+    found = (kind for position, bytes_, kind in _SIGNATURES if data.startswith(bytes_, position))
+    return next(found, None)
+
+
+def _find_zipped_kind(data: bytes) -> str | None:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return None  # damaged
+    found = (kind for end, kind in _ZIPPED.items() if any(name.endswith(end) for name in names))
+    return next(found, None)
 
 
 def prepare_folder(folder: Path) -> None:

@@ -15,22 +15,38 @@ apart. A program with the same names and another network gives wrong images; eva
 
 import hashlib
 import io
+import os
 import re
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from training.artifact import MAX_BYTES, ArtifactInfo, Uninitialised, check_tensor
+from training.artifact import (
+    MAX_BYTES,
+    MAX_NAME,
+    ArtifactInfo,
+    Uninitialised,
+    check_tensor,
+    list_names,
+)
 from training.data.named import DATASETS
-from training.files import FileError, read_file
+from training.files import FileError, find_kind, read_file
 from training.networks import MLPGenerator, MLPGeneratorConfig
 
+EXPECTED = (
+    "expected the state dict of a generator, as CGAN-PyTorch (tensors label_embedding.* with "
+    "main.* or layers.*) or PyTorch-GAN (label_emb.* with model.*) save it with torch.save or "
+    "safetensors"
+)
 # Keys of a checkpoint under which its generator may be.
 WRAPPERS = (
     *("ema_state_dict", "ema", "generator", "generator_state_dict", "netG", "G"),
@@ -75,17 +91,25 @@ FORMATS = (
 )
 
 
-def load_foreign(path: Path, dataset: str) -> tuple[MLPGenerator, ArtifactInfo]:
-    """Read a generator's state dict as `torch.save` wrote it; nothing in it is executed.
+def load_foreign(
+    path: Path, *, class_names: Sequence[str] | None = None, dataset: str | None = None
+) -> tuple[MLPGenerator, ArtifactInfo]:
+    """Read a generator's state dict; nothing in the file is executed.
+
+    Args:
+        path: as `torch.save` or safetensors wrote it.
+        class_names: one per class, in the order of the labels. If not given, they are those of
+            `dataset`, or "0", "1", … without one.
+        dataset: a key of `DATASETS`, the images that the generator imitates.
 
     Returns:
         the equivalent generator in evaluation mode, and the description of an artifact with it. It
-        names the data set and its classes if the images have the data set's shape. Otherwise the
-        classes are named "0", "1", …, without a data set.
+        names the data set if the images have the data set's shape.
 
     Raises:
         ForeignCheckpointError: the file cannot be read, holds more than tensors and plain values,
             or its tensors are not those of a generator; names the first wrong tensor.
+        ValueError: there are not as many names as classes, or they repeat.
     """
     data = read_file(path, MAX_BYTES, ForeignCheckpointError)
     tensors = _find_state_dict(path, _load(path, data))
@@ -96,9 +120,8 @@ def load_foreign(path: Path, dataset: str) -> tuple[MLPGenerator, ArtifactInfo]:
     generator.load_state_dict(_remap(path, form, generator, tensors), assign=True)
     generator.eval().requires_grad_(False)
     _convert(generator, form)
-    names = DATASETS[dataset].class_names
-    shape = (network.channels, network.image_size, network.num_classes)
-    fits = shape == (*_NAMED_SHAPE, len(names))
+    if class_names is None and dataset is not None:
+        class_names = DATASETS[dataset].class_names
     training: dict[str, Any] = {
         # The bytes of a file's name need not be valid text, which JSON requires.
         "imported_from": path.name.encode(errors="replace").decode(),
@@ -106,12 +129,32 @@ def load_foreign(path: Path, dataset: str) -> tuple[MLPGenerator, ArtifactInfo]:
         "layout": form.source,
         "images_seen": None,  # unknown, which ArtifactInfo.images_seen cannot express
     }
+    if dataset is not None and (network.channels, network.image_size) == _NAMED_SHAPE:
+        training["dataset"] = dataset
     return generator, ArtifactInfo(
         network=network,
-        class_names=names if fits else tuple(map(str, range(network.num_classes))),
-        training={**training, "dataset": dataset} if fits else training,
+        class_names=tuple(class_names or map(str, range(network.num_classes))),
+        training=training,
         images_seen=0,
     )
+
+
+def read_class_names(text: str) -> tuple[str, ...]:
+    """Return the names that an option lists, separated by commas or in a text file, one a line.
+
+    Raises:
+        ValueError: a name is empty or longer than 200 characters, or the file is not UTF-8 text.
+        OSError: the file cannot be read.
+    """
+    in_file = os.path.isfile(text)  # noqa: PTH113  (Path.is_file raises for a long list)
+    listed = Path(text).read_text("utf-8").strip().splitlines() if in_file else text.split(",")
+    names = tuple(name.strip() for name in listed)
+    for number, name in enumerate(names):
+        if not 1 <= len(name) <= MAX_NAME:
+            raise ValueError(
+                f"the name of class {number} has {len(name)} characters, expected 1 to {MAX_NAME}"
+            )
+    return names
 
 
 def _check_size(path: Path, subject: str, size: int) -> None:
@@ -122,9 +165,14 @@ def _check_size(path: Path, subject: str, size: int) -> None:
 
 
 def _load(path: Path, data: bytes) -> object:
-    """Return the object that `torch.save` saved, restricted to tensors and plain values."""
+    """Return the object in a file, restricted to tensors and plain values."""
+    kind = find_kind(data)
+    if kind == "a safetensors file":
+        return _load_safetensors(path, data)
+    if kind not in ("a file of torch.save", "a pickle", None):
+        raise ForeignCheckpointError(path, f"is {kind}; {EXPECTED}")
     if not data.startswith((b"PK", b"\x80")):
-        raise ForeignCheckpointError(path, "is not a file of torch.save")
+        raise ForeignCheckpointError(path, f"is of an unknown kind; {EXPECTED}")
     try:
         if zipfile.is_zipfile(io.BytesIO(data)):  # a compressed archive can be far larger in memory
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -134,10 +182,27 @@ def _load(path: Path, data: bytes) -> object:
     except ForeignCheckpointError:
         raise
     except Exception as error:  # PyTorch raises exceptions of many types for damaged files
+        refused = re.search(r"Unsupported (?:global|class): GLOBAL (\S+)", str(error))
+        if refused is not None:
+            raise ForeignCheckpointError(
+                path,
+                f"holds an object of {refused[1]}, not only tensors; save the state dict alone, "
+                "with torch.save(generator.state_dict(), FILE); nothing in it was executed",
+            ) from error
         raise ForeignCheckpointError(
             path,
             "is damaged, or holds more than tensors and plain values; nothing in it was executed",
         ) from error
+
+
+def _load_safetensors(path: Path, data: bytes) -> StateDict:
+    length = int.from_bytes(data[:8], "little")
+    if b'"cgan-generator"' in data[8 : 8 + length].replace(b"\\", b""):
+        raise ForeignCheckpointError(path, "is an artifact already; serve it as it is")
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ForeignCheckpointError(path, f"is damaged: {error}") from error
 
 
 def _is_state_dict(contents: object) -> TypeGuard[StateDict]:
@@ -157,9 +222,13 @@ def _find_state_dict(path: Path, contents: object) -> StateDict:
         found = {key: value for key, value in wrapped.items() if _is_state_dict(value)}
     if not found:
         keys = ", ".join(WRAPPERS)
-        raise ForeignCheckpointError(path, f"is not a state dict and has none under {keys}")
+        raise ForeignCheckpointError(
+            path, f"is not a state dict and has none under {keys}; {EXPECTED}"
+        )
     if len(found) > 1:
-        raise ForeignCheckpointError(path, f"holds several networks: {', '.join(found)}")
+        raise ForeignCheckpointError(
+            path, f"holds several networks: {', '.join(found)}; save the generator alone"
+        )
     (tensors,) = found.values()
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
@@ -172,7 +241,10 @@ def _config(path: Path, form: StateDictFormat, tensors: StateDict) -> MLPGenerat
     """Derive the configuration from the shapes of the embedding and of the linear layers."""
     key = form.name("label_embedding.weight")
     if key not in tensors:
-        raise ForeignCheckpointError(path, f"the tensor {key!r} is missing")
+        held = list_names([f"{name} {list(it.shape)}" for name, it in tensors.items()], most=3)
+        raise ForeignCheckpointError(
+            path, f"the tensor {key!r} is missing; the file holds {held}; {EXPECTED}"
+        )
     if tensors[key].dim() != 2:
         shape = list(tensors[key].shape)
         raise ForeignCheckpointError(path, f"{key}: shape is {shape}, expected 2 dimensions")
@@ -185,7 +257,9 @@ def _config(path: Path, form: StateDictFormat, tensors: StateDict) -> MLPGenerat
     )
     if len(linear) < 2:
         raise ForeignCheckpointError(
-            path, f"has {len(linear)} linear layers under {form.body!r}, expected 2 or more"
+            path,
+            f"has {len(linear)} linear layers under {form.body!r}, expected 2 or more: its network "
+            "is not the multilayer perceptron that this command reads",
         )
     last, pixels, _ = linear[-1]
     channels, image_size = _image_shape(path, f"{form.body}.{last}.weight", pixels)

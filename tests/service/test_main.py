@@ -130,7 +130,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing tensor": (change(lambda t: t.pop(BIAS)), f"'{BIAS}' is missing"),
     "not a number": (change(lambda t: t[BIAS].fill_(torch.nan)), f"{BIAS}: holds values that"),
     "other weights": (change(lambda t: t[BIAS].add_(1)), "is damaged"),
-    "0 bytes": (lambda it: it.write_bytes(b""), "is truncated or not a safetensors file (0 bytes)"),
+    "0 bytes": (
+        lambda it: it.write_bytes(b""),
+        "is an empty file; expected an artifact (.safetensors)",
+    ),
     "a folder": (instead(Path.mkdir), "is a folder, not a file"),
     "links in a circle": (instead(lambda it: it.symlink_to(it)), "Too many levels of symbolic"),
     "unreadable": (instead(lambda it: it.symlink_to("/proc/self/mem")), "cannot be read"),

@@ -156,7 +156,7 @@ def test_a_truncated_file_is_refused(path: Path, kept: int) -> None:
 
 def test_an_empty_file_is_refused(path: Path) -> None:
     path.write_bytes(b"")
-    assert refusal(path) == "is truncated or not a safetensors file (0 bytes)"
+    assert refusal(path) == "is an empty file; expected an artifact (.safetensors)"
 
 
 def test_a_file_with_bytes_to_spare_is_refused(path: Path) -> None:

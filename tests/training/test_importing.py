@@ -4,10 +4,12 @@ The networks of these programs are written here again, after their definitions a
 project's own, so that an importer that misreads them fails its test.
 """
 
+import gzip
 import hashlib
 import io
 import os
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import onnx
 import pytest
 import safetensors.torch
 import torch
@@ -36,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 MNIST = DATASETS["mnist"].class_names
+NAMES = tuple(f"kind {letter}" for letter in "abcdefghij")
 StateDict = dict[str, Tensor]
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -108,7 +112,7 @@ def checkpoint(path: Path, published: CganPytorch) -> Path:
 
 
 def assert_same_images(path: Path, published: nn.Module, classes: int = 10) -> None:
-    ours, _ = load_foreign(path, "mnist")
+    ours, _ = load_foreign(path)
     latents = torch.randn(40, 100, generator=torch.Generator().manual_seed(2))
     labels = torch.arange(40) % classes
     with torch.inference_mode():
@@ -125,12 +129,12 @@ def test_an_imported_generator_makes_the_published_ones_images(
     checkpoint: Path, published: CganPytorch
 ) -> None:
     assert_same_images(checkpoint, published)
-    generator, _ = load_foreign(checkpoint, "mnist")
+    generator, _ = load_foreign(checkpoint)
     assert not any(module.training for module in generator.modules())
 
 
 def test_its_weights_are_taken_over_bit_by_bit(checkpoint: Path, published: CganPytorch) -> None:
-    ours, _ = load_foreign(checkpoint, "mnist")
+    ours, _ = load_foreign(checkpoint)
     for name, tensor in published.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
 
@@ -139,7 +143,7 @@ def test_labels_before_latents_and_another_eps_are_converted(path: Path) -> None
     published = trained(PytorchGan())
     torch.save(published.state_dict(), path)
     assert_same_images(path, published)
-    _, info = load_foreign(path, "mnist")
+    _, info = load_foreign(path)
     assert info.training["layout"] == "eriklindernoren/PyTorch-GAN"
 
 
@@ -150,7 +154,7 @@ def test_the_shapes_determine_the_configuration(
     published = trained(CganPytorch(size, channels, classes))
     torch.save(published.state_dict(), path)
     assert_same_images(path, published, classes)
-    network = load_foreign(path, "mnist")[0].config
+    network = load_foreign(path)[0].config
     assert (network.image_size, network.channels, network.num_classes) == (size, channels, classes)
     assert (network.latent_dim, network.embedding_dim) == (100, classes)
     assert network.hidden == (128, 256, 512, 1024)
@@ -187,7 +191,7 @@ def test_half_precision_becomes_single_precision(path: Path, dtype: torch.dtype)
     published = trained(CganPytorch()).to(dtype)
     torch.save(published.state_dict(), path)
     assert_same_images(path, published.float())
-    generator, _ = load_foreign(path, "mnist")
+    generator, _ = load_foreign(path)
     dtypes = {p.dtype for p in generator.parameters()}
     assert dtypes == {torch.float32}
 
@@ -197,7 +201,7 @@ def test_half_precision_becomes_single_precision(path: Path, dtype: torch.dtype)
 
 def refusal(path: Path) -> str:
     with pytest.raises(ForeignCheckpointError) as caught:
-        load_foreign(path, "mnist")
+        load_foreign(path)
     assert (caught.value.path, str(caught.value)) == (path, f"{path}: {caught.value.cause}")
     assert "\n" not in caught.value.cause
     return caught.value.cause
@@ -341,14 +345,90 @@ def test_a_file_cut_short_is_refused(
     assert refusal(path).startswith("is damaged")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"hello", safetensors.torch.save({"main.0.bias": torch.zeros(3)})],
-    ids=["empty", "text", "safetensors"],
-)
-def test_another_format_is_refused(path: Path, content: bytes) -> None:
+def onnx_model() -> bytes:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([], "nothing", [value], [value])
+    content: bytes = onnx.helper.make_model(graph).SerializeToString()
+    return content
+
+
+def zipped(*names: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, "content")
+    return buffer.getvalue()
+
+
+def torchscript() -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # people still have such files
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), buffer)
+    return buffer.getvalue()
+
+
+def numpy_arrays() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, np.zeros(2))
+    return buffer.getvalue()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 6062080\n"
+OTHER_KINDS: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is an empty file"),
+    "text": (b"hello", "is of an unknown kind"),
+    "Git LFS": (POINTER, "is a Git LFS pointer instead of the file itself; fetch the file with"),
+    "page": (b"\n<!DOCTYPE html><html>404", "is an HTML page, probably the answer of a failed"),
+    "answer": (b'{"error": "Entry not found"}', "is JSON text"),
+    "Keras": (
+        zipped("metadata.json", "config.json", "model.weights.h5"),
+        "is a Keras model",
+    ),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "is an HDF5 file, such as a Keras model of .h5"),
+    "ONNX": (onnx_model(), "is an ONNX model"),
+    "SavedModel": (b"\x08\x01\x12\x80\x01" + bytes(128), "is a TensorFlow SavedModel"),
+    "TorchScript": (torchscript(), "is a TorchScript model"),
+    "zip": (zipped("generator.pth"), "is a zip archive; unpack it first"),
+    "NumPy": (numpy_arrays(), "is a file of NumPy arrays"),
+    "gzip": (gzip.compress(b"generator"), "is a gzip archive; unpack it first"),
+}
+
+
+@pytest.mark.parametrize(("content", "kind"), OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_a_file_of_another_kind_is_named_with_what_is_expected(
+    path: Path, content: bytes, kind: str
+) -> None:
     path.write_bytes(content)
-    assert refusal(path) == "is not a file of torch.save"
+    cause = refusal(path)
+    assert cause.startswith(kind)
+    assert "expected the state dict of a generator, as CGAN-PyTorch" in cause
+
+
+def test_a_pickled_network_is_refused_with_what_to_save_instead(path: Path) -> None:
+    for zipped in (True, False):
+        torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=zipped)
+        cause = refusal(path)
+        assert cause.startswith("holds an object of torch.nn.modules.linear.Linear, not only")
+        assert "torch.save(generator.state_dict(), FILE)" in cause
+
+
+def test_a_network_of_another_layout_is_named_by_its_tensors(path: Path) -> None:
+    tensors = {"conv1.weight": torch.zeros(8, 1, 3, 3), "conv1.bias": torch.zeros(8)}
+    torch.save(tensors, path)
+    cause = refusal(path)
+    assert "the file holds conv1.weight [8, 1, 3, 3], conv1.bias [8]; expected the" in cause
+
+
+def test_tensors_in_a_safetensors_file_are_read_too(path: Path, published: CganPytorch) -> None:
+    path.write_bytes(safetensors.torch.save(published.state_dict()))
+    assert_same_images(path, published)
+    path.write_bytes(safetensors.torch.save({"conv1.bias": torch.zeros(8)}))
+    assert "the file holds conv1.bias [8]" in refusal(path)
+
+
+def test_an_artifact_needs_no_import(bundled: Path) -> None:
+    assert refusal(bundled) == "is an artifact already; serve it as it is"
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
@@ -380,7 +460,7 @@ def test_a_file_that_grows_when_it_is_unpacked_is_refused(
 
 
 def test_the_artifact_says_where_it_is_from_and_what_is_not_known(checkpoint: Path) -> None:
-    _, info = load_foreign(checkpoint, "mnist")
+    _, info = load_foreign(checkpoint, dataset="mnist")
     assert info.class_names == MNIST
     assert info.training == {
         "dataset": "mnist",
@@ -393,17 +473,23 @@ def test_the_artifact_says_where_it_is_from_and_what_is_not_known(checkpoint: Pa
 
 
 def test_the_data_set_names_the_classes(checkpoint: Path) -> None:
-    _, info = load_foreign(checkpoint, "fashion-mnist")
+    _, info = load_foreign(checkpoint, dataset="fashion-mnist")
     assert info.class_names == DATASETS["fashion-mnist"].class_names
     assert info.training["dataset"] == "fashion-mnist"
 
 
-@pytest.mark.parametrize(("size", "channels", "classes"), [(32, 1, 10), (28, 3, 10), (28, 1, 4)])
-def test_classes_of_no_known_data_set_are_numbered(
+def test_given_names_are_those_of_the_classes(checkpoint: Path) -> None:
+    _, info = load_foreign(checkpoint, class_names=NAMES, dataset="mnist")
+    assert info.class_names == NAMES
+    assert info.training["dataset"] == "mnist"
+
+
+@pytest.mark.parametrize(("size", "channels", "classes"), [(28, 1, 10), (32, 1, 10), (28, 3, 4)])
+def test_classes_without_names_are_numbered(
     path: Path, size: int, channels: int, classes: int
 ) -> None:
     torch.save(CganPytorch(size, channels, classes).state_dict(), path)
-    _, info = load_foreign(path, "mnist")
+    _, info = load_foreign(path)
     assert info.class_names == tuple(map(str, range(classes)))
     assert "dataset" not in info.training
 
@@ -411,7 +497,7 @@ def test_classes_of_no_known_data_set_are_numbered(
 def test_a_file_whose_name_is_no_text_is_imported(tmp_path: Path, checkpoint: Path) -> None:
     odd = checkpoint.rename(tmp_path / os.fsdecode(b"\xe9.pth"))
     out = tmp_path / "a.safetensors"
-    save_artifact(out, *load_foreign(odd, "mnist"))
+    save_artifact(out, *load_foreign(odd))
     assert load_artifact(out).info.training["imported_from"] == "?.pth"
 
 
@@ -445,6 +531,37 @@ def test_an_imported_artifact_is_served(
     assert np.array_equal(first(*order), second(*order))
 
 
+def test_classes_are_named_by_the_user_or_by_number(checkpoint: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "names.txt"
+    listed.write_text("\n".join(NAMES) + "\n")
+    expected = {"none": tuple("0123456789"), "given": NAMES, "listed": NAMES}
+    options = {"none": (), "given": ("--classes", ",".join(NAMES)), "listed": ("--classes", listed)}
+    for case, names in expected.items():
+        result = invoke(checkpoint, "--out", tmp_path / f"{case}.safetensors", *options[case])
+        assert result.exit_code == 0, result.output
+        assert f"Classes: {', '.join(names)}\n" in result.stdout
+        assert ("Name the classes with --classes" in result.stdout) == (case == "none")
+        assert load_artifact(tmp_path / f"{case}.safetensors").info.class_names == names
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--classes", "cat,dog"), "--classes: 2 class names for 10 classes"),
+        (("--classes", "0,1,2,3,4,5,6,7,8,8"), "--classes: class names repeat: '8'"),
+        (("--classes", "0,1,,3"), "the name of class 2 has 0 characters, expected 1 to 200"),
+        (("--certify",), "--certify needs --dataset, the images to compare with"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(
+    checkpoint: Path, out: Path, options: tuple[str, ...], said: str
+) -> None:
+    result = invoke(checkpoint, "--out", out, *options)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not out.exists()
+
+
 def test_importing_twice_gives_the_same_file(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         invoke(checkpoint, "--out", tmp_path / f"{name}.safetensors", "--no-certify")
@@ -465,7 +582,7 @@ def test_the_certificate_is_written_with_the_artifact(
         return certificate
 
     monkeypatch.setattr(command_line, "certify_artifact", certify)
-    result = invoke(checkpoint, "--out", out, "--device", "cpu")
+    result = invoke(checkpoint, "--out", out, "--dataset", "mnist", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert asked == [{"path": checkpoint, "dataset": "mnist", "device": "cpu", "data_dir": None}]
     assert read_certificate(load_artifact(out).info) == certificate
@@ -477,7 +594,10 @@ def test_without_the_data_set_nothing_is_written_and_the_way_out_is_named(
     offline = replace(DATASETS["mnist"], mirrors=())
     monkeypatch.setitem(cast("dict[str, DatasetSpec]", data.DATASETS), "mnist", offline)
 
-    result = invoke(checkpoint, "--out", out, "--device", "cpu", "--data-dir", tmp_path / "none")
+    result = invoke(
+        *(checkpoint, "--out", out, "--dataset", "mnist"),
+        *("--device", "cpu", "--data-dir", tmp_path / "none"),
+    )
 
     assert result.exit_code == 1
     assert "cannot load train-images-idx3-ubyte" in result.stderr
@@ -489,7 +609,7 @@ def test_images_of_another_shape_than_the_data_sets_cannot_be_certified(
     path: Path, out: Path
 ) -> None:
     torch.save(PytorchGan().state_dict(), path)
-    result = invoke(path, "--out", out, "--device", "cpu")
+    result = invoke(path, "--out", out, "--dataset", "mnist", "--device", "cpu")
     assert result.exit_code == 1
     assert f"{path}: generates images of 32x32x1 in 10 classes, unlike mnist" in result.stderr
     assert "--no-certify" in result.stderr
@@ -517,5 +637,6 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(path: Path, out: Pa
     path.write_bytes(b"hello")
     result = invoke(path, "--out", out, "--no-certify")
     assert result.exit_code == 1
-    assert result.stderr == f"Error: {path}: is not a file of torch.save\n"
+    assert result.stderr.startswith(f"Error: {path}: is of an unknown kind; expected the state")
+    assert result.stderr.count("\n") == 1
     assert not out.exists()
