@@ -1,12 +1,10 @@
 """The command line: `python -m training COMMAND`, or `cgan-train COMMAND`."""
 
-import dataclasses
 import json
 import logging
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +25,6 @@ from training.artifact import (
 )
 from training.cli import Commands
 from training.config import PRESETS, TrainingConfig
-from training.cuda_graph import make_step
 from training.data.folder import MAX_SIZE, MIN_SIZE, is_folder
 from training.data.named import DATASETS, DataError, Dataset
 from training.distributed import init_distributed
@@ -36,8 +33,8 @@ from training.gamma_search import DEFAULT_GAMMA
 from training.images import class_grid, grid, save_png
 from training.importing import ForeignCheckpointError, load_foreign, read_class_names
 from training.inspection import render_picture, render_summary, summary
-from training.loop import train
-from training.networks import Generator, GeneratorConfig, count_parameters
+from training.networks import Generator, GeneratorConfig
+from training.plan import render_plan
 from training.prepare import (
     DEFAULT_PRESET,
     SMALL_DATASET,
@@ -186,7 +183,7 @@ def train_command(**options: Any) -> None:
             logger.setLevel(logging.CRITICAL)
         run, evaluator = prepare_run(settings, world, stop)
         if settings.dry_run:
-            _print_plan(run)
+            click.echo(render_plan(run))
             return
         finished = not stop() and run.finish(stop)
         if evaluator is not None:
@@ -216,33 +213,6 @@ def _report(
         if is_folder(settings.dataset):  # the artifact contains its name, but not its path
             command += ["--dataset", settings.dataset]
         click.echo(f"Evaluate it: {shlex.join(command)}")
-
-
-def _print_plan(run: Run) -> None:
-    """Print the configuration, and the time that a few seconds of training predict."""
-    metadata, state = run.metadata, run.state
-    shown = {
-        **dataclasses.asdict(metadata),
-        "out": str(run.folder.path),
-        "network": dataclasses.asdict(state.ema.config),
-        "generator_parameters": count_parameters(state.generator),
-        "discriminator_parameters": count_parameters(state.discriminator),
-    }
-    click.echo(json.dumps(shown, indent=2))
-    if metadata.minutes is not None:
-        click.echo(f"Estimated time: {metadata.minutes:g} minutes, as given.")
-        return
-    left = state.config.images - state.images_seen
-    if left <= 0:
-        click.echo("Estimated time: 0 minutes; the run is complete.")
-        return
-    if state.config.r1_gamma is None:  # the value does not change the time of a step
-        state.config = dataclasses.replace(state.config, r1_gamma=DEFAULT_GAMMA)
-    until = time.monotonic() + 5.0
-    step = make_step(state, run.dataset)
-    points = train(state, step, log_every=2**62, stop=lambda: time.monotonic() > until)
-    speed = next(points).images_per_s
-    click.echo(f"Estimated time: {left / speed / 60:.1f} minutes at {speed:,.0f} images/s.")
 
 
 @main.command("evaluate")
