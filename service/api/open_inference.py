@@ -4,7 +4,7 @@ import gzip
 import zlib
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel, Field
@@ -36,6 +36,24 @@ class ServerMetadata(BaseModel):
     name: str
     version: str
     extensions: list[str]
+
+
+class ServerLiveness(BaseModel):
+    """The liveness of the service."""
+
+    live: Literal[True] = True
+
+
+class ServerReadiness(BaseModel):
+    """The readiness of the service; status 503 if it is not ready."""
+
+    ready: Literal[True] = True
+
+
+class ModelReadiness(ServerReadiness):
+    """The readiness of a model."""
+
+    name: str
 
 
 class ModelMetadata(BaseModel):
@@ -116,19 +134,18 @@ def create_router(responder: Responder, readiness: Readiness) -> APIRouter:
         app = request.app
         return ServerMetadata(name=app.title, version=app.version, extensions=EXTENSIONS)
 
-    @router.get("/health/live", summary="Liveness", response_class=Response)
-    async def live() -> Response:
-        return Response()
+    @router.get("/health/live", summary="Liveness")
+    async def live() -> ServerLiveness:
+        return ServerLiveness()
 
     @router.get(
         "/health/ready",
         summary="Readiness",
-        response_class=Response,
         responses=error_responses(503, path=PREFIX),
     )
-    async def ready() -> Response:
+    async def ready() -> ServerReadiness:
         readiness.check()
-        return Response()
+        return ServerReadiness()
 
     @router.post("/repository/index", summary="List the loaded models")
     async def index() -> list[IndexEntry]:
@@ -185,12 +202,11 @@ def _add_model_routes(
     @router.get(
         f"{path}/ready",
         summary="Readiness of a model",
-        response_class=Response,
         responses=error_responses(404, 503, path=PREFIX),
     )
-    async def ready(_model: Annotated[Model, Depends(find)]) -> Response:
+    async def ready(model: Annotated[Model, Depends(find)]) -> ModelReadiness:
         readiness.check()
-        return Response()
+        return ModelReadiness(name=model.name)
 
     @router.post(
         f"{path}/infer",
@@ -216,7 +232,7 @@ async def _infer(responder: Responder, request: Request, model: Model) -> Respon
         resolved,
         request.scope,
         encoder.encode,
-        timeout_s=None if parameters.timeout is None else parameters.timeout / 1e6,
+        timeout_s=parameters.timeout / 1e6 if parameters.timeout else None,
     )
     binary = any(parsed.outputs.values())
     response = encoded.response(_OCTETS if binary else "application/json")

@@ -9,11 +9,11 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from service.api.parameters import Truncation
 from service.encoding.images import single_pngs
@@ -21,7 +21,7 @@ from service.encoding.timeslice import IncrementalEncoder
 from service.errors import Problem, invalid_value, invalid_values
 from service.generation import ResolvedRequest
 from service.inference.scheduling import GenerationResult
-from service.settings import MAX_IMAGES, MAX_TIMEOUT_MS
+from service.settings import MAX_IMAGES
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
 MAX_BODY_BYTES = 1 << 20  # after decompression; the server bounds it before
@@ -29,19 +29,37 @@ OutputName = Literal["PIXELS", "PNG", "SEED", "INDEX"]
 OUTPUTS: tuple[OutputName, ...] = ("PIXELS", "PNG", "SEED", "INDEX")
 MAX_INT64 = 2**63 - 1
 
-_Rows = Annotated[
-    list[Annotated[int, Field(ge=1, le=MAX_IMAGES)]], Field(min_length=1, max_length=1)
+IntegerType = Literal["INT64", "INT32", "INT16", "INT8", "UINT64", "UINT32", "UINT16", "UINT8"]
+_NOT_SUPPORTED = "not supported; null if given"
+_NO_SEQUENCES = "not supported: no request depends on another"
+
+
+def _flatten(data: object) -> object:
+    """Return the data of a tensor of shape [N, 1], which may be nested, as that of shape [N]."""
+    if not isinstance(data, list):
+        return data
+    return [each[0] if isinstance(each, list) and len(each) == 1 else each for each in data]
+
+
+def _default(parameters: object) -> object:
+    return {} if parameters is None else parameters
+
+
+_Shape = Annotated[
+    list[Annotated[int, Field(ge=1, le=MAX_IMAGES)]], Field(min_length=1, max_length=2)
 ]
 _Int64 = Annotated[int, Field(ge=0, le=MAX_INT64)]
+_Data = Annotated[list[_Int64], Field(max_length=MAX_IMAGES), BeforeValidator(_flatten)]
 
 
-class TensorParameters(BaseModel, extra="forbid"):
-    """The encoding of a tensor of a request."""
+class TensorParameters(BaseModel):
+    """The encoding of a tensor of a request; unknown parameters are ignored."""
 
     binary_data_size: int | None = Field(None, ge=0, description="its bytes after the JSON head")
+    shared_memory_region: None = Field(None, description=_NOT_SUPPORTED)
 
 
-class InputTensor(BaseModel, extra="forbid", strict=True):
+class InputTensor(BaseModel, strict=True):
     """A tensor of a request."""
 
     name: Literal["LABEL", "SEED", "INDEX"] = Field(
@@ -49,42 +67,47 @@ class InputTensor(BaseModel, extra="forbid", strict=True):
         "is drawn for all if not given; INDEX: number of each image among those of its seed and "
         "class, from 0 if not given"
     )
-    shape: _Rows = Field(description="number of images", examples=[[2]])
-    datatype: Literal["INT64"]
+    shape: _Shape = Field(description="[N] or [N, 1] for N images", examples=[[2]])
+    datatype: IntegerType
     parameters: TensorParameters | None = None
-    data: Annotated[list[_Int64], Field(max_length=MAX_IMAGES)] | None = Field(
-        None, examples=[[7, 3]]
-    )
+    data: _Data | None = Field(None, examples=[[7, 3]])
 
 
-class OutputParameters(BaseModel, extra="forbid"):
-    """The requested encoding of a tensor of the response."""
+class OutputParameters(BaseModel):
+    """The requested encoding of a tensor of the response; unknown parameters are ignored."""
 
     binary_data: bool | None = None
+    classification: None = Field(None, description=_NOT_SUPPORTED)
+    shared_memory_region: None = Field(None, description=_NOT_SUPPORTED)
 
 
-class RequestedOutput(BaseModel, extra="forbid", strict=True):
+class RequestedOutput(BaseModel, strict=True):
     """A requested tensor."""
 
     name: OutputName
     parameters: OutputParameters | None = None
 
 
-class InferenceParameters(BaseModel, extra="forbid", strict=True):
-    """The parameters of a request."""
+class InferenceParameters(BaseModel, strict=True):
+    """The parameters of a request; unknown ones, `priority` among them, are ignored."""
 
     binary_data_output: bool = Field(False, description="send all tensors after the JSON head")
-    timeout: Annotated[int, Field(ge=1, le=1000 * MAX_TIMEOUT_MS)] | None = Field(
-        None, description="deadline in microseconds"
+    timeout: _Int64 | None = Field(
+        None, description="deadline in microseconds, if shorter than the service's; 0 for none"
     )
     truncation: Truncation = 1.0
+    sequence_id: Literal[0, ""] | None = Field(None, description=_NO_SEQUENCES)
+    sequence_start: Literal[False] | None = Field(None, description=_NO_SEQUENCES)
+    sequence_end: Literal[False] | None = Field(None, description=_NO_SEQUENCES)
 
 
-class InferenceRequest(BaseModel, extra="forbid", strict=True):
-    """The JSON of a request for images."""
+class InferenceRequest(BaseModel, strict=True):
+    """The JSON of a request for images; unknown fields, `model_name` among them, are ignored."""
 
     id: Annotated[str, Field(max_length=100)] | None = Field(None, description="returned")
-    parameters: InferenceParameters = Field(default_factory=InferenceParameters)
+    parameters: Annotated[InferenceParameters, BeforeValidator(_default)] = Field(
+        default_factory=InferenceParameters
+    )
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=3)]
     outputs: Annotated[list[RequestedOutput], Field(max_length=len(OUTPUTS))] | None = Field(
         None, description="all of them if not given"
@@ -195,7 +218,9 @@ def _split(body: bytes, head_length: str | None) -> tuple[bytes, bytes]:
 
 def _read(tensor: InputTensor, rest: bytes) -> tuple[NDArray[np.int64], bytes]:
     """Return the values (N,) of a tensor, and the binary data after it."""
-    (rows,) = tensor.shape
+    rows, *rest_of_shape = tensor.shape
+    if rest_of_shape not in ([], [1]):
+        raise invalid_value("shape", tensor.shape, _ALLOWED["shape"])
     size = None if tensor.parameters is None else tensor.parameters.binary_data_size
     if size is None:
         data = tensor.data
@@ -205,12 +230,19 @@ def _read(tensor: InputTensor, rest: bytes) -> tuple[NDArray[np.int64], bytes]:
         return np.array(data, dtype=np.int64), rest
     if tensor.data is not None:
         raise invalid_value(tensor.name, size, "cannot have both data and binary data")
-    if size != 8 * rows or size > len(rest):
-        message = f"must be {8 * rows} for {rows} values of INT64, and that many bytes must follow"
+    dtype = np.dtype(tensor.datatype.lower()).newbyteorder("<")
+    expected = dtype.itemsize * rows
+    if size != expected or size > len(rest):
+        message = (
+            f"must be {expected} for {rows} values of {tensor.datatype}, and that many bytes must "
+            "follow"
+        )
         raise invalid_value("binary_data_size", size, message)
-    values = np.frombuffer(rest[:size], dtype="<i8").astype(np.int64)
+    given = np.frombuffer(rest[:size], dtype)
+    values = given.astype(np.int64)  # of UINT64, more than MAX_INT64 becomes negative
     if values.min() < 0:
-        raise invalid_value(tensor.name, int(values.min()), f"must be from 0 to {MAX_INT64}")
+        wrong = int(given[values.argmin()])
+        raise invalid_value(tensor.name, wrong, f"must be from 0 to {MAX_INT64}")
     return values, rest[size:]
 
 
@@ -294,14 +326,20 @@ class ResponseEncoder:
 _ALLOWED = {
     "id": "must be a string of at most 100 characters",
     "name": f"must be LABEL, SEED or INDEX for inputs, {', '.join(OUTPUTS)} for outputs",
-    "shape": f"must be a list of one number, 1 to {MAX_IMAGES}",
-    "datatype": "must be INT64",
+    "shape": f"must be [N] or [N, 1], where N is from 1 to {MAX_IMAGES}",
+    "datatype": f"must be one of {', '.join(get_args(IntegerType))}",
     "data": f"must be a list of at most {MAX_IMAGES} integers from 0 to {MAX_INT64}",
     "inputs": "must be a list of LABEL and, optionally, SEED and INDEX",
     "outputs": f"must be a list of any of {', '.join(OUTPUTS)}",
     "binary_data": "must be true or false",
     "binary_data_output": "must be true or false",
-    "binary_data_size": "must be the number of its bytes, 8 a value",
-    "timeout": f"must be an integer from 1 to {1000 * MAX_TIMEOUT_MS} (microseconds)",
+    "binary_data_size": "must be the number of its bytes",
+    "timeout": f"must be an integer from 0 to {MAX_INT64} (microseconds)",
+    **dict.fromkeys(
+        ("sequence_id", "sequence_start", "sequence_end"),
+        "sequences are not supported, because no request depends on another; leave it out",
+    ),
+    "classification": "is not supported, because images have no scores; leave it out",
+    "shared_memory_region": "is not supported; send and receive tensors in the body",
     "truncation": "must be a number above 0 and up to 1",
 }

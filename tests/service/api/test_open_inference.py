@@ -208,6 +208,58 @@ def test_a_wrong_value_is_named_to_a_triton_client(remote: Any) -> None:
     assert caught.value.status() == "404"
 
 
+def test_a_tensor_may_be_a_column_of_any_integer_type(client: httpx.Client, remote: Any) -> None:
+    expected = generated(client, "label=7&label=3&seed=5")
+    for kind in ("INT32", "INT8", "UINT64", "UINT8"):
+        inputs = []
+        for name, values in (("LABEL", [[7], [3]]), ("SEED", [[5], [5]])):
+            inputs.append(triton.InferInput(name, [2, 1], kind))
+            inputs[-1].set_data_from_numpy(np.array(values, dtype=kind.lower()))
+        assert np.array_equal(remote.infer("mnist", inputs).as_numpy("PIXELS"), expected)
+    columns = [label([7], [3], shape=[2, 1]), label([5], [5], name="SEED", shape=[2, 1])]
+    answer = infer(client, inputs=columns, outputs=[{"name": "PIXELS"}]).json()
+    assert answer["outputs"][0]["data"] == expected.ravel().tolist()
+    seed = triton.InferInput("SEED", [1], "UINT64")
+    seed.set_data_from_numpy(np.array([2**63], dtype=np.uint64))
+    with pytest.raises(InferenceServerException, match=f"SEED: must be from 0 to {2**63 - 1}"):
+        remote.infer("mnist", [tensor("LABEL", 7), seed])
+
+
+def test_what_changes_no_image_is_accepted(client: httpx.Client, remote: Any) -> None:
+    inputs = [tensor("LABEL", 7), tensor("SEED", 5)]
+    result = remote.infer("mnist", inputs, priority=2, timeout=2**40, parameters={"mine": "yes"})
+    assert np.array_equal(result.as_numpy("PIXELS"), generated(client, "label=7&seed=5"))
+    nothing = {"priority": 1, "timeout": 0, "sequence_id": 0, "sequence_start": False}
+    for parameters in (nothing, None):
+        answer = infer(
+            client,
+            model_name="mnist",
+            inputs=[label(7, parameters={"content_type": "np"})],
+            outputs=[{"name": "SEED", "parameters": {"content_type": "np"}}],
+            parameters=parameters,
+        )
+        assert answer.status_code == 200
+
+
+def test_what_cannot_be_given_is_refused_to_a_triton_client(remote: Any) -> None:
+    inputs = [tensor("LABEL", 7)]
+    with pytest.raises(InferenceServerException, match="sequences are not supported"):
+        remote.infer("mnist", inputs, sequence_id=3, sequence_start=True)
+    scores = triton.InferRequestedOutput("PIXELS", class_count=2)
+    with pytest.raises(InferenceServerException, match="classification: is not supported"):
+        remote.infer("mnist", inputs, outputs=[scores])
+    shared = triton.InferRequestedOutput("PIXELS")
+    shared.set_shared_memory("region", 1000)
+    with pytest.raises(InferenceServerException, match="shared_memory_region: is not supported"):
+        remote.infer("mnist", inputs, outputs=[shared])
+
+
+def test_health_is_told_in_a_body_as_kserve_reads_it(client: httpx.Client) -> None:
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == {"ready": True}
+    assert client.get("/v2/models/mnist/ready").json() == {"name": "mnist", "ready": True}
+
+
 def test_a_timeout_in_microseconds_is_kept_to(remote: Any) -> None:
     with pytest.raises(InferenceServerException) as caught:
         remote.infer("mnist", [tensor("LABEL", *[7] * 1000)], timeout=1)
@@ -219,12 +271,21 @@ def test_a_timeout_in_microseconds_is_kept_to(remote: Any) -> None:
     [
         ({}, "inputs: is required"),
         ({"inputs": []}, "inputs: must be a list"),
-        ({"inputs": [label(7, datatype="FP32")]}, "datatype: must be INT64"),
-        ({"inputs": [label(7, shape=[1, 1])]}, "shape: must be a list of one number"),
+        ({"inputs": [label(7, datatype="FP32")]}, "datatype: must be one of INT64, INT32"),
+        ({"inputs": [label(7, 3, shape=[1, 2])]}, "shape: must be [N] or [N, 1]"),
+        ({"inputs": [label(7, shape=[1, 1, 1])]}, "shape: must be [N] or [N, 1]"),
         ({"inputs": [label(7, shape=[2])]}, "LABEL: must have 2 values"),
         ({"inputs": [label("7")]}, "data: must be a list"),
         ({"inputs": [label(7)], "outputs": [{"name": "PICTURE"}]}, "name: must be"),
-        ({"inputs": [label(7)], "parameters": {"priority": 1}}, "priority: unknown parameter"),
+        (
+            {"inputs": [label(7)], "parameters": {"sequence_id": 4, "sequence_start": True}},
+            "sequence_id: sequences are not supported",
+        ),
+        (
+            {"inputs": [label(7, parameters={"shared_memory_region": "here"}, data=None)]},
+            "shared_memory_region: is not supported",
+        ),
+        ({"inputs": [label([7, 3], [3, 7])]}, "data: must be a list"),
         (
             {"inputs": [label(7, parameters={"binary_data_size": 8})]},
             "LABEL: cannot have both data and binary data",
