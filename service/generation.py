@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from random import getrandbits
 from typing import NamedTuple
 
@@ -117,6 +118,7 @@ class Generation:
         self.repository = repository
         self._batcher = batcher
         self._metrics = metrics
+        self._images = cache(metrics.images.labels)  # a lookup takes longer than counting
         self._queue_seconds, self._forward_seconds = (
             metrics.stage_seconds.labels(stage) for stage in ("queue", "forward")
         )
@@ -276,7 +278,7 @@ class Generation:
             mixed = request.options is not None and request.options.mix is not None
             labels = [MIXTURE] * count if mixed else request.labels.tolist()
             for label, images in Counter(labels).items():
-                self._metrics.images.labels(request.model.name, label).inc(images)
+                self._images(request.model.name, label).inc(images)
 
     def forwards(self, model: Model) -> int:
         """Return the number of forwards that computed images of a model."""

@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+from functools import cache
 from random import getrandbits
 
 from starlette.datastructures import Headers
@@ -25,7 +26,10 @@ class AccessLogMiddleware:
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
-        self._metrics = metrics
+        self._in_progress = metrics.requests_in_progress
+        # Looking up a series takes longer than counting in it.
+        self._requests = cache(metrics.requests.labels)
+        self._seconds = cache(metrics.request_seconds.labels)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and log and count it when its response is complete.
@@ -51,7 +55,7 @@ class AccessLogMiddleware:
             await send(message)
 
         in_progress = int(scope["path"] not in PROBE_PATHS)
-        self._metrics.requests_in_progress.inc(in_progress)
+        self._in_progress.inc(in_progress)
         try:
             await self._app(scope, receive, observed_send)
         except Exception:
@@ -62,7 +66,7 @@ class AccessLogMiddleware:
             response = problem_response(Problem(500, "internal-error", report), scope)
             await response(scope, receive, observed_send)
         finally:
-            self._metrics.requests_in_progress.dec(in_progress)
+            self._in_progress.dec(in_progress)
             scope["state"]["status"] = status
             self._report(scope, status, sent_bytes, time.perf_counter() - started_at)
 
@@ -70,8 +74,8 @@ class AccessLogMiddleware:
         # The route's template, not the path: labels must be bounded.
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if route != "unmatched" else "any"
-        self._metrics.requests.labels(route, method, str(status)).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
+        self._requests(route, method, status).inc()
+        self._seconds(route).observe(seconds)
         # Probes and scrapes arrive every few seconds and would bury the rest.
         level = logging.DEBUG if route in PROBE_PATHS else logging.INFO
         if not access_log.isEnabledFor(level):

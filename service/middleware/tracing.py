@@ -6,8 +6,8 @@ each of these requests links to it.
 """
 
 import time
+from collections.abc import MutableMapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -50,10 +50,15 @@ class TracingMiddleware:
     It wraps `AccessLogMiddleware`, which logs the trace id and records the status.
     """
 
-    def __init__(self, app: ASGIApp, provider: TracerProvider) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        provider: TracerProvider,
+        batch_spans: MutableMapping[BatchRecord, SpanContext],  # shared by all requests
+    ) -> None:
         self._app = app
         self._tracer = provider.get_tracer("service")
-        self._batches: WeakKeyDictionary[BatchRecord, SpanContext] = WeakKeyDictionary()
+        self._batches = batch_spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on inside a span, in the client's trace if it sent one."""
