@@ -7,6 +7,8 @@ once and checks it against the network that the file's own configuration builds.
 import dataclasses
 import hashlib
 import json
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from training.networks import Generator, GeneratorConfig, build_generator
 MAX_BYTES = 1 << 30  # limits the memory that a wrong path can take; real files are far smaller
 MAX_NAME = 200  # characters of a class name
 _KINDS = ("mlp", "conv")
+# URLs, headers and metrics contain a model's name unquoted.
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _METADATA_KEY = "artifact"  # a single key of sorted JSON: equal contents give equal bytes
 # Stored beside the fields of `ArtifactInfo`. It detects damage, not manipulation. Files of early
 # versions have none.
@@ -131,13 +135,14 @@ def save_artifact(path: Path, generator: nn.Module, info: ArtifactInfo) -> None:
     """Write an artifact beside its target, sync it, and rename it into place.
 
     Raises:
-        ArtifactError: the weights are not finite.
+        ArtifactError: the weights are not finite, or the description could not be read again.
         OSError: the file cannot be written; a previous file is untouched.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in generator.state_dict().items()}
     for name, tensor in tensors.items():
         _check_values(path, name, tensor, ArtifactError)
     description = json.loads(json.dumps(dataclasses.asdict(info)))  # equal to what is read later
+    _parse_info(path, description)
     stored = safetensors.torch.save(tensors)
     description[_DIGEST_KEY] = _digest(description, stored)
     metadata = json.dumps(description, sort_keys=True)
@@ -177,6 +182,38 @@ def load_artifact(path: Path) -> Artifact:
     generator.load_state_dict(tensors, assign=True)
     generator.eval().requires_grad_(False)
     return Artifact(path, hashlib.sha256(data).hexdigest(), info, generator)
+
+
+def check_model_name(path: Path) -> None:
+    """Raise ArtifactError unless the service accepts the file's stem as the name of a model."""
+    if not _MODEL_NAME.fullmatch(path.stem):
+        raise ArtifactError(
+            path,
+            "is not a valid name for a model; allowed are up to 100 of the letters A to Z and "
+            "a to z, digits, '.', '_' and '-', the first a letter or a digit",
+        )
+
+
+def check_class_name(text: str) -> str:
+    """Return a class name in one spelling, Unicode NFC: file systems have two for some letters.
+
+    Raises:
+        ValueError: an artifact cannot hold it, or formats of data sets, which list a name a line.
+    """
+    name = unicodedata.normalize("NFC", text)
+    if not 1 <= len(name) <= MAX_NAME:
+        raise ValueError(f"has {len(name)} characters, expected 1 to {MAX_NAME}")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        raise ValueError("has control characters, or bytes that are not UTF-8")
+    return name
+
+
+def printable(text: str) -> str:
+    """Escape control characters and bytes that are not UTF-8; keep line breaks.
+
+    Text in a file then cannot control the terminal, and any terminal can show it.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _quote(text: str) -> str:

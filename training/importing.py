@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from training.artifact import (
     MAX_BYTES,
-    MAX_NAME,
     ArtifactInfo,
     Uninitialised,
+    check_class_name,
     check_tensor,
     list_names,
 )
@@ -143,18 +143,18 @@ def read_class_names(text: str) -> tuple[str, ...]:
     """Return the names that an option lists, separated by commas or in a text file, one a line.
 
     Raises:
-        ValueError: a name is empty or longer than 200 characters, or the file is not UTF-8 text.
+        ValueError: an artifact cannot hold a name, or the file is not UTF-8 text.
         OSError: the file cannot be read.
     """
     in_file = os.path.isfile(text)  # noqa: PTH113  (Path.is_file raises for a long list)
     listed = Path(text).read_text("utf-8").strip().splitlines() if in_file else text.split(",")
-    names = tuple(name.strip() for name in listed)
-    for number, name in enumerate(names):
-        if not 1 <= len(name) <= MAX_NAME:
-            raise ValueError(
-                f"the name of class {number} has {len(name)} characters, expected 1 to {MAX_NAME}"
-            )
-    return names
+    names = []
+    for number, name in enumerate(listed):
+        try:
+            names.append(check_class_name(name.strip()))
+        except ValueError as error:
+            raise ValueError(f"the name of class {number} {error}") from error
+    return tuple(names)
 
 
 def _check_size(path: Path, subject: str, size: int) -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.artifact import Artifact, ArtifactInfo, list_names
+from training.artifact import Artifact, ArtifactInfo, list_names, printable
 from training.images import class_grid, grid
 from training.networks import count_parameters
 from training.quality.certificate import read_certificate
@@ -54,7 +54,7 @@ def render_summary(artifact: Artifact) -> str:
     }
     width = max(map(len, lines))
     shown = [f"{name:<{width}}  {value}".rstrip() for name, value in lines.items()]
-    return _printable("\n".join([str(artifact.path), *shown, "", _certificate(info)]))
+    return printable("\n".join([str(artifact.path), *shown, "", _certificate(info)]))
 
 
 def _listed(values: dict[str, Any]) -> dict[str, str]:
@@ -68,11 +68,6 @@ def _certificate(info: ArtifactInfo) -> str:
         stored = json.dumps(info.certificate, ensure_ascii=False, indent=2)
         return f"Certified by another version of this code:\n{stored}"
     return "Not certified." if certificate is None else render_table(certificate, info.class_names)
-
-
-def _printable(text: str) -> str:
-    """Escape control characters, so that text in a file cannot control the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def render_picture(artifact: Artifact, columns: int) -> str:

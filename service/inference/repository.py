@@ -1,6 +1,5 @@
 """The loaded models by name, and the loader that keeps them in step with their files."""
 
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +8,9 @@ from pathlib import Path
 
 from service.inference.engine import Engine, resolve_dtype
 from service.settings import Settings
-from training.artifact import ArtifactError, ArtifactInfo, load_artifact
+from training.artifact import ArtifactError, ArtifactInfo, check_model_name, load_artifact
 from training.devices import resolve_device
 
-# URLs, headers and metrics contain a model's name unquoted.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _BUNDLED_DEFAULT = "mnist"
 
 
@@ -175,12 +172,7 @@ class ModelLoader:
         """
         # Taken before the file is read, so that a later change is noticed.
         self._signatures[path] = _file_signature(path)
-        if not _NAME.fullmatch(path.stem):
-            raise ArtifactError(
-                path,
-                "is not a valid name for a model; allowed are up to 100 of the letters A to Z and "
-                "a to z, digits, '.', '_' and '-', the first a letter or a digit",
-            )
+        check_model_name(path)
         artifact = load_artifact(path)
         if current is not None and current.sha256 == artifact.sha256:
             return current

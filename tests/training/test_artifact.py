@@ -143,6 +143,24 @@ def test_no_description_holds_a_number_that_json_has_not(field: str, value: floa
         replace(INFO, **{field: {"x": [value]}})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"class_names": ("left", "caf\udce9")}, "lone leading surrogate"),
+        ({"class_names": ("left", "x" * 201)}, "class_names.1: String should have at most 200"),
+        ({"training": {"dataset": "caf\udce9"}}, "lone leading surrogate"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(
+    path: Path, change: dict[str, Any], cause: str
+) -> None:
+    before, generator = path.read_bytes(), load_artifact(path).generator
+    with pytest.raises(ArtifactError) as caught:
+        save_artifact(path, generator, replace(INFO, **change))
+    assert cause in str(caught.value)
+    assert path.read_bytes() == before
+
+
 # Wrong files
 
 
