@@ -1,35 +1,39 @@
 """A folder of images as a data set, with a sub-folder per class.
 
-The layout is `DIR/CLASS/*.png`, of which a tenth of every class is held out for testing, or
-`DIR/train/CLASS/*.png` with `DIR/test/CLASS/*.png`. Unusable files are left out and reported.
+A tenth of every class is held out for testing, unless the folder has a test split. Unusable files
+are left out and reported.
 """
 
 import hashlib
 import json
-import warnings
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
+from training.artifact import list_names, printable
+from training.data.image_file import (
+    MAX_SIZE,
+    MIN_SIZE,
+    REMEDIES,
+    Cause,
+    Pixels,
+    UnusableError,
+    read_image,
+)
+from training.data.layout import ClassFolders, read_layout, visible
 from training.data.named import DATASETS, DataError, Dataset
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
-MIN_SIZE, MAX_SIZE = 28, 64
-MAX_CLASSES = 1000
-MAX_PIXELS = 100_000_000  # per file: limits the memory that a malicious file can take
 HELD_OUT = 10  # one image in 10 is held out
 SMALL_CLASS = 100  # training images
 _SHOWN = 10  # entries of a list in a report
-
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,19 @@ class _File:
     """A readable image; the digest is that of its pixels, whatever the file's format."""
 
     path: Path
+    class_name: str
     pixels: Pixels = field(repr=False)  # (H, W, 3)
     grey: bool  # the three channels are equal
     original: tuple[int, int]  # width and height in the file
     digest: str
 
-    @property
-    def class_name(self) -> str:
-        return self.path.parent.name
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that is not used."""
+
+    class_name: str
+    cause: Cause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +65,11 @@ class FolderReport:
     image_size: int  # height and width, in pixels
     channels: int  # 1 or 3
     originals: dict[tuple[int, int], int]  # (width, height) in the files -> number of files
-    unusable: dict[Path, str]  # file left out -> reason
+    left_out: dict[Path, LeftOut]
     duplicates: tuple[Path, ...]  # left out, with the pixels of another file of their class
     ambiguous: tuple[Path, ...]  # left out, with the pixels of a file of another class
     leaked: tuple[Path, ...]  # held-out files left out, with the pixels of a training file
-    ignored: int  # number of files whose names are not those of PNG or JPEG files
+    remarks: tuple[str, ...]  # on the layout and the names of the classes
 
     def render(self) -> str:
         """Return the report as lines of text."""
@@ -70,27 +79,47 @@ class FolderReport:
         lines = [
             f"{self.path}: {len(self.counts)} classes, {train:,} images to train on and {test:,} "
             f"held out, {self.image_size}x{self.image_size}, {colour}",
-            "  images to train on + held out: "
-            + _some([f"{name} {a:,} + {b:,}" for name, (a, b) in self.counts.items()], 20),
+            "images to train on + held out: "
+            + list_names([f"{name} {a:,} + {b:,}" for name, (a, b) in self.counts.items()], 20),
         ]
         if set(self.originals) != {(self.image_size, self.image_size)}:
-            sizes = Counter(self.originals).most_common()
-            lines.append("  resized from " + _some([f"{w}x{h} ({n:,})" for (w, h), n in sizes]))
-        reasons = zip(self._names(self.unusable), self.unusable.values(), strict=True)
+            lines.append(f"resized from {_sizes(self.originals)}")
+        lines += self.remarks
+        lines += _causes(self.path, self.left_out)
         kinds = (
-            ("unusable", [f"{name} ({why})" for name, why in reasons]),
             ("left out, the same as another of its class", self._names(self.duplicates)),
             ("left out, the same as one of another class", self._names(self.ambiguous)),
             ("not held out, the same as one to train on", self._names(self.leaked)),
             (f"classes of fewer than {SMALL_CLASS} images", small),
         )
-        lines += [f"  {len(names):,} {kind}: {_some(names)}" for kind, names in kinds if names]
-        if self.ignored:
-            lines.append(f"  {self.ignored:,} other files ignored")
-        return "\n".join(lines)
+        lines += [
+            f"{len(names):,} {kind}: {list_names(names, _SHOWN)}" for kind, names in kinds if names
+        ]
+        return printable("\n  ".join(lines))
 
     def _names(self, paths: Iterable[Path]) -> list[str]:
         return [str(path.relative_to(self.path)) for path in paths]
+
+
+def _causes(path: Path, left_out: Mapping[Path, LeftOut]) -> Iterator[str]:
+    """Yield a line per cause: the number of files, by class, an example, and what helps."""
+    for cause, remedy in REMEDIES.items():
+        files = {file: each for file, each in left_out.items() if each.cause == cause}
+        if files:
+            classes = Counter(each.class_name for each in files.values())
+            counts = list_names([f"{name} {count:,}" for name, count in classes.items()], _SHOWN)
+            example = next(iter(files)).relative_to(path)
+            yield f"{len(files):,} left out ({cause}): {counts}, such as {example}; {remedy}"
+
+
+def _because(path: Path, left_out: Mapping[Path, LeftOut]) -> str:
+    """Return the causes as the end of an error."""
+    return printable("".join(f"\n  {line}" for line in _causes(path, left_out)))
+
+
+def _sizes(sizes: Mapping[tuple[int, int], int]) -> str:
+    common = Counter(sizes).most_common()
+    return list_names([f"{w}x{h} ({n:,})" for (w, h), n in common], _SHOWN)
 
 
 @dataclass(frozen=True)
@@ -105,6 +134,30 @@ class Folder:
 def is_folder(name: str) -> bool:
     """Return True if a data set is given by a path, not by the name of a known one."""
     return name not in DATASETS
+
+
+def is_inside(dataset: str, folder: Path) -> bool:
+    """Return True if a folder would be inside the images of a data set, where it is a class."""
+    return is_folder(dataset) and Path(dataset).resolve() in folder.resolve().parents
+
+
+def check_outside(dataset: str, option: str, path: Path, folder: Path) -> None:
+    """Refuse an option's path if a folder that is created for it would be a class.
+
+    Raises:
+        DataError: the folder is inside the images.
+    """
+    if is_inside(dataset, folder):
+        raise DataError(
+            f"{option}: {path} is inside the images of {dataset}, where it would be a class; "
+            "choose a folder outside"
+        )
+
+
+def folder_name(path: Path) -> str:
+    """Return the name of the data set in a folder; no named data set has it."""
+    name = printable(unicodedata.normalize("NFC", path.resolve().name)) or "root"
+    return f"{name}-folder" if name in DATASETS else name  # its metrics are not comparable
 
 
 def read_folder(path: Path, *, size: int | None = None, channels: int | None = None) -> Folder:
@@ -122,144 +175,80 @@ def read_folder(path: Path, *, size: int | None = None, channels: int | None = N
     Raises:
         DataError: the layout is wrong, the sizes differ, or a class has too few images.
     """
-    train_dirs, test_dirs = _class_folders(path)
-    class_names, test_paths = tuple(train_dirs), set(test_dirs.values())
-    files, unusable, ignored = _read_classes([*train_dirs.values(), *test_dirs.values()], size)
-    image_size = size or _one_size(path, files)
-    train_files = [file for file in files if file.path.parent not in test_paths]
-    test_files = [file for file in files if file.path.parent in test_paths]
+    layout = read_layout(path)
+    class_names = tuple(layout.train)
+    train_files, left_out = _read_classes(layout.train, size)
+    test_files, test_left_out = _read_classes(layout.test, size)
+    files, left_out = train_files + test_files, left_out | test_left_out
+    image_size = size or _one_size(path, files, left_out)
     train, train_duplicates, train_ambiguous = _without_duplicates(train_files)
     test, test_duplicates, test_ambiguous = _without_duplicates(test_files)
     known = {file.digest for file in train}
     leaked = [file.path for file in test if file.digest in known]
     test = [file for file in test if file.digest not in known]
-    if not test_dirs:
+    if not layout.test:
         train, test = _hold_out(train)
     channels = channels or (1 if all(file.grey for file in files) else 3)
     report = FolderReport(
         path=path,
-        counts=_count(path, class_names, train, test),
+        counts=_count(path, class_names, train, test, left_out),
         image_size=image_size,
         channels=channels,
         originals=dict(Counter(file.original for file in files)),
-        unusable=unusable,
+        left_out=left_out,
         duplicates=(*train_duplicates, *test_duplicates),
         ambiguous=(*train_ambiguous, *test_ambiguous),
         leaked=tuple(leaked),
-        ignored=ignored,
+        remarks=layout.remarks,
     )
-    name = path.resolve().name
-    name = f"{name}-folder" if name in DATASETS else name  # its metrics are not comparable
+    name = folder_name(path)
     train_set, test_set = (_dataset(name, class_names, it, channels) for it in (train, test))
     return Folder(train_set, test_set, report)
 
 
-def _class_folders(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return class name -> folder for training and for testing; the latter may be empty."""
-    if not path.is_dir():
-        known = ", ".join(DATASETS)
-        raise DataError(f"{path}: is neither a folder nor one of the data sets {known}")
-    folders = _folders(path)
-    test: dict[str, Path] = {}
-    if "train" in folders and _folders(folders["train"]):
-        test = _folders(folders["test"]) if "test" in folders else {}
-        folders = _folders(folders["train"])
-        unknown = [name for name in test if name not in folders]
-        if unknown:
-            raise DataError(f"{path / 'test'}: has classes that train lacks: {_some(unknown)}")
-    if not 2 <= len(folders) <= MAX_CLASSES:
-        raise DataError(
-            f"{path}: has {len(folders)} sub-folders, expected one per class, 2 to {MAX_CLASSES}; "
-            "the layout is DIR/CLASS/*.png or DIR/train/CLASS/*.png"
-        )
-    long = [name for name in folders if len(name) > 200]
-    if long:
-        raise DataError(
-            f"{path}: a class name of {len(long[0])} characters; at most 200 are allowed"
-        )
-    return folders, test
-
-
-def _folders(path: Path) -> dict[str, Path]:
-    """Return the visible sub-folders by name; if all names are numbers, in their order."""
-    names = [each.name for each in path.iterdir() if each.is_dir() and not _is_hidden(each)]
-    numbers = all(name.isascii() and name.isdecimal() for name in names)
-    names.sort(key=lambda name: (int(name) if numbers else 0, name))
-    return {name: path / name for name in names}
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith((".", "__"))
-
-
 def _read_classes(
-    folders: Iterable[Path], size: int | None
-) -> tuple[list[_File], dict[Path, str], int]:
-    """Return the images by class and digest, unusable file -> reason, a count of other files."""
+    classes: ClassFolders, size: int | None
+) -> tuple[list[_File], dict[Path, LeftOut]]:
+    """Return the images by class and digest, and the files that cannot be used."""
     files: list[_File] = []
-    unusable: dict[Path, str] = {}
-    ignored = 0
-    for folder in folders:
-        found = []
-        entries = sorted(each for each in folder.iterdir() if not _is_hidden(each))
-        # disable=None: no bar unless stderr is a terminal.
-        for path in tqdm(entries, desc=folder.name, unit="image", leave=False, disable=None):
-            if path.suffix.lower() not in SUFFIXES or path.is_dir():
-                ignored += 1
-                continue
+    left_out: dict[Path, LeftOut] = {}
+    for name, folders in classes.items():
+        entries: list[Path] = []
+        for folder in folders:
             try:
-                found.append(_read(path, size))
-            except ValueError as error:
-                unusable[path] = str(error)
+                entries += [Path(each.path) for each in visible(folder)]
+            except OSError:
+                left_out[folder] = LeftOut(name, Cause.UNREADABLE)
+        found = []
+        # disable=None: no bar unless stderr is a terminal.
+        for path in tqdm(entries, desc=printable(name), unit="image", leave=False, disable=None):
+            try:
+                found.append(_read(path, name, size))
+            except UnusableError as error:
+                left_out[path] = LeftOut(name, error.cause)
         files += sorted(found, key=lambda file: file.digest)
-    return files, unusable, ignored
+    return files, left_out
 
 
-def _read(path: Path, size: int | None) -> _File:
-    """Decode an image; raise ValueError with the reason if it is unusable."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # real errors are raised
-            with Image.open(path, formats=("PNG", "JPEG")) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels are too many")
-                # The mode of 16-bit colour is RGB: Pillow would drop 8 bits silently.
-                if any(";16" in str(tile.args) for tile in image.tile):
-                    raise ValueError("more than 8 bits a channel")
-                return _decode(path, image, size)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error).replace(str(path), path.name)) from error
-    except (AssertionError, IndexError) as error:  # a missing palette or profile
-        raise ValueError("is corrupt") from error
-
-
-def _decode(path: Path, image: Image.Image, size: int | None) -> _File:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (255, 255):
-            raise ValueError("has transparent pixels")
-    # Cameras store the orientation as metadata.
-    image = ImageOps.exif_transpose(image.convert("RGB"))
-    original = image.size
-    if size is not None:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image)
+def _read(path: Path, class_name: str, size: int | None) -> _File:
+    pixels, original = read_image(path, size)
     grey = bool((pixels == pixels[:, :, :1]).all())
-    return _File(path, pixels, grey, original, hashlib.sha256(pixels.tobytes()).hexdigest())
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+    return _File(path, class_name, pixels, grey, original, digest)
 
 
-def _one_size(path: Path, files: Sequence[_File]) -> int:
+def _one_size(path: Path, files: Sequence[_File], left_out: Mapping[Path, LeftOut]) -> int:
     """Return the height and width that all images share."""
     sizes = Counter(file.original for file in files)
     if not sizes:
-        raise DataError(f"{path}: has no usable image in its class folders")
-    shown = _some([f"{w}x{h} ({n:,})" for (w, h), n in sizes.most_common()])
+        why = _because(path, left_out) or "; its class folders are empty"
+        raise DataError(f"{path}: has no usable image in its class folders{why}")
     (width, height), _ = sizes.most_common()[-1]
     if len(sizes) == 1 and width == height and MIN_SIZE <= width <= MAX_SIZE:
         return width
     rare = next(file.path for file in files if file.original == (width, height))
     raise DataError(
-        f"{path}: the sizes of the images are {shown}; {rare.relative_to(path)} is "
+        f"{path}: the sizes of the images are {_sizes(sizes)}; {rare.relative_to(path)} is "
         f"{width}x{height}. Expected one square size from {MIN_SIZE} to {MAX_SIZE}; "
         "--image-size 32 crops and resizes all images"
     )
@@ -295,15 +284,25 @@ def _hold_out(files: list[_File]) -> tuple[list[_File], list[_File]]:
 
 
 def _count(
-    path: Path, class_names: tuple[str, ...], train: list[_File], test: list[_File]
+    path: Path,
+    class_names: tuple[str, ...],
+    train: list[_File],
+    test: list[_File],
+    left_out: Mapping[Path, LeftOut],
 ) -> dict[str, tuple[int, int]]:
     """Return class name -> numbers of training and test images, if these are enough."""
     train_counts, test_counts = (Counter(f.class_name for f in split) for split in (train, test))
     empty = [name for name in class_names if not train_counts[name]]
     if empty:
-        raise DataError(f"{path}: classes with too few usable images: {_some(empty)}")
+        theirs = {file: each for file, each in left_out.items() if each.class_name in empty}
+        raise DataError(
+            f"{path}: classes with too few usable images: {list_names(empty, _SHOWN)}; each needs "
+            f"one to train on, and without a test split another to hold out"
+            f"{_because(path, theirs)}"
+        )
     if len(test) < 2:
-        raise DataError(f"{path / 'test'}: has fewer than 2 usable images")
+        why = _because(path, left_out)
+        raise DataError(f"{path}: has fewer than 2 usable images to hold out{why}")
     return {name: (train_counts[name], test_counts[name]) for name in class_names}
 
 
@@ -328,9 +327,3 @@ def _channels(pixels: Pixels, channels: int) -> Pixels:
     if channels == 1:
         return np.asarray(Image.fromarray(pixels).convert("L"))[None]
     return pixels.transpose(2, 0, 1)
-
-
-def _some(names: Iterable[str], most: int = _SHOWN) -> str:
-    shown = list(names)
-    text = ", ".join(shown[:most])
-    return text if len(shown) <= most else f"{text}, … ({len(shown):,} in all)"

@@ -1,36 +1,21 @@
 """A folder of images: what is read, what is held out, what is left out, and what is refused."""
 
+import io
+import os
 import shutil
-import struct
-import zlib
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
 
-from training.data import folder as module
+from tests.support.image_folders import fill, noise
 from training.data.folder import Folder, is_folder, read_folder
+from training.data.image_file import Cause
 from training.data.named import DataError
-
-Pixels = npt.NDArray[np.uint8]
-
-
-def noise(seed: int, *, size: int = 28, channels: int = 1) -> Pixels:
-    shape = (size, size) if channels == 1 else (size, size, channels)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def fill(folder: Path, count: int, *, seed: int = 0, channels: int = 1, size: int = 28) -> Path:
-    """A class folder of so many different PNGs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        pixels = noise(1000 * seed + i, size=size, channels=channels)
-        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
-    return folder
 
 
 @pytest.fixture
@@ -82,23 +67,11 @@ def test_a_class_may_have_no_test_images(tmp_path: Path) -> None:
     assert found.test.labels.tolist() == [1, 1]
 
 
-def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
-    for seed, name in enumerate(("train", "car")):
-        fill(tmp_path / name, 4, seed=seed)
-    assert read_folder(tmp_path).train.class_names == ("car", "train")
-
-
 def test_a_train_folder_alone_has_a_tenth_held_out(tmp_path: Path) -> None:
     for seed, name in enumerate(("a", "b")):
         fill(tmp_path / "train" / name, 20, seed=seed)
     found = read_folder(tmp_path)
     assert (len(found.train.labels), len(found.test.labels)) == (36, 4)
-
-
-def test_numbers_are_in_the_order_of_their_values(tmp_path: Path) -> None:
-    for number in (10, 9, 1, 0, 2):
-        fill(tmp_path / str(number), 2, seed=number)
-    assert read_folder(tmp_path).train.class_names == ("0", "1", "2", "9", "10")
 
 
 def test_colour_in_one_image_makes_all_of_them_colour(pets: Path) -> None:
@@ -114,62 +87,6 @@ def test_channels_can_be_asked_for(pets: Path) -> None:
     assert read_folder(pets, channels=3).train.channels == 3
     Image.fromarray(noise(7, channels=3)).save(pets / "cat" / "red.png")
     assert read_folder(pets, channels=1).train.channels == 1
-
-
-def as_palette(pixels: Pixels) -> Image.Image:
-    return Image.fromarray(pixels).convert("P")
-
-
-def as_bits(pixels: Pixels) -> Image.Image:
-    return Image.fromarray(pixels).convert("1")
-
-
-def as_opaque(pixels: Pixels) -> Image.Image:
-    return Image.fromarray(pixels).convert("LA")
-
-
-def as_opaque_colour(pixels: Pixels) -> Image.Image:
-    return Image.fromarray(pixels).convert("RGBA")
-
-
-def as_transparent(pixels: Pixels) -> Image.Image:
-    image = Image.fromarray(pixels).convert("RGBA")
-    image.putpixel((3, 3), (1, 2, 3, 254))
-    return image
-
-
-def as_16_bits(pixels: Pixels) -> Image.Image:
-    return Image.fromarray(pixels.astype(np.uint16) * 200)
-
-
-def png(*chunks: tuple[bytes, bytes], bits: int, kind: int, row: bytes) -> bytes:
-    """A PNG of 28 equal rows, as Pillow would not write it; `chunks` follow the pixels."""
-    header = struct.pack(">IIBBBBB", 28, 28, bits, kind, 0, 0, 0)
-    pixels = zlib.compress((b"\0" + row) * 28)
-    body = b""
-    for name, content in ((b"IHDR", header), (b"IDAT", pixels), *chunks, (b"IEND", b"")):
-        check = struct.pack(">I", zlib.crc32(name + content))
-        body += struct.pack(">I", len(content)) + name + content + check
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
-@pytest.mark.parametrize("convert", [as_palette, as_bits, as_opaque, as_opaque_colour])
-def test_every_mode_of_8_bits_without_transparency_is_read(
-    pets: Path, convert: Callable[[Pixels], Image.Image]
-) -> None:
-    convert(noise(99)).save(pets / "cat" / "extra.png")
-    report = read_folder(pets).report
-    assert report.unusable == {}
-    assert sum(report.counts["cat"]) == 21
-
-
-def test_jpeg_is_read_by_both_of_its_names_in_whatever_case(pets: Path) -> None:
-    for i, name in enumerate(("a.jpg", "b.jpeg", "c.JPG")):
-        Image.fromarray(noise(90 + i)).save(pets / "cat" / name, "JPEG")
-    assert sum(read_folder(pets).report.counts["cat"]) == 23
-    assert read_folder(pets).train.channels == 1
-    Image.fromarray(noise(95, channels=3)).save(pets / "cat" / "d.jpg")
-    assert read_folder(pets).train.channels == 3
 
 
 def test_an_image_is_the_same_in_whatever_file(pets: Path) -> None:
@@ -260,116 +177,6 @@ def test_the_digest_tells_other_data(pets: Path, change: Callable[[Path], None])
 # What is left out
 
 
-@pytest.mark.parametrize(
-    ("convert", "cause"),
-    [(as_transparent, "transparent"), (as_16_bits, "more than 8 bits")],
-)
-def test_an_image_of_another_kind_is_left_out_with_its_cause(
-    pets: Path, convert: Callable[[Pixels], Image.Image], cause: str
-) -> None:
-    path = pets / "cat" / "odd.png"
-    convert(noise(99)).save(path)
-    report = read_folder(pets).report
-    assert list(report.unusable) == [path]
-    assert cause in report.unusable[path]
-    assert "1 unusable: cat/odd.png (" in report.render()
-
-
-@pytest.mark.parametrize(("kind", "samples"), [(0, 1), (2, 3), (4, 2), (6, 4)])
-def test_16_bits_are_left_out_whatever_the_colours(pets: Path, kind: int, samples: int) -> None:
-    path = pets / "cat" / "deep.png"
-    path.write_bytes(png(bits=16, kind=kind, row=b"\xff" * 28 * 2 * samples))
-    assert read_folder(pets).report.unusable == {path: "more than 8 bits a channel"}
-
-
-def test_a_palette_with_a_transparent_colour_is_left_out(pets: Path) -> None:
-    path = pets / "cat" / "odd.png"
-    Image.fromarray(noise(99)).quantize(8).save(path, transparency=0)
-    assert read_folder(pets).report.unusable == {path: "has transparent pixels"}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param(png(bits=8, kind=3, row=bytes(28)), id="no palette"),
-        pytest.param(png((b"iCCP", b"name\0"), bits=8, kind=0, row=bytes(28)), id="no profile"),
-    ],
-)
-def test_an_image_that_lacks_a_part_is_left_out(pets: Path, content: bytes) -> None:
-    path = pets / "cat" / "odd.png"
-    path.write_bytes(content)
-    assert read_folder(pets).report.unusable == {path: "is corrupt"}
-
-
-def test_an_image_with_a_wrong_checksum_is_left_out(pets: Path) -> None:
-    path = pets / "cat" / "odd.png"
-    content = bytearray(png(bits=8, kind=0, row=bytes(28)))
-    content[content.index(b"IDAT") - 5] ^= 1  # of the header
-    path.write_bytes(content)
-    assert list(read_folder(pets).report.unusable) == [path]
-
-
-def test_a_link_that_leads_nowhere_is_left_out(pets: Path) -> None:
-    (pets / "cat" / "link.png").symlink_to(pets / "gone.png")
-    assert "No such file" in read_folder(pets).report.unusable[pets / "cat" / "link.png"]
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", b"GIF89a" + bytes(40)])
-def test_a_file_that_is_no_image_is_left_out_with_its_cause(pets: Path, content: bytes) -> None:
-    path = pets / "cat" / "broken.png"
-    path.write_bytes(content)
-    assert "cannot identify image file" in read_folder(pets).report.unusable[path]
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_an_image_that_is_cut_short_is_left_out(pets: Path, suffix: str) -> None:
-    path = (pets / "cat" / "cut").with_suffix(suffix)
-    Image.fromarray(noise(99)).save(path)
-    path.write_bytes(path.read_bytes()[:-300])
-    assert list(read_folder(pets).report.unusable) == [path]
-
-
-def test_an_enormous_image_is_left_out_before_it_is_decoded(
-    pets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "MAX_PIXELS", 28 * 28)
-    Image.new("L", (400, 28)).save(pets / "cat" / "bomb.png")
-    decoded: list[tuple[int, int]] = []
-    original = module._decode
-
-    def watched(path: Path, image: Image.Image, size: int | None) -> module._File:
-        decoded.append(image.size)
-        return original(path, image, size)
-
-    monkeypatch.setattr(module, "_decode", watched)
-    report = read_folder(pets).report
-    assert report.unusable[pets / "cat" / "bomb.png"] == "400x28 pixels are too many"
-    assert set(decoded) == {(28, 28)}
-
-
-@pytest.mark.parametrize(("side", "cause"), [(10_001, "too many"), (30_000, "exceeds limit")])
-def test_the_size_in_a_header_is_enough_to_refuse_an_image(
-    pets: Path, side: int, cause: str
-) -> None:
-    path = pets / "cat" / "bomb.png"
-    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    content = png(bits=8, kind=0, row=bytes(28))
-    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
-    assert cause in read_folder(pets).report.unusable[path]
-
-
-def test_files_that_are_no_images_by_name_are_ignored_and_counted(pets: Path) -> None:
-    (pets / "cat" / "notes.txt").write_text("hello")
-    (pets / "cat" / "sub").mkdir()
-    (pets / "dog" / ".DS_Store").write_text("hidden")
-    (pets / "README").write_text("beside the classes")
-    (pets / ".cache").mkdir()
-    report = read_folder(pets).report
-    assert set(report.counts) == {"cat", "dog"}
-    assert report.ignored == 2
-    assert "2 other files ignored" in report.render()
-
-
 def test_an_image_is_taken_once(pets: Path) -> None:
     shutil.copy(pets / "cat" / "000.png", pets / "cat" / "zzz.png")
     report = read_folder(pets).report
@@ -410,6 +217,25 @@ def test_a_test_image_is_measured_with_once_and_under_one_label(tmp_path: Path) 
     assert again in (test / "a" / "000.png", test / "a" / "again.png")
     assert set(found.report.ambiguous) == {test / "a" / "001.png", test / "b" / "unclear.png"}
     assert len(found.train.labels) == 12
+
+
+def test_a_file_that_cannot_be_used_is_reported_with_its_cause_and_what_helps(pets: Path) -> None:
+    Image.new("RGBA", (28, 28)).save(pets / "cat" / "clear.png")
+    (pets / "dog" / "notes.txt").write_text("hello")
+    report = read_folder(pets).report
+    assert {path: each.cause for path, each in report.left_out.items()} == {
+        pets / "cat" / "clear.png": Cause.TRANSPARENT,
+        pets / "dog" / "notes.txt": Cause.OTHER,
+    }
+    assert "1 left out (transparent pixels): cat 1, such as cat/clear.png; put" in report.render()
+    assert sum(report.counts["cat"]) == 20
+
+
+def test_a_file_name_that_is_not_text_can_be_reported(pets: Path) -> None:
+    (pets / "cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"junk")
+    report = read_folder(pets).report.render()
+    assert r"such as cat/caf\udce9.png" in report
+    report.encode()
 
 
 # The report
@@ -454,29 +280,6 @@ def refused(path: Path, *said: str, size: int | None = None) -> None:
         assert words in str(caught.value)
 
 
-def test_a_folder_that_is_not_there_is_answered_with_the_known_names(tmp_path: Path) -> None:
-    refused(tmp_path / "mnits", "mnits: is neither a folder nor", "mnist, fashion-mnist")
-
-
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "is neither a folder nor")
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_classes_are_refused(tmp_path: Path, count: int) -> None:
-    for i in range(count):
-        fill(tmp_path / str(i), 5)
-    refused(
-        tmp_path, f"has {count} sub-folders", "expected one per class, 2 to 1000", "DIR/CLASS/*.png"
-    )
-
-
-def test_images_beside_each_other_are_no_classes(tmp_path: Path) -> None:
-    fill(tmp_path, 5)
-    refused(tmp_path, "has 0 sub-folders")
-
-
 def test_an_empty_class_is_named(pets: Path) -> None:
     (pets / "emu").mkdir()
     refused(pets, "classes with too few usable images: emu")
@@ -505,25 +308,67 @@ def test_sizes_that_are_not_allowed_are_listed(tmp_path: Path, shape: tuple[int,
     refused(tmp_path, f"are {width}x{height} (6)", "from 28 to 64", "--image-size 32")
 
 
-def test_no_usable_image_at_all_is_said(tmp_path: Path) -> None:
+def test_no_usable_image_at_all_is_said_with_the_causes_by_class_and_what_helps(
+    tmp_path: Path,
+) -> None:
+    for name in ("a", "b"):
+        fill(tmp_path / name / "2026", 1)
+        Image.new("RGBA", (28, 28)).save(tmp_path / name / "clear.png")
+        Image.fromarray(np.zeros((28, 28), np.uint16)).save(tmp_path / name / "deep.png")
+        (tmp_path / name / "junk.png").write_bytes(b"junk")
+        (tmp_path / name / "photo.heic").write_bytes(b"junk")
+    Image.new("RGBA", (28, 28)).save(tmp_path / "b" / "void.png")
+    refused(
+        tmp_path,
+        "has no usable image in its class folders",
+        "3 left out (transparent pixels): a 1, b 2, such as a/clear.png; put a background",
+        "2 left out (more than 8 bits a channel): a 1, b 1, such as a/deep.png; convert them to 8",
+        "2 left out (not an image, despite the suffix): a 1, b 1, such as a/junk.png; convert",
+        "2 left out (a folder inside a class): a 1, b 1, such as a/2026; move the images into",
+        "2 left out (another kind of file): a 1, b 1, such as a/photo.heic; convert",
+    )
+
+
+def test_a_class_without_usable_images_is_named_with_its_causes(pets: Path) -> None:
+    fill(pets / "emu", 0)
+    Image.new("RGBA", (28, 28)).save(pets / "emu" / "clear.png")
+    refused(pets, "too few usable images: emu", "1 left out (transparent pixels): emu 1, such as")
+    (pets / "emu" / "clear.png").unlink()
+    (pets / "emu").rmdir()
+    (pets / "emu").symlink_to(pets / "lost")
+    refused(pets, "too few usable images: emu", "(cannot be opened): emu 1, such as emu; allow")
+
+
+def test_a_class_that_may_not_be_opened_is_named() -> None:
+    with tempfile.TemporaryDirectory() as name:  # not tmp_path, which another user may not open
+        path = Path(name)
+        path.chmod(0o755)
+        for number, each in enumerate(("cat", "dog", "emu")):
+            fill(path / each, 3, seed=number)
+        (path / "emu").chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # the superuser may open anything
+        try:
+            refused(path, "too few usable images: emu", "(cannot be opened): emu 1, such as emu;")
+        finally:
+            os.seteuid(user)
+            (path / "emu").chmod(0o755)
+
+
+def test_photographs_without_a_size_are_refused_by_their_headers(tmp_path: Path) -> None:
+    """The files have no pixels, and decoding one would leave it out."""
+    header = io.BytesIO()
+    Image.new("RGB", (4000, 3000)).save(header, "JPEG")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "x.png").write_bytes(b"junk")
-    refused(tmp_path, "has no usable image")
-
-
-def test_a_test_class_that_is_not_trained_on_is_named(tmp_path: Path) -> None:
-    for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "c")):
-        fill(tmp_path / split / name, 3, seed=len(split) + ord(name))
-    refused(tmp_path, "test: has classes that train lacks: c")
+        for i in range(3):
+            (tmp_path / name / f"{i}.jpg").write_bytes(header.getvalue()[:1000])
+    refused(tmp_path, "the sizes of the images are 4000x3000 (6)", "--image-size 32")
+    refused(tmp_path, "(damaged or cut short): a 3, b 3, such as a/0.jpg", size=32)
 
 
 def test_too_few_test_images_are_refused(tmp_path: Path) -> None:
     for split, name, count in (("train", "a", 3), ("train", "b", 3), ("test", "a", 1)):
         fill(tmp_path / split / name, count, seed=len(split) + ord(name))
-    refused(tmp_path, "test: has fewer than 2 usable images")
-
-
-def test_a_class_name_that_is_too_long_is_refused(pets: Path) -> None:
-    fill(pets / ("x" * 201), 2, seed=5)
-    refused(pets, "a class name of 201 characters; at most 200 are allowed")
+    refused(tmp_path, "has fewer than 2 usable images to hold out")
