@@ -19,13 +19,16 @@ import torch
 from training.artifact import (
     ArtifactError,
     ArtifactInfo,
+    check_model_name,
     list_names,
     load_artifact,
+    printable,
     save_artifact,
 )
 from training.cli import Commands
 from training.config import PRESETS, TrainingConfig
-from training.data.folder import MAX_SIZE, MIN_SIZE, is_folder
+from training.data.folder import check_outside, is_folder
+from training.data.image_file import MAX_SIZE, MIN_SIZE
 from training.data.named import DATASETS, DataError, Dataset
 from training.distributed import init_distributed
 from training.files import prepare_folder, write_atomically
@@ -105,7 +108,8 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
     "--out",
     type=FOLDER,
     help="Folder of the run: checkpoint.pt, log.jsonl, samples, tensorboard, and the best "
-    "generator so far, generator.safetensors. [default: runs/DATASET-PRESET]",
+    "generator so far, generator.safetensors. [default: runs/DATASET-PRESET; inside a DATASET, "
+    "DATASET/../runs/…]",
 )
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of every random draw. [default: 0]"
@@ -174,7 +178,8 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
 def train_command(**options: Any) -> None:
     """Train a generator on DATASET and export it.
 
-    DATASET is mnist, fashion-mnist, or a folder with one sub-folder of images per class.
+    DATASET is mnist, fashion-mnist, or a folder with one sub-folder of images per class:
+    DIR/CLASS/1.png, or DIR/train/CLASS/1.png with DIR/test/CLASS/2.png.
     With several GPUs: torchrun --nproc-per-node N -m training train …
     """
     settings = TrainSettings(**options)
@@ -268,6 +273,9 @@ def certify_artifact(
     made, real = _shape(shape), _shape(test_set)
     if made != real:
         raise ArtifactError(path, f"generates images of {made}, but {dataset} has {real}")
+    names = test_set.class_names
+    if info.class_names != names and sorted(info.class_names) == sorted(names):
+        raise ArtifactError(path, f"has its classes in another order than {dataset}")
     if info.training.get("dataset_sha256", train_set.digest) != train_set.digest:
         raise ArtifactError(path, f"was trained on other images than {dataset} contains now")
     return Evaluator.create(train_set, test_set).certify(generator.to(torch_device))
@@ -301,7 +309,8 @@ def sample_command(
     labels = torch.tensor(wanted, device=torch_device).repeat_interleave(n)
     pixels = generate(loaded.generator.to(torch_device), labels, seed=seed)
     save_png(out, grid(pixels, columns=int((len(labels) - 1) ** 0.5) + 1), scale=scale)
-    click.echo(f"{out}: {len(labels)} images")
+    classes = [f"{loaded.info.class_names[each]} (index {each})" for each in dict.fromkeys(wanted)]
+    click.echo(printable(f"{out}: {len(labels)} images of {list_names(classes)}"))
 
 
 @main.command("train-classifier")
@@ -320,6 +329,7 @@ def train_classifier_command(
 
     It learns from real images only; evaluations classify generated images with it.
     """
+    check_outside(dataset, "--out", out, out.parent)
     prepare_folder(out.parent)
     train_set, test_set = load_splits(dataset, data_dir, select_device(device))
     classifier = train_classifier(train_set, epochs=epochs, seed=seed)
@@ -373,13 +383,13 @@ def import_command(
     if certify and dataset is None:
         raise click.UsageError("--certify needs --dataset, the images to compare with")
     _check_new_artifact(out)
+    prepare_folder(out.parent)
     try:
         names = None if classes is None else read_class_names(classes)
         generator, info = load_foreign(checkpoint, class_names=names, dataset=dataset)
     except ValueError as error:
         option = "--dataset" if classes is None else "--classes"
         raise click.BadParameter(str(error), param_hint=option) from error
-    prepare_folder(out.parent)
     if dataset is not None and certify is not False:
         if "dataset" not in info.training:
             made = f"generates images of {_shape(info.network)}, unlike {dataset}"
@@ -402,6 +412,7 @@ def import_command(
 def _check_new_artifact(path: Path) -> None:
     if path.suffix != ".safetensors":
         raise click.BadParameter(f"{path} must end in .safetensors", param_hint="--out")
+    check_model_name(path)
     if path.exists():
         raise click.BadParameter(f"{path} already exists; choose another name", param_hint="--out")
 

@@ -1,5 +1,6 @@
 """The behaviour that all commands share: messages, expected errors and renamed options."""
 
+import io
 import logging
 import sys
 
@@ -41,6 +42,8 @@ class Commands(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Prepare logging and threads, and replace renamed commands and options."""
         limit_threads()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # paths need not be text, nor terminals UTF-8
+            sys.stdout.reconfigure(errors="backslashreplace")
         logger.setLevel(logging.INFO)
         logger.handlers = [_TerminalHandler()]
         command = [_current_name(RENAMED_COMMANDS, name) for name in args[:1]]

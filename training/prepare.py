@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from training.artifact import ArtifactError, check_model_name
 from training.checkpoint import Checkpoint, CheckpointError, RunMetadata, read_checkpoint
 from training.config import PRESETS, TrainingConfig
-from training.data.folder import is_folder, read_folder
+from training.data.folder import check_outside, is_folder, is_inside, read_folder
 from training.data.named import FILES, Dataset, default_data_dir, load_dataset
 from training.devices import describe, has_native_bfloat16, resolve_device
 from training.distributed import SINGLE_PROCESS, DistributedContext, local_device
@@ -67,6 +68,14 @@ class TrainSettings:
             raise SettingsError("--init-from and --resume exclude each other; give one of them")
         if self.export_to is not None and self.export_to.suffix != ".safetensors":
             raise SettingsError(f"--export-to: {self.export_to.name!r} must end in .safetensors")
+        if self.export_to is not None:
+            try:
+                check_model_name(self.export_to)
+            except ArtifactError as error:
+                raise SettingsError(f"--export-to: {error.path.name!r} {error.cause}") from error
+            check_outside(self.dataset, "--export-to", self.export_to, self.export_to.parent)
+        if self.out is not None:
+            check_outside(self.dataset, "--out", self.out, RunFolder(self.out).samples)
         if self.image_size is not None and not is_folder(self.dataset):
             raise SettingsError(
                 f"--image-size applies to folders of images; {self.dataset} has a fixed size"
@@ -103,7 +112,7 @@ def prepare_run(
         settings.dataset, settings.data_dir, device, size=settings.image_size
     )
     preset = settings.preset or DEFAULT_PRESET
-    folder = RunFolder(settings.out or Path("runs") / f"{train_set.name}-{preset}")
+    folder = RunFolder(settings.out or _default_out(settings.dataset, f"{train_set.name}-{preset}"))
     metadata = RunMetadata(
         dataset=train_set.name,
         dataset_digest=train_set.digest,
@@ -140,6 +149,12 @@ def prepare_run(
         state.started_at = started_at
     run = Run(folder, state, train_set, metadata, evaluate=evaluate, best=best)
     return run, evaluator
+
+
+def _default_out(dataset: str, name: str) -> Path:
+    """Return the folder of a run: in `runs`, which are beside the images instead of inside."""
+    out = Path("runs") / name
+    return Path(dataset).resolve().parent / out if is_inside(dataset, out) else out
 
 
 def select_device(name: str) -> torch.device:

@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import json
+import os
 import shlex
+import shutil
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +18,7 @@ from PIL import Image
 
 import training.__main__ as command_line
 from tests.support import tiny_training as tiny
+from tests.support.image_folders import fill
 from training.__main__ import main
 from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint
@@ -121,7 +124,80 @@ def test_the_artifact_is_copied_to_where_a_service_serves_it(out: Path, tmp_path
 
 def test_a_name_that_no_service_would_serve_is_refused_before_training(out: Path) -> None:
     refused(train(out, "--export-to", "fresh.pt"), "--export-to: 'fresh.pt' must end in", status=2)
+    for name in ("my photos.safetensors", "-x.safetensors", f"{'x' * 101}.safetensors"):
+        said = f"--export-to: '{name}' is not a valid name for a model; allowed are up to 100"
+        refused(train(out, f"--export-to={name}"), said, status=2)
     assert not out.exists()
+    result = invoke("import", "theirs.pth", "--out", "é.safetensors", "--no-certify")
+    refused(result, "é.safetensors: is not a valid name for a model; allowed are")
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """A folder of images of two classes."""
+    for seed, name in enumerate(("cat", "dog")):
+        fill(tmp_path / "pets" / name, 8, seed=seed)
+    return tmp_path / "pets"
+
+
+def test_a_run_never_lies_inside_its_images(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.prepare.generator_config", generator_config)
+    options = ("--device", "cpu", "--images", "16", "--r1-gamma", "1")
+    for folder, dataset in ((pets, "."), (pets / "cat", "..")):
+        monkeypatch.chdir(folder)
+        for again in ((), ("--resume",)):
+            result = invoke("train", dataset, *options, *again)
+            assert result.exit_code == 0, result.output
+            assert f"{tmp_path / 'runs' / 'pets-conv' / 'generator.safetensors'}: " in result.stdout
+        shutil.rmtree(tmp_path / "runs")
+    assert {path.name for path in pets.iterdir()} == {"cat", "dog"}
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("train", "--out", "."),
+        ("train", "--out", "run"),
+        ("train", "--out", "cat/run"),
+        ("train", "--export-to", "weights/a.safetensors"),
+        ("train", "--export-to", "cat/a.safetensors"),
+        ("train-classifier", "--out", "models/a.safetensors"),
+    ],
+)
+def test_nothing_is_written_where_it_would_be_a_class(
+    pets: Path, monkeypatch: pytest.MonkeyPatch, command: str, option: str, value: str
+) -> None:
+    monkeypatch.chdir(pets)
+    result = invoke(command, ".", option, value)
+    refused(result, f"{option}: {value} is inside the images of .", "choose a folder outside")
+    assert {path.name for path in pets.rglob("*") if path.is_dir()} == {"cat", "dog"}
+
+
+def test_a_folder_whose_name_is_not_text_is_trained_on(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pets.rename(pets.with_name(os.fsdecode(b"b\xe4r")))
+    monkeypatch.setattr("training.prepare.generator_config", generator_config)
+    result = invoke("train", folder, "--device", "cpu", "--images", "16", "--r1-gamma", "1")
+    assert result.exit_code == 0, result.output
+    artifact = tmp_path / "runs" / r"b\udce4r-conv" / "generator.safetensors"
+    assert load_artifact(artifact).info.training["dataset"] == r"b\udce4r"
+
+
+def test_ambiguous_class_names_are_named_before_training_and_sampled_by_name(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pets / "cat").rename(pets / "1")
+    (pets / "dog").rename(pets / "2")
+    monkeypatch.setattr("training.prepare.generator_config", generator_config)
+    options = ("--device", "cpu", "--images", "16", "--r1-gamma", "1", "--out", tmp_path / "run")
+    result = invoke("train", pets, *options)
+    assert "class names that are also the indices of other classes: 1; the" in result.stdout
+    artifact, sheet = tmp_path / "run" / "generator.safetensors", tmp_path / "ones.png"
+    result = invoke("sample", artifact, "--label", "1", "--label", "0", "--out", sheet)
+    assert f"{sheet}: 32 images of 1 (index 0)" in result.stdout
 
 
 def test_a_run_lies_in_a_folder_of_its_data_set_and_preset_by_default(
@@ -254,7 +330,7 @@ def test_a_folder_that_cannot_be_trained_on_is_refused_before_anything_is_writte
 ) -> None:
     (tmp_path / "pets" / "cat").mkdir(parents=True)
     result = invoke("train", tmp_path / "pets", "--out", out)
-    refused(result, f"{tmp_path / 'pets'}: has 1 sub-folders")
+    refused(result, f"{tmp_path / 'pets'}: has 1 sub-folder, cat, expected one per class")
     assert not out.exists()
 
 
@@ -628,6 +704,11 @@ def test_an_artifact_that_names_no_data_set_is_measured_against_the_one_given(
             "was trained on other images than mnist contains now",
         ),
         (
+            {"dataset": "mnist", "names": tiny.CLASS_NAMES[::-1]},
+            tiny.NETWORK,
+            "has its classes in another order than mnist",
+        ),
+        (
             {"dataset": "mnist"},
             replace(tiny.NETWORK, image_size=9),
             "generates images of 9x9x1 in 2 classes, but mnist has 8x8x1 in 2 classes",
@@ -648,7 +729,7 @@ def test_a_foreign_artifact_is_not_measured(
     tmp_path: Path, training: dict[str, object], network: GeneratorConfig, said: str | None
 ) -> None:
     artifact = tmp_path / "a.safetensors"
-    names = tiny.CLASS_NAMES[: network.num_classes]
+    names = training.get("names", tiny.CLASS_NAMES[: network.num_classes])
     tiny.artifact_file(artifact, network=network, training=training, class_names=names)
     before = artifact.read_bytes()
     cause = f"{artifact}: {said}" if said else "pets: is neither a folder nor one of the data sets"
