@@ -10,6 +10,7 @@ to the first server. Run nothing else.
 """
 
 import argparse
+import asyncio
 import itertools
 import json
 import os
@@ -42,27 +43,26 @@ class Case(NamedTuple):
         model: name of the model.
         n: images of each request.
         connections: clients, each of which has one request in flight.
-        format: of the response.
+        zip_clients: further clients, each of which keeps requesting zips of 256 images meanwhile.
     """
 
     model: str
     n: int
     connections: int
-    format: str = "png"
+    zip_clients: int = 0
 
     def __str__(self) -> str:
-        extra = "" if self.format == "png" else f", {self.format}"
-        return f"{self.model}, n={self.n}, c={self.connections}{extra}"
+        beside = f" beside {self.zip_clients}" if self.zip_clients else ""
+        return f"{self.model}, n={self.n}, c={self.connections}{beside}"
 
 
-def requests(case: Case) -> Iterator[bytes]:
+def requests(model: str, n: int, extra: str = "") -> Iterator[bytes]:
     """Return endless requests for images of each class in turn."""
-    extra = f"&model={case.model}" if case.model != MODELS[0] else ""
-    extra += "" if case.format == "png" else f"&format={case.format}"
+    extra += f"&model={model}" if model != MODELS[0] else ""
     return itertools.cycle(
         [
             (
-                f"POST /generate?label={label}&n={case.n}{extra} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                f"POST /generate?label={label}&n={n}{extra} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
                 f"Authorization: Bearer {KEY}\r\nContent-Length: 0\r\n\r\n"
             ).encode()
             for label in range(10)
@@ -105,12 +105,20 @@ def measure_round(
         for name in dict.fromkeys(name for name, _ in ports):
             port = ports.get((name, case.model), ports.get((name, "")))
             assert port is not None
-            load = {"connections": case.connections}
-            run(closed_loop(port, requests(case), seconds=0.3, **load))
-            sample = run(closed_loop(port, requests(case), seconds=seconds, **load))
+            run(_load(port, case, 0.3))
+            sample = run(_load(port, case, seconds))
             if sample.other or sample.refusals:
                 raise SystemExit(f"{case}, {name}: requests failed")
             yield name, case, sample
+
+
+async def _load(port: int, case: Case, seconds: float) -> Sample:
+    small = requests(case.model, case.n)
+    loads = [closed_loop(port, small, connections=case.connections, seconds=seconds)]
+    if case.zip_clients:
+        zips = requests(case.model, 256, "&format=zip")
+        loads.append(closed_loop(port, zips, connections=case.zip_clients, seconds=seconds))
+    return (await asyncio.gather(*loads))[0]
 
 
 def report(found: dict[tuple[str, Case], list[Sample]], path: Path | None) -> None:
@@ -140,7 +148,7 @@ def compare(
     models: Sequence[str] = MODELS,
     sizes: Sequence[int] = SIZES,
     connections: Sequence[int] = CONNECTIONS,
-    form: str = "png",
+    zip_clients: int = 0,
     workers: int = 1,
     rounds: int = 5,
     seconds: float = 1.5,
@@ -153,13 +161,13 @@ def compare(
         models: names of models to ask for.
         sizes: images of each request.
         connections: numbers of clients.
-        form: format of the responses.
+        zip_clients: further clients, which request zips meanwhile.
         workers: processes of each build.
         rounds: interleaved rounds, of which medians are taken.
         seconds: duration of each loop of each round.
         path: file for the rows as JSON.
     """
-    cases = [Case(*each, form) for each in itertools.product(models, sizes, connections)]
+    cases = [Case(*each, zip_clients) for each in itertools.product(models, sizes, connections)]
     command = ["service", *(["--workers", str(workers)] if workers > 1 else [])]
     found: dict[tuple[str, Case], list[Sample]] = {}
     for number in range(rounds):
@@ -189,7 +197,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--connections", type=int, nargs="+", default=CONNECTIONS)
-    parser.add_argument("--format", default="png")
+    parser.add_argument("--zip-clients", type=int, default=0, help="clients that request zips")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, torch {torch.__version__}")
@@ -199,7 +207,7 @@ def main() -> None:
         models=options.models,
         sizes=options.sizes,
         connections=options.connections,
-        form=options.format,
+        zip_clients=options.zip_clients,
         workers=options.workers,
         rounds=options.rounds,
         seconds=options.seconds,
