@@ -80,11 +80,16 @@ class ArtifactInfo:
     def label(self, text: str) -> int:
         """Return the label of a class name or, if no class has that name, of a class index.
 
+        A name matches in every spelling of Unicode: file systems, and so clients, have several.
+
         Raises:
             ValueError: it is neither.
         """
         if text in self.class_names:
             return self.class_names.index(text)
+        names = [unicodedata.normalize("NFC", name) for name in self.class_names]
+        if (name := unicodedata.normalize("NFC", text)) in names:
+            return names.index(name)
         # Only ASCII digits: int() also accepts " 7 ", "1_0" and digits of other scripts.
         if text.isascii() and text.isdecimal() and len(text) <= 6:
             index = int(text)
@@ -195,12 +200,12 @@ def check_model_name(path: Path) -> None:
 
 
 def check_class_name(text: str) -> str:
-    """Return a class name in one spelling, Unicode NFC: file systems have two for some letters.
+    """Return a class name in one spelling: Unicode NFC without white space at its ends.
 
     Raises:
         ValueError: an artifact cannot hold it, or formats of data sets, which list a name a line.
     """
-    name = unicodedata.normalize("NFC", text)
+    name = unicodedata.normalize("NFC", text).strip()
     if not 1 <= len(name) <= MAX_NAME:
         raise ValueError(f"has {len(name)} characters, expected 1 to {MAX_NAME}")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):

@@ -151,7 +151,7 @@ def read_class_names(text: str) -> tuple[str, ...]:
     names = []
     for number, name in enumerate(listed):
         try:
-            names.append(check_class_name(name.strip()))
+            names.append(check_class_name(name))
         except ValueError as error:
             raise ValueError(f"the name of class {number} {error}") from error
     return tuple(names)

@@ -1,4 +1,4 @@
-"""A service of models whose class names are numbers other than the indices of the classes."""
+"""A service of models whose class names are other numbers than their indices, or accented."""
 
 import tempfile
 from collections.abc import Iterator
@@ -9,12 +9,16 @@ from pathlib import Path
 from tests.support.serving import LocalService, serve_here
 from tests.support.tiny_training import NETWORK, artifact_file
 
-CLASSES = {"ten": tuple(map(str, range(1, 11))), "even": ("0", "2", "4")}
+CLASSES = {
+    "ten": tuple(map(str, range(1, 11))),
+    "even": ("0", "2", "4"),
+    "accented": ("tea", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"),
+}
 
 
 @contextmanager
 def serve_numbered_classes() -> Iterator[LocalService]:
-    """Serve the models `ten`, of the classes 1 to 10, and `even`, of the classes 0, 2 and 4."""
+    """Serve the models of `CLASSES`."""
     with tempfile.TemporaryDirectory() as folder:
         for name, classes in CLASSES.items():
             network = replace(NETWORK, num_classes=len(classes))

@@ -6,10 +6,11 @@ import json
 import os
 import pickle
 import struct
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import safetensors.torch
@@ -51,6 +52,7 @@ def refusal(path: Path) -> str:
 
 
 Edit = Callable[[dict[str, Any]], object]
+Form = Literal["NFC", "NFD"]
 
 
 def rewrite(path: Path, *, describe: Edit = lambda _: None, tensors: Edit = lambda _: None) -> None:
@@ -481,6 +483,13 @@ def info(*names: str) -> ArtifactInfo:
 def test_a_class_goes_by_its_name_or_its_index(text: str, label: int) -> None:
     names = ("zero", "one", "two", "Bär 熊", "four", "five", "six", "seven")
     assert info(*names).label(text) == label
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("sent", ["NFC", "NFD"])
+def test_a_class_goes_by_every_spelling_of_its_name(stored: Form, sent: Form) -> None:
+    classes = info("tea", unicodedata.normalize(stored, "café"))
+    assert classes.label(unicodedata.normalize(sent, "café")) == 1
 
 
 def test_a_name_wins_over_an_index_where_classes_are_named_by_digits() -> None:

@@ -32,7 +32,15 @@ _SYSTEM = {
     *("$recycle.bin", "recycler", "system volume information"),
     *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
     *("lost+found", "__pycache__"),
-    *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),  # NAS
+    *(
+        "@eadir",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "~snapshot",
+        "@recycle",
+        "@recently-snapshot",
+    ),  # NAS
 }
 
 ClassFolders = dict[str, list[Path]]  # class name -> folders, in the order of the labels
@@ -56,7 +64,8 @@ def read_layout(path: Path) -> Layout:
     """
     if not path.is_dir():
         known = ", ".join(DATASETS)
-        raise DataError(f"{path}: is neither a folder nor one of the data sets {known}")
+        hint = "; unpack an archive first" if path.is_file() else ""
+        raise DataError(f"{path}: is neither a folder nor one of the data sets {known}{hint}")
     folders = _sub_folders(path)
     train, test = _find_splits(path, folders)
     parts = _sub_folders(train) if train else folders
@@ -192,7 +201,7 @@ def _remarks(path: Path, *splits: ClassFolders) -> Iterable[str]:
     names = list(splits[0])
     twice = [name for split in splits for name, folders in split.items() if len(folders) > 1]
     if twice:
-        yield f"one class in several Unicode spellings: {list_names(twice, 10)}"
+        yield f"one class in several spellings: {list_names(twice, 10)}"
     spelled: dict[str, list[str]] = defaultdict(list)
     for name in names:
         spelled[name.casefold()].append(name)

@@ -115,3 +115,10 @@ def test_models_list_the_labels_that_could_be_misread(client: httpx.Client) -> N
     models = {each["name"]: each for each in client.get("/models").json()["models"]}
     assert models["ten"]["ambiguous_labels"] == [str(each) for each in range(1, 10)]
     assert models["even"]["ambiguous_labels"] == ["2"]
+
+
+def test_a_label_may_have_any_spelling_of_unicode(client: httpx.Client) -> None:
+    spelled = "cafe\N{COMBINING ACUTE ACCENT}"
+    sent = client.post("/generate", json={"model": "accented", "label": spelled})
+    assert sent.status_code == 200, sent.text
+    assert recipe(sent.content)["label"] == 1

@@ -105,7 +105,7 @@ def test_a_folder_that_is_not_there_is_answered_with_the_known_names(tmp_path: P
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "is neither a folder nor")
+    refused(tmp_path / "file", "is neither a folder nor", "; unpack an archive first")
 
 
 def test_a_single_class_is_refused(tmp_path: Path) -> None:
@@ -172,9 +172,15 @@ def test_two_spellings_of_a_name_are_one_class(tmp_path: Path) -> None:
     path = tree(tmp_path / "one", composed, decomposed, "tea")
     assert list(read_layout(path).train) == [composed, "tea"]
     assert sum(read_folder(path).report.counts[composed]) == 4
-    assert remarks(path) == f"one class in several Unicode spellings: {composed}"
+    assert remarks(path) == f"one class in several spellings: {composed}"
     splits = tree(tmp_path / "two", f"train/{composed}", "train/tea", f"test/{decomposed}")
     assert list(read_layout(splits).test) == [composed]
+
+
+def test_white_space_around_a_name_does_not_count(tmp_path: Path) -> None:
+    path = tree(tmp_path, "cat ", " dog", "dog")
+    assert list(read_layout(path).train) == ["cat", "dog"]
+    assert remarks(path) == "one class in several spellings: dog"
 
 
 def test_names_that_differ_in_case_are_named(tmp_path: Path) -> None:
