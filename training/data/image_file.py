@@ -41,14 +41,16 @@ class Cause(StrEnum):
 
 REMEDIES = {
     Cause.TRANSPARENT: "put a background behind them: "
-    "magick mogrify -background white -alpha remove -alpha off FILE",
-    Cause.DEEP: "convert them to 8 bits: magick mogrify -depth 8 FILE",
-    Cause.LARGE: f"shrink them to {MAX_PIXELS:,} pixels or fewer: magick mogrify -resize 50% FILE",
+    "mogrify -path NEW_FOLDER -background white -alpha remove -alpha off *.png",
+    Cause.DEEP: "convert them to 8 bits: mogrify -path NEW_FOLDER -depth 8 *.png",
+    Cause.LARGE: f"shrink them to {MAX_PIXELS:,} pixels or fewer: "
+    "mogrify -path NEW_FOLDER -resize 50% *.png",
     Cause.DAMAGED: "copy them again from their source",
     Cause.NO_IMAGE: f"convert them to PNG or JPEG; {', '.join(FORMATS)} are read",
     Cause.UNREADABLE: "allow this user to read them, and repair links that lead nowhere",
     Cause.NESTED: "move the images into the folder of their class",
-    Cause.OTHER: f"convert images among them to PNG or JPEG; {', '.join(FORMATS)} are read",
+    Cause.OTHER: "convert images among them: mogrify -path NEW_FOLDER -format png *.heic; "
+    f"{', '.join(FORMATS)} are read",
 }
 
 
