@@ -86,6 +86,11 @@ data_dir_option = click.option(
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of every random draw."
 )
+image_size_option = click.option(
+    "--image-size",
+    type=click.IntRange(MIN_SIZE, MAX_SIZE),
+    help="Crop the images of a folder to their central square and resize them to N x N pixels.",
+)
 dataset_argument = click.argument("dataset", metavar="DATASET")
 
 
@@ -108,8 +113,7 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
     "--out",
     type=FOLDER,
     help="Folder of the run: checkpoint.pt, log.jsonl, samples, tensorboard, and the best "
-    "generator so far, generator.safetensors. [default: runs/DATASET-PRESET; inside a DATASET, "
-    "DATASET/../runs/…]",
+    "generator so far, generator.safetensors. [default: runs/DATASET-PRESET, outside DATASET]",
 )
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of every random draw. [default: 0]"
@@ -147,11 +151,7 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
     help="Precision of matrix products; weights stay float32. Devices without native bfloat16 use "
     f"float32. {_per_preset(lambda it: it.precision)}",
 )
-@click.option(
-    "--image-size",
-    type=click.IntRange(MIN_SIZE, MAX_SIZE),
-    help="Crop the images of a folder to their central square and resize them to N x N pixels.",
-)
+@image_size_option
 @click.option(
     "--flip/--no-flip", default=None, help="Mirror half of the real images. [default: no-flip]"
 )
@@ -319,22 +319,31 @@ def sample_command(
 @click.option(
     "--epochs", type=click.IntRange(1), default=EPOCHS, help="Passes over the training images."
 )
+@image_size_option
 @seed_option
 @device_option
 @data_dir_option
 def train_classifier_command(
-    *, dataset: str, out: Path, epochs: int, seed: int, device: str, data_dir: Path | None
+    *,
+    dataset: str,
+    out: Path,
+    epochs: int,
+    image_size: int | None,
+    seed: int,
+    device: str,
+    data_dir: Path | None,
 ) -> None:
     """Train the reference classifier of DATASET.
 
     It learns from real images only; evaluations classify generated images with it.
     """
+    size = TrainSettings(dataset=dataset, image_size=image_size).image_size
     check_outside(dataset, "--out", out, out.parent)
     prepare_folder(out.parent)
-    train_set, test_set = load_splits(dataset, data_dir, select_device(device))
+    train_set, test_set = load_splits(dataset, data_dir, select_device(device), size=size)
     classifier = train_classifier(train_set, epochs=epochs, seed=seed)
     accuracy = FeatureClassifier(classifier, digest="").accuracy(test_set)
-    digest = save_classifier(out, classifier, dataset=dataset, epochs=epochs, seed=seed)
+    digest = save_classifier(out, classifier, dataset=train_set.name, epochs=epochs, seed=seed)
     click.echo(f"{out}: accuracy {accuracy:.2%} on the real test images, SHA-256 {digest}")
 
 

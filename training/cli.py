@@ -58,6 +58,9 @@ class Commands(click.Group):
             raise click.UsageError(str(error)) from error
         except EXPECTED as error:
             raise click.ClickException(str(error)) from error
+        except MemoryError as error:
+            cause = str(error) or "the memory does not suffice"
+            raise click.ClickException(f"{cause}; free memory, or use fewer images") from error
 
 
 def _current_name(renamed: dict[str, str], argument: str) -> str:

@@ -636,6 +636,32 @@ def test_sample_refuses_a_file_that_is_no_artifact(tmp_path: Path) -> None:
 # train-classifier and evaluate
 
 
+def test_a_classifier_learns_from_photographs_of_any_size(tmp_path: Path) -> None:
+    for seed, name in enumerate(("cat", "dog")):
+        fill(tmp_path / "pets" / name, 20, seed=seed, size=100)
+    command = ("train-classifier", tmp_path / "pets", "--epochs", "1", "--device", "cpu")
+    path = tmp_path / "pets.safetensors"
+    refused(invoke(*command, "--out", path), "100x100 (40)", "--image-size 32 crops and resizes")
+    result = invoke(*command, "--out", path, "--image-size", "32")
+    assert result.exit_code == 0, result.output
+    assert f"{path}: accuracy " in result.stdout
+    refused(
+        invoke("train-classifier", "mnist", "--image-size", "32", "--out", path),
+        "--image-size applies to folders of images; mnist has a fixed size",
+        status=2,
+    )
+
+
+def test_too_little_memory_is_one_line(
+    pets: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_given: object, **_options: object) -> None:
+        raise MemoryError("Unable to allocate 12.0 GiB")
+
+    monkeypatch.setattr("training.prepare.read_folder", exhausted)
+    refused(invoke("train", pets, "--out", out), "Unable to allocate 12.0 GiB; free memory, or")
+
+
 def test_train_classifier_reports_its_accuracy(tmp_path: Path) -> None:
     path = tmp_path / "judges" / "mnist.safetensors"
 
