@@ -37,6 +37,11 @@ LINGER_S = 2.0  # time for the client to close its side after the server closed 
 EXCESS_CONNECTIONS = 256  # over the limit, that still get a 503; any further ones are reset
 OTHER_FILES = 512  # file descriptors for everything but connections
 
+_UNENCODED = (
+    "the request target has a character that must be percent-encoded, such as a space or a letter "
+    "beyond ASCII; let the client encode it: curl -G --data-urlencode 'label=猫' URL"
+)
+
 log = logging.getLogger("service.server.protocol")
 
 
@@ -165,16 +170,38 @@ class HTTPProtocol(HttpToolsProtocol):
             return
         begun = self._requests
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # Respond in plain HTTP; the data that follows is in an unknown protocol.
-            self._ignore_input = True
-            self.drain()
+            self._parse(memoryview(data))
         except httptools.HttpParserError as error:
             if not self._ignore_input:
-                self._abort_request(_malformed(error))
+                self._abort_request(_parser_problem(error))
         if not self._request_complete:
             self._check_partial(len(data) if begun == self._requests else None)
+
+    def _parse(self, data: memoryview) -> None:
+        """Parse data, and read every request that offers an upgrade as if it did not.
+
+        The parser ends a request with such an offer at its head. A client that makes the offer
+        (`Upgrade: h2c`) sends the body and further requests in HTTP/1.1 until a server accepts it.
+
+        Raises:
+            HttpParserError: malformed HTTP.
+        """
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if not self._ignore_input:
+                head = self._head_without_upgrade()
+                self.parser = httptools.HttpRequestParser(self)
+                # As uvicorn does: ignore what follows a request with `Connection: close`.
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self.parser.feed_data(head)
+                self._parse(data[upgrade.args[0] :])  # at most MAX_PIPELINED times
+
+    def _head_without_upgrade(self) -> bytes:
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        headers = [b"%s: %s" % each for each in self.headers if each[0] != b"upgrade"]
+        request_line = b"%s %s HTTP/%s" % (method, self.url, version.encode())
+        return b"\r\n".join((request_line, *headers, b"", b""))
 
     def on_message_begin(self) -> None:
         """Begin a request; called by the parser, like the following methods."""
@@ -186,7 +213,7 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Pass a request to the app, unless its head breaks a limit."""
-        if self._ignore_input:
+        if self._ignore_input or self._offers_upgrade:
             return
         problem = self._check_head()
         if problem is not None:
@@ -200,16 +227,24 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End a request."""
-        self._request_complete = True
-        super().on_message_complete()
+        if not self._reading_head:  # the parser calls this for an offer to upgrade too
+            self._request_complete = True
+            super().on_message_complete()
+
+    @property
+    def _offers_upgrade(self) -> bool:
+        # To the parser, CONNECT is an upgrade too.
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
     def _check_head(self) -> Problem | None:
         """Return the problem of a complete head."""
         for name, value in self.headers:
             if name == b"content-length" and int(value) > MAX_BODY_BYTES:
                 return _body_too_large()
+        if self.parser.get_method() == b"CONNECT":
+            return _malformed("CONNECT is for proxies, and this service is not one")
         if self.parser.get_http_version() not in {"1.1", "1.0"}:
-            return Problem(505, "http-version", "Only HTTP/1.1 and HTTP/1.0 are supported.")
+            return _unsupported_version()
         if len(self.pipeline) >= MAX_PIPELINED:
             detail = f"More than {MAX_PIPELINED} requests are queued on this connection."
             return Problem(429, "too-many-pipelined", detail, headers={"Retry-After": "1"})
@@ -345,10 +380,24 @@ def raise_nofile_limit(connections: int) -> int:
     return allowed
 
 
-def _malformed(error: httptools.HttpParserError) -> Problem:
-    internal = isinstance(error, httptools.HttpParserCallbackError)  # names one of our callbacks
-    reason = "invalid request target" if internal else str(error)
+def _parser_problem(error: httptools.HttpParserError) -> Problem:
+    reason = str(error)
+    if reason == "Pause on PRI/Upgrade":  # the first bytes of HTTP/2
+        return _unsupported_version()
+    after_space = reason.startswith("Expected HTTP/")
+    if isinstance(error, httptools.HttpParserInvalidURLError) or after_space:
+        reason = _UNENCODED
+    elif isinstance(error, httptools.HttpParserCallbackError):  # names one of our callbacks
+        reason = "invalid request target"
+    return _malformed(reason)
+
+
+def _malformed(reason: str) -> Problem:
     return Problem(400, "malformed-request", f"Malformed HTTP/1.1 request: {reason}.")
+
+
+def _unsupported_version() -> Problem:
+    return Problem(505, "http-version", "Only HTTP/1.1 and HTTP/1.0 are supported.")
 
 
 def _body_too_large() -> Problem:

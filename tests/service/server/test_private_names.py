@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 import httptools
+import pytest
 import uvicorn
 from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -69,3 +70,26 @@ def test_httptools_has_the_errors_that_the_protocol_handles() -> None:
     message = "httptools changed its errors: see service/server/protocol.py"
     assert issubclass(httptools.HttpParserCallbackError, httptools.HttpParserError), message
     assert issubclass(httptools.HttpParserUpgrade, Exception), message
+    assert issubclass(httptools.HttpParserInvalidURLError, httptools.HttpParserError), message
+
+
+def test_httptools_says_where_a_request_with_an_upgrade_continues() -> None:
+    message = "httptools changed HttpParserUpgrade: see service/server/protocol.py"
+    parser = httptools.HttpRequestParser(object())
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    head = b"POST / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 1\r\n\r\n"
+    try:
+        parser.feed_data(memoryview(head + b"a"))
+    except httptools.HttpParserUpgrade as upgrade:
+        assert upgrade.args == (len(head),), message
+    else:
+        raise AssertionError(message)
+
+
+@pytest.mark.parametrize(
+    ("head", "text"),
+    [(b"GET / / HTTP/1.1\r\n", "Expected HTTP/"), (b"PRI * HTTP/2.0\r\n", "Pause on PRI/Upgrade")],
+)
+def test_httptools_has_the_messages_that_the_protocol_replaces(head: bytes, text: str) -> None:
+    with pytest.raises(httptools.HttpParserError, match=f"^{text}"):
+        httptools.HttpRequestParser(object()).feed_data(head + b"\r\nSM\r\n\r\n")

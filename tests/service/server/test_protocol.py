@@ -280,6 +280,10 @@ def test_connections_beyond_the_limit_are_told_so(tmp_path: Path) -> None:
 
 
 A = b"a" * 70_000
+UPGRADES = (
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
+    b"Upgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n",
+)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +305,8 @@ A = b"a" * 70_000
         (b"GET /\xff HTTP/1.1\r\n\r\n", 400, "malformed-request"),
         (b"GET /livez HTTP/1.1\r\nA: \x00\r\n\r\n", 400, "malformed-request"),
         (b"CONNECT test:80 HTTP/1.1\r\n\r\n", 400, "malformed-request"),
+        (b"CONNECT /livez HTTP/1.1\r\n\r\n", 400, "malformed-request"),
+        (b"CONNECT * HTTP/1.1\r\n" + UPGRADES[0] + b"\r\n", 400, "malformed-request"),
         (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\na", 400, None),
         (b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\na", 400, None),
         (
@@ -373,11 +379,68 @@ def test_a_client_that_waits_for_100_is_refused_before_it_sends(strict: ServiceP
         assert answer.headers["connection"] == "close"
 
 
-def test_an_upgrade_is_answered_as_plain_http(strict: ServiceProcess) -> None:
-    head = b"GET /livez HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-    (answer,) = ask(strict, head + b"\x81\x85")
-    assert answer.status == 200
-    assert answer.headers["connection"] == "close"
+JSON = b'{"label": "cat", "n": 3, "seed": 5}'
+IN_CHUNKS = b"5\r\n" + JSON[:5] + b"\r\n%x\r\n" % len(JSON[5:]) + JSON[5:] + b"\r\n0\r\n\r\n"
+WITH_BODY = (
+    b"Content-Length: %d\r\n\r\n" % len(JSON) + JSON,
+    b"Transfer-Encoding: chunked\r\n\r\n" + IN_CHUNKS,
+)
+
+
+@pytest.mark.parametrize("upgrade", UPGRADES)
+@pytest.mark.parametrize("body", WITH_BODY)
+def test_a_request_that_offers_an_upgrade_is_read_as_one_that_does_not(
+    strict: ServiceProcess, upgrade: bytes, body: bytes
+) -> None:
+    head = b"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+    expected = ask(strict, head + body + LAST)[0].gist
+    offers = head + upgrade + body
+    for stream in (offers + LAST, offers * 3 + head + body + offers + LAST):
+        *answers, last = ask(strict, stream)
+        assert last.status == 200
+        assert {each.gist for each in answers} == {expected}
+        assert all("connection" not in each.headers for each in answers)
+    assert expected[0] == 200
+
+
+@pytest.mark.parametrize("upgrade", UPGRADES)
+def test_an_offer_without_a_body_leaves_the_connection_open(
+    strict: ServiceProcess, upgrade: bytes
+) -> None:
+    offer = b"GET /livez HTTP/1.1\r\n" + upgrade + b"\r\n"
+    assert [each.status for each in ask(strict, offer * 2 + LAST)] == [200] * 3
+    *_, answer = ask(strict, offer.replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+    first, second = ask(strict, offer, b"\x81\x85")  # not HTTP, although nothing was accepted
+    assert (first.status, second.status) == (200, 400)
+
+
+def test_an_offer_is_held_to_the_bounds_of_every_request(strict: ServiceProcess) -> None:
+    head = b"POST /generate HTTP/1.1\r\n" + UPGRADES[0]
+    for rest, status in (
+        (b"Content-Length: 1048577\r\n\r\n", 413),
+        (b"A: " + A + b"\r\n\r\n", 431),
+        (b"Transfer-Encoding: chunked\r\n\r\nno\r\n", 400),
+    ):
+        (answer,) = ask(strict, head + rest)
+        assert answer.status == status
+
+
+@pytest.mark.parametrize(
+    "target", ["/generate?label=猫", "/猫", "/generate?label=ankle boot", "/a\tb", "猫"]
+)
+def test_a_target_that_is_not_encoded_is_told_how_to_encode_it(
+    strict: ServiceProcess, target: str
+) -> None:
+    (answer,) = ask(strict, f"GET {target} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+    assert answer.status == 400
+    assert "percent-encoded" in answer.problem["detail"]
+    assert "curl -G --data-urlencode 'label=猫'" in answer.problem["detail"]
+
+
+def test_http_2_without_an_upgrade_is_505(strict: ServiceProcess) -> None:
+    (answer,) = ask(strict, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert answer.status == 505
 
 
 def test_pipelined_requests_are_answered_in_order_up_to_a_bound(strict: ServiceProcess) -> None:
@@ -407,6 +470,10 @@ ENDING = [
     b"GET /livez HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n" + LAST,
     b"GET /livez HTTP/1.1\r\nHost: test\nA: b\r\n\r\n",
     b"GET /%ff%00?label=\xc3\xa9 HTTP/1.1\r\n\r\n",
+    b"POST /generate HTTP/1.1\r\nContent-Type: application/json\r\n"
+    + UPGRADES[0]
+    + WITH_BODY[1]
+    + LAST,
 ]
 
 
