@@ -259,7 +259,7 @@ def _http_problem(request: Request, error: HTTPException) -> Problem:
 
 def method_not_allowed(method: str, path: str, allowed: Sequence[str]) -> Problem:
     """Return a problem with the method of a request."""
-    allow = ", ".join(sorted(allowed))
+    allow = ", ".join(sorted({*allowed, "HEAD"} if "GET" in allowed else allowed))
     detail = f"{method} is not allowed at {path}; allowed: {allow}."
     return Problem(405, "method-not-allowed", detail, headers={"Allow": allow})
 

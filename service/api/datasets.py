@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from random import getrandbits
 from typing import Annotated, Any, NamedTuple
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import Field
 from starlette.types import Scope, Send
@@ -17,6 +17,7 @@ from starlette.types import Scope, Send
 from service.api.caching import cache_control, entity_tag, matches
 from service.api.parameters import SamplingFields
 from service.api.respond import BINARY, HEADERS, NOT_MODIFIED, Responder
+from service.api.routing import Router
 from service.disconnect import Disconnected
 from service.encoding.datasets import (
     LAYOUT_VERSION,
@@ -92,11 +93,10 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_router(responder: Responder) -> APIRouter:
+def create_router(responder: Responder) -> Router:
     """Create the routes of this module."""
-    router = APIRouter()
+    router = Router()
 
-    @router.head(PATH, include_in_schema=False)
     @router.get(
         PATH,
         summary="Download a balanced, labelled data set as a file",

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query
+from fastapi import Body, Query
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,6 +17,7 @@ from service.api.respond import (
     Responder,
     count_pixels,
 )
+from service.api.routing import Router
 from service.disconnect import CLIENT_CLOSED_REQUEST, Disconnected
 from service.encoding.images import CONTENT_TYPES, MEDIA_TYPES, ImageList, encoder, negotiate
 from service.errors import (
@@ -98,9 +99,9 @@ class GenerateEndpoint:
         return 200, [content_type, length, *encoded.headers, *caching], encoded.body
 
 
-def create_router() -> APIRouter:
+def create_router() -> Router:
     """Create routes that describe `GenerateEndpoint` in the schema; no request reaches them."""
-    router = APIRouter()
+    router = Router()
 
     @router.post(
         PATH,

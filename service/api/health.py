@@ -1,10 +1,11 @@
 """Liveness, readiness and metrics, for orchestrators and Prometheus."""
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, Field
 
+from service.api.routing import Router
 from service.errors import error_responses
 from service.inference.health import Readiness
 
@@ -15,9 +16,9 @@ class Health(BaseModel):
     status: str = Field(examples=["ready"])
 
 
-def create_router(readiness: Readiness) -> APIRouter:
+def create_router(readiness: Readiness) -> Router:
     """Create the health checks."""
-    router = APIRouter()
+    router = Router()
 
     @router.get("/livez", summary="Liveness")
     async def livez() -> Health:
@@ -31,9 +32,9 @@ def create_router(readiness: Readiness) -> APIRouter:
     return router
 
 
-def create_metrics_router(registry: CollectorRegistry) -> APIRouter:
+def create_metrics_router(registry: CollectorRegistry) -> Router:
     """Create the route that Prometheus scrapes."""
-    router = APIRouter()
+    router = Router()
 
     @router.get(
         "/metrics",

@@ -3,11 +3,12 @@
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from service.api.respond import BINARY, Responder
+from service.api.routing import Router
 from service.encoding.verification import (
     VerificationResult,
     compare,
@@ -69,9 +70,9 @@ class ModelList(BaseModel):
     )
 
 
-def create_router(responder: Responder) -> APIRouter:
+def create_router(responder: Responder) -> Router:
     """Create the routes of this module."""
-    router = APIRouter()
+    router = Router()
     repository = responder.generation.repository
 
     @router.post(

@@ -6,12 +6,13 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi import Depends, Path, Request, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from service.api import open_inference_codec as codec
 from service.api.respond import BINARY, Responder
+from service.api.routing import Router
 from service.errors import GENERATION_ERRORS, error_responses, inline_refs
 from service.generation import Generation
 from service.inference.health import Readiness
@@ -124,9 +125,9 @@ _REQUEST_BODY = {
 }
 
 
-def create_router(responder: Responder, readiness: Readiness) -> APIRouter:
+def create_router(responder: Responder, readiness: Readiness) -> Router:
     """Create the routes of this module."""
-    router = APIRouter(prefix=PREFIX, tags=["Open Inference Protocol"])
+    router = Router(prefix=PREFIX, tags=["Open Inference Protocol"])
     generation = responder.generation
 
     @router.get("", summary="Describe the service")
@@ -172,7 +173,7 @@ def create_router(responder: Responder, readiness: Readiness) -> APIRouter:
 
 
 def _add_model_routes(
-    router: APIRouter,
+    router: Router,
     path: str,
     find: Callable[..., Awaitable[Model]],
     responder: Responder,

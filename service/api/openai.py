@@ -5,11 +5,12 @@ import re
 import time
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import Path, Request, Response
 from pydantic import BaseModel, Field, Strict
 
 from service.api.parameters import MAX_SCALE, Seed, Truncation
 from service.api.respond import Responder, count_pixels
+from service.api.routing import Router
 from service.encoding.images import single_pngs
 from service.encoding.timeslice import IncrementalEncoder
 from service.errors import GENERATION_ERRORS, error_responses, invalid_value
@@ -77,9 +78,9 @@ class ModelObjects(BaseModel):
     data: list[ModelObject]
 
 
-def create_router(responder: Responder) -> APIRouter:
+def create_router(responder: Responder) -> Router:
     """Create the routes of this module."""
-    router = APIRouter(prefix=PREFIX, tags=["OpenAI"])
+    router = Router(prefix=PREFIX, tags=["OpenAI"])
     generation = responder.generation
 
     @router.post(

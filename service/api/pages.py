@@ -3,8 +3,9 @@
 from importlib.resources import files
 from pathlib import Path
 
-from fastapi import APIRouter
 from fastapi.responses import FileResponse
+
+from service.api.routing import Router
 
 # Scripts and styles come from this origin and are never inline. The documentation shows images from
 # blobs.
@@ -19,9 +20,9 @@ PAGE_HEADERS = {
 }
 
 
-def create_router() -> APIRouter:
+def create_router() -> Router:
     """Create the routes of this module."""
-    router = APIRouter(include_in_schema=False)
+    router = Router(include_in_schema=False)
     playground = Path(__file__).parent.parent / "playground"
     swagger = Path(str(files("fastapi_offline") / "static"))
 

@@ -44,6 +44,7 @@ def test_a_key_is_required_there_too() -> None:
         assert client.get("/metrics").status_code == 401
         key = {"Authorization": f"Bearer {SECRET}"}
         assert client.get("/metrics", headers=key).status_code == 200
+        assert client.head("/metrics", headers=key).status_code == 200
 
 
 def test_a_port_that_is_taken_is_an_error(service: ServiceProcess) -> None:

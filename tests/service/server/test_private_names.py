@@ -78,12 +78,9 @@ def test_httptools_says_where_a_request_with_an_upgrade_continues() -> None:
     parser = httptools.HttpRequestParser(object())
     parser.set_dangerous_leniencies(lenient_data_after_close=True)
     head = b"POST / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 1\r\n\r\n"
-    try:
+    with pytest.raises(httptools.HttpParserUpgrade) as found:
         parser.feed_data(memoryview(head + b"a"))
-    except httptools.HttpParserUpgrade as upgrade:
-        assert upgrade.args == (len(head),), message
-    else:
-        raise AssertionError(message)
+    assert found.value.args == (len(head),), message
 
 
 @pytest.mark.parametrize(
