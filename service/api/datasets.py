@@ -246,7 +246,8 @@ class _CutOffResponse(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         """Send the response."""
         try:
-            await super().stream_response(send)
+            with suppress(Disconnected):
+                await super().stream_response(send)
         except Problem as problem:
             log.warning("a data set was cut off: %s", problem.detail)
 

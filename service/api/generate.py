@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import Body, Query
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -18,7 +18,6 @@ from service.api.respond import (
     count_pixels,
 )
 from service.api.routing import Router
-from service.disconnect import CLIENT_CLOSED_REQUEST, Disconnected
 from service.encoding.images import CONTENT_TYPES, MEDIA_TYPES, ImageList, encoder, negotiate
 from service.errors import (
     GENERATION_ERRORS,
@@ -60,9 +59,6 @@ class GenerateEndpoint:
             status, headers, body = await self._generate(Request(scope, receive))
         except Problem as problem:
             await problem_response(problem, scope)(scope, receive, send)
-            return
-        except (Disconnected, ClientDisconnect):
-            await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})

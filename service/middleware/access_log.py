@@ -7,8 +7,11 @@ from functools import cache
 from random import getrandbits
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.disconnect import CLIENT_CLOSED_REQUEST, Disconnected, client_of
 from service.errors import Problem, problem_response
 from service.telemetry.metrics import Metrics
 
@@ -34,20 +37,23 @@ class AccessLogMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and log and count it when its response is complete.
 
-        An unexpected exception is logged with its traceback and answered with a 500.
+        An unexpected exception is logged with its traceback and answered with a 500. The status is
+        499 if the client disconnected before the response was complete.
         """
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started_at = time.perf_counter()
-        status, sent_bytes, response_started = 500, 0, False
+        status, sent_bytes, response_started, complete = 500, 0, False, False
+        client = client_of(scope)
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def observed_send(message: Message) -> None:
-            nonlocal status, sent_bytes, response_started
+            nonlocal status, sent_bytes, response_started, complete
             if message["type"] == "http.response.body":
                 sent_bytes += len(message.get("body", b""))
+                complete = not message.get("more_body", False) and not client.disconnected
             elif message["type"] == "http.response.start":
                 status, response_started = message["status"], True
                 id_header = (b"x-request-id", request_id.encode())
@@ -58,6 +64,10 @@ class AccessLogMiddleware:
         self._in_progress.inc(in_progress)
         try:
             await self._app(scope, receive, observed_send)
+        except (Disconnected, ClientDisconnect):
+            if not response_started:  # nobody reads it; servers expect one
+                response = Response(status_code=CLIENT_CLOSED_REQUEST)
+                await response(scope, receive, observed_send)
         except Exception:
             log.exception("request failed", extra={"fields": {"request_id": request_id}})
             if response_started:
@@ -67,6 +77,8 @@ class AccessLogMiddleware:
             await response(scope, receive, observed_send)
         finally:
             self._in_progress.dec(in_progress)
+            if client.disconnected and not complete:
+                status = CLIENT_CLOSED_REQUEST
             scope["state"]["status"] = status
             self._report(scope, status, sent_bytes, time.perf_counter() - started_at)
 

@@ -18,7 +18,7 @@ from typing import Any
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from service.disconnect import CLIENT, Client
@@ -118,6 +118,7 @@ class HTTPProtocol(HttpToolsProtocol):
         self._request_complete = True  # every request that began was received completely
         self._partial_bytes = 0  # size of the incomplete request, approximately
         self._requests = 0
+        self._unanswered: list[RequestResponseCycle] = []  # in the order of the requests
         self._ignore_input = False
         self._last_state: object = None  # at the last check of timeouts that saw any progress
         self._last_progress = 0.0
@@ -137,8 +138,12 @@ class HTTPProtocol(HttpToolsProtocol):
             self._send_error(Problem(503, "too-many-connections", detail, headers=headers))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """End the connection and cancel its request."""
+        """End the connection and cancel its requests."""
         super().connection_lost(error)
+        for cycle in self._unanswered:  # uvicorn tells the latest one only
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         self._client.disconnect()
 
     def drain(self) -> None:
@@ -220,6 +225,8 @@ class HTTPProtocol(HttpToolsProtocol):
             self._send_error(problem)
             return
         super().on_headers_complete()
+        unanswered = [each for each in self._unanswered if not each.response_complete]
+        self._unanswered = [*unanswered, self.cycle]
         # A client may omit a body that it announced with Expect: 100-continue, so that nobody knows
         # where its next request begins.
         if self._limits.draining or self.expect_100_continue:
