@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 from numpy.typing import NDArray
 from starlette.types import Scope
 
-from service.encoding.png import encode_contact_sheet
+from service.encoding.png import ENCODER_VERSION, encode_contact_sheet
 from service.generation import ResolvedRequest
 from service.inference.engine import Engine
 from service.inference.repository import Model
@@ -24,7 +24,8 @@ def _fingerprint(model: Model) -> bytes:
     """
     known = _fingerprints.get(model.engine)
     if known is None:
-        sheet = encode_contact_sheet(model.engine.reference.pixels, {"sha256": model.sha256})
+        determining = {"sha256": model.sha256, "encoder": ENCODER_VERSION}
+        sheet = encode_contact_sheet(model.engine.reference.pixels, determining)
         known = _fingerprints[model.engine] = hashlib.sha256(sheet).digest()
     return known
 

@@ -8,7 +8,6 @@ time of zlib's fastest level.
 
 import math
 import struct
-import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -20,6 +19,7 @@ from pydantic import TypeAdapter
 
 Pixels = NDArray[np.uint8]
 
+ENCODER_VERSION = 2  # of the bytes that this module makes
 RECIPE_KEYWORD = "Recipe"
 _KEYWORD = RECIPE_KEYWORD.encode()
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -27,6 +27,7 @@ _COLOUR_TYPES = {1: 0, 3: 2}  # grey, RGB
 # Level 1 makes files a sixth smaller, but takes up to twice as long, and six times as long for a
 # single small image, where clearing its tables dominates.
 _LEVEL = 0
+_STORED_BLOCK_BYTES = 0xFFFF  # most of a stored block of deflate
 _RECIPE: TypeAdapter[Any] = TypeAdapter(Any)
 
 
@@ -57,7 +58,7 @@ def store_png(pixels: Pixels, recipe: str) -> bytes:
         pixels: (H, W, C) uint8, C = 1 (grey) or 3 (RGB).
         recipe: as of `encode_png`, in JSON.
     """
-    data = zlib.compress(_filter(pixels).data, 0)
+    data = _store(_filter(pixels))
     return _join(_head(*pixels.shape), recipe.encode("ascii"), data)
 
 
@@ -91,7 +92,27 @@ def _compress(lines: Pixels, channels: int, recipe: Mapping[str, object]) -> byt
     height, width = lines.shape[0], (lines.shape[1] - 1) // channels
     # In ASCII, so that a class name in any script fits the Latin-1 of the chunk.
     text = _RECIPE.dump_json(recipe, ensure_ascii=True)
-    return _join(_head(height, width, channels), text, isal_zlib.compress(lines, _LEVEL))
+    data = isal_zlib.compress(lines, _LEVEL)
+    if len(data) > _stored_bytes(lines.size):  # noise, which grows by a fifth
+        data = _store(lines)
+    return _join(_head(height, width, channels), text, data)
+
+
+def _store(lines: Pixels) -> bytes:
+    """Return a zlib stream of stored blocks (RFC 1950, RFC 1951)."""
+    data = lines.reshape(-1).data
+    pieces: list[bytes | memoryview] = [b"\x78\x01"]
+    for begin in range(0, len(data), _STORED_BLOCK_BYTES):
+        block = data[begin : begin + _STORED_BLOCK_BYTES]
+        last = begin + len(block) == len(data)
+        pieces += [struct.pack("<?HH", last, len(block), len(block) ^ 0xFFFF), block]
+    pieces.append(isal_zlib.adler32(data).to_bytes(4))
+    return b"".join(pieces)
+
+
+def _stored_bytes(size: int) -> int:
+    """Return the length of what `_store` makes of `size` bytes."""
+    return size + 5 * -(-size // _STORED_BLOCK_BYTES) + 6
 
 
 def _join(head: bytes, recipe: bytes, compressed: bytes) -> bytes:

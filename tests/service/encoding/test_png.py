@@ -6,7 +6,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.encoding.png import contact_sheet, encode_contact_sheet, encode_png, enlarge
+from service.encoding.png import (
+    contact_sheet,
+    encode_contact_sheet,
+    encode_png,
+    enlarge,
+    store_png,
+)
 
 
 def noise(*shape: int) -> NDArray[np.uint8]:
@@ -59,6 +65,26 @@ def test_a_sheet_has_the_rounded_up_root_of_its_images_as_columns(
 def test_a_sheet_is_the_same_file_however_it_is_made(count: int, channels: int) -> None:
     images, recipe = enlarge(noise(count, 5, 7, channels), 2), {"labels": [7] * count}
     assert encode_contact_sheet(images, recipe) == encode_png(contact_sheet(images), recipe)
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 1), (64, 64, 3), (512, 300, 3)])
+def test_no_png_is_larger_than_its_stored_pixels(shape: tuple[int, int, int]) -> None:
+    pixels = noise(*shape)
+    png = encode_png(pixels, {})
+    assert (np.asarray(decode(png)).reshape(shape) == pixels).all()
+    assert len(png) <= len(store_png(pixels, "{}"))
+    assert len(png) < pixels.size * 1.001 + pixels.shape[0] + 100
+    flat = encode_png(np.zeros(shape, np.uint8), {})
+    assert len(flat) < len(png) / 3
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257])
+def test_a_stored_png_has_the_same_length_for_any_pixels(size: int) -> None:
+    """Also around 65,535 bytes, the most of a block of deflate."""
+    pixels = noise(255, size, 1)
+    png = store_png(pixels, "{}")
+    assert (np.asarray(decode(png)) == pixels[..., 0]).all()
+    assert len(png) == len(store_png(np.zeros_like(pixels), "{}"))
 
 
 def test_enlarging_repeats_whole_pixels() -> None:
