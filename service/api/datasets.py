@@ -20,17 +20,18 @@ from service.api.respond import BINARY, HEADERS, NOT_MODIFIED, Responder
 from service.api.routing import Router
 from service.disconnect import Disconnected
 from service.encoding.datasets import (
-    LAYOUT_VERSION,
+    ALL,
     MEDIA_TYPES,
     Batch,
     DatasetFormat,
     GeneratedDataset,
-    SegmentRange,
-    lay_out,
+    Shard,
 )
+from service.encoding.layouts import LAYOUT_VERSION, SegmentRange, lay_out
 from service.encoding.timeslice import IncrementalEncoder
 from service.errors import GENERATION_ERRORS, Problem, error_responses, invalid_value
 from service.generation import Generation
+from service.inference.repository import Model
 from service.inference.scheduling import GenerationResult
 from service.rate_limit import burst_limit
 
@@ -42,9 +43,11 @@ MAX_DATASET_IMAGES = 10_000_000
 _PER_CLASS = f"images of each class; at most {MAX_DATASET_IMAGES} in all"
 _FORMAT = (
     "zip: a folder of PNGs for each class; webdataset: a tar of samples; idx: a tar of MNIST's two "
-    "files; npz: arrays for NumPy"
+    "files, of grey images; npz: arrays for NumPy"
 )
 _START = "number of the first image, a multiple of the number of classes; leaves out earlier ones"
+_SHARD = "3of8 is the third of eight parts of the set, each a file of its own (default: all in one)"
+_SHARD_NAME = re.compile(r"([1-9][0-9]{0,6})of([1-9][0-9]{0,6})")
 _MAX_BATCH_IMAGES = 256  # generated at once, unless a single block has more
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 
@@ -55,6 +58,12 @@ class DatasetQuery(SamplingFields, extra="forbid"):
     per_class: int = Field(ge=1, le=MAX_PER_CLASS, description=_PER_CLASS, examples=[1000])
     format: DatasetFormat = Field("zip", description=_FORMAT)
     start: int = Field(0, ge=0, description=_START)
+    shard: str | None = Field(
+        None,
+        description=_SHARD,
+        examples=["3of8"],
+        json_schema_extra={"pattern": f"^{_SHARD_NAME.pattern}$"},
+    )
 
     def dataset(self, generation: Generation) -> GeneratedDataset:
         """Check the parameters against the models and return the data set.
@@ -68,9 +77,8 @@ class DatasetQuery(SamplingFields, extra="forbid"):
         if images > MAX_DATASET_IMAGES:
             message = f"{images} images in all; at most {MAX_DATASET_IMAGES} are allowed"
             raise invalid_value("per_class", self.per_class, message)
-        if self.format == "idx" and classes > 256:
-            message = f"idx supports 256 classes; {model.name} has {classes}"
-            raise invalid_value("format", self.format, message)
+        if self.format == "idx":
+            _check_idx(model)
         if self.start % classes or self.start >= images:
             message = (
                 f"must be a multiple of {classes}, the number of classes, and less than {images}, "
@@ -78,7 +86,47 @@ class DatasetQuery(SamplingFields, extra="forbid"):
             )
             raise invalid_value("start", self.start, message)
         seed = getrandbits(53) if self.seed is None else self.seed
-        return GeneratedDataset(model, seed, self.start // classes, self.per_class, self.truncation)
+        start = self.start // classes
+        shard = self._parse_shard(self.per_class - start)
+        return GeneratedDataset(model, seed, start, self.per_class, self.truncation, shard)
+
+    def _parse_shard(self, blocks: int) -> Shard:
+        """Return the shard, of at most as many as the set has blocks.
+
+        Raises:
+            Problem: 422, the set has no such shard.
+        """
+        if self.shard is None:
+            return ALL
+        if self.seed is None:
+            message = "needs a seed such as seed=0, as each request without one makes another set"
+            raise invalid_value("shard", self.shard, message)
+        found = _SHARD_NAME.fullmatch(self.shard)
+        if found is not None:
+            shard = Shard(*map(int, found.groups()))
+            if shard.number <= shard.total <= blocks:
+                return shard
+        message = (
+            "must be NUMBERofSHARDS such as 3of8, where the number is at most that of the shards "
+            f"and the shards are at most {blocks}, the number of images of each class"
+        )
+        raise invalid_value("shard", self.shard, message)
+
+
+def _check_idx(model: Model) -> None:
+    """Check that readers of MNIST can read the images of a model.
+
+    Raises:
+        Problem: 422, naming the formats that hold them.
+    """
+    classes = len(model.info.class_names)
+    instead = "take format=npz for arrays or format=zip for files"
+    if model.engine.image_shape[2] != 1:
+        message = f"holds grey images, and {model.name} makes colour images; {instead}"
+        raise invalid_value("format", "idx", message)
+    if classes > 256:
+        message = f"holds at most 256 classes, and {model.name} has {classes}; {instead}"
+        raise invalid_value("format", "idx", message)
 
 
 _FILE: dict[str, Any] = {
@@ -112,15 +160,17 @@ def create_router(responder: Responder) -> Router:
 async def _respond(responder: Responder, request: Request, query: DatasetQuery) -> Response:
     dataset = query.dataset(responder.generation)
     layout = lay_out(dataset, query.format)
-    tag = None if query.seed is None else _entity_tag(dataset, query.format)
+    file_tag = _entity_tag(dataset, query.format)
+    file_name = dataset.file_name(query.format, file_tag[1:13])
+    tag = None if query.seed is None else file_tag  # else the next request draws another seed
     headers = {
         "X-Images": str(dataset.images),
         "X-Seed": str(dataset.seed),
         "X-Model": dataset.model.versioned_name,
-        "Content-Disposition": f'attachment; filename="{dataset.file_name(query.format)}"',
+        "Content-Disposition": f'attachment; filename="{file_name}"',
         "Cache-Control": cache_control(request.scope, tag, query.model),
     }
-    if tag is not None:  # otherwise the next request draws another seed
+    if tag is not None:
         headers |= {"ETag": tag, "Accept-Ranges": "bytes"}
         if matches(request.headers.get("if-none-match"), tag):
             return Response(status_code=304, headers=headers)
@@ -139,9 +189,12 @@ async def _respond(responder: Responder, request: Request, query: DatasetQuery) 
 
 
 def _entity_tag(dataset: GeneratedDataset, file_format: DatasetFormat) -> str:
-    first, last, truncation = dataset.first, dataset.last, dataset.truncation
-    determining = (file_format, LAYOUT_VERSION, dataset.seed, first, last, truncation)
-    return entity_tag(dataset.model, repr(determining).encode())
+    """Return the ETag of a file; those of the shards of a set begin alike."""
+    start, per_class, truncation = dataset.start, dataset.per_class, dataset.truncation
+    determining = (file_format, LAYOUT_VERSION, dataset.seed, start, per_class, truncation)
+    tag = entity_tag(dataset.model, repr(determining).encode())
+    number, shards = dataset.shard
+    return tag if shards == 1 else f'{tag[:-1]}-{number}of{shards}"'
 
 
 def _parse_range(request: Request, tag: str | None, length: int) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Records of tar and ZIP64 archives, for files whose sizes are known before their content.
+"""Records of tar and zip archives, for files whose sizes are known before their content.
 
 Libraries keep every entry of a zip in memory until its end; these records stand alone.
 """
@@ -45,73 +45,111 @@ class TarMember:
         return b"".join((self.header(name), content, self._padding))
 
 
-# ZIP64 as of APPNOTE 6.3.10.
-_VERSION = 45  # needed to extract: ZIP64
+# Zip as of APPNOTE 6.3.10. Zip64 is used only where a number does not fit, since unpackers such as
+# BusyBox's know no Zip64.
+_VERSION, _ZIP64_VERSION = 20, 45  # needed to extract
 _ZIP64_EXTRA = 1
-_IN_64_BITS = 0xFFFFFFFF
+_IN_64_BITS, _IN_64_BITS_SHORT = 0xFFFFFFFF, 0xFFFF  # the number is in a record of Zip64
 _DATE = 0x21  # 1980-01-01, the earliest
-DESCRIPTOR_BYTES = 24
+_MADE_ON_UNIX = 3 << 8  # with it, Info-ZIP takes names as UTF-8 and expects a file mode
+_MODE = 0o100644 << 16  # a plain file
+_CRC_FOLLOWS, _UTF_8 = 1 << 3, 1 << 11  # flags
 
 
 @dataclass
 class ZipEntry:
-    """A stored file. Sizes and offsets take 64 bits, so that the length of records is fixed."""
+    """A stored file. The lengths of its records depend on `name`, `size` and `far` alone."""
 
-    name: bytes
+    name: str
     size: int
     crc: int | None = None  # CRC-32; None if it is unknown until a descriptor follows the file
     offset: int = 0  # of its local header in the archive
+    far: bool = False  # the offset takes 64 bits; the same for all files of an archive
 
     def __post_init__(self) -> None:
-        self._flags = 8 if self.crc is None else 0
+        self._name = self.name.encode()
+        self._flags = (_CRC_FOLLOWS if self.crc is None else 0) | (
+            0 if self.name.isascii() else _UTF_8
+        )
+        self._large = self.size >= _IN_64_BITS
 
     @property
     def local_bytes(self) -> int:
         """Return the length of the local header."""
-        return 30 + len(self.name) + 20
+        return 30 + len(self._name) + 20 * self._large
+
+    @property
+    def descriptor_bytes(self) -> int:
+        """Return the length of the descriptor."""
+        return 24 if self._large else 16
 
     @property
     def central_bytes(self) -> int:
         """Return the length of the entry in the central directory."""
-        return 46 + len(self.name) + 28
+        return 46 + len(self._name) + len(_zip64_extra(self._central_numbers()))
 
     def local(self) -> bytes:
         """Return the local header, which precedes the file."""
-        size = 0 if self._flags else self.size
+        size = 0 if self._flags & _CRC_FOLLOWS else self.size
+        extra = _zip64_extra([size, size] if self._large else [])
+        if self._large:
+            size = _IN_64_BITS
         header = struct.pack(
             "<4s5H3I2H",
-            *(b"PK\3\4", _VERSION, self._flags, 0, 0, _DATE, self.crc or 0),
-            *(_IN_64_BITS, _IN_64_BITS, len(self.name), 20),
+            *(b"PK\3\4", self._version, self._flags, 0, 0, _DATE, self.crc or 0),
+            *(size, size, len(self._name), len(extra)),
         )
-        return header + self.name + struct.pack("<2H2Q", _ZIP64_EXTRA, 16, size, size)
+        return header + self._name + extra
 
     def descriptor(self) -> bytes:
         """Return the descriptor, which follows a file whose CRC was unknown before."""
-        return struct.pack("<4sI2Q", b"PK\7\10", self.crc, self.size, self.size)
+        numbers = "<4sI2Q" if self._large else "<4sI2I"
+        return struct.pack(numbers, b"PK\7\10", self.crc, self.size, self.size)
 
     def central(self) -> bytes:
         """Return the entry in the central directory."""
+        size = min(self.size, _IN_64_BITS)
+        extra = _zip64_extra(self._central_numbers())
         header = struct.pack(
             "<4s6H3I5H2I",
-            *(b"PK\1\2", _VERSION, _VERSION, self._flags, 0, 0, _DATE, self.crc or 0),
-            *(_IN_64_BITS, _IN_64_BITS, len(self.name), 28, 0, 0, 0, 0, _IN_64_BITS),
+            *(b"PK\1\2", _MADE_ON_UNIX | self._version, self._version, self._flags, 0, 0, _DATE),
+            *(self.crc or 0, size, size, len(self._name), len(extra), 0, 0, 0, _MODE),
+            _IN_64_BITS if self.far else self.offset,
         )
-        extra = struct.pack("<2H3Q", _ZIP64_EXTRA, 24, self.size, self.size, self.offset)
-        return header + self.name + extra
+        return header + self._name + extra
+
+    @property
+    def _version(self) -> int:
+        return _ZIP64_VERSION if self._large or self.far else _VERSION
+
+    def _central_numbers(self) -> list[int]:
+        """Return the numbers that do not fit the entry in the central directory."""
+        return [self.size] * 2 * self._large + [self.offset] * self.far
+
+
+def _zip64_extra(numbers: list[int]) -> bytes:
+    if not numbers:
+        return b""
+    return struct.pack(f"<2H{len(numbers)}Q", _ZIP64_EXTRA, 8 * len(numbers), *numbers)
+
+
+def is_far(directory_offset: int) -> bool:
+    """Return true if offsets in an archive take 64 bits, by that of its central directory."""
+    return directory_offset >= _IN_64_BITS
 
 
 def zip_end(entries: int, offset: int, size: int) -> bytes:
     """Return the records after a central directory of `size` bytes that begins at `offset`."""
-    return b"".join(
-        (
-            struct.pack(
-                "<4sQ2H2I4Q",
-                *(b"PK\6\6", 44, _VERSION, _VERSION, 0, 0, entries, entries, size, offset),
-            ),
-            struct.pack("<4sIQI", b"PK\6\7", 0, offset + size, 1),
-            struct.pack(
-                "<4s4H2IH",
-                *(b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, _IN_64_BITS, _IN_64_BITS, 0),
-            ),
-        )
+    short_entries = min(entries, _IN_64_BITS_SHORT)
+    short_size, short_offset = min(size, _IN_64_BITS), min(offset, _IN_64_BITS)
+    end = struct.pack(
+        "<4s4H2IH", b"PK\5\6", 0, 0, short_entries, short_entries, short_size, short_offset, 0
     )
+    if short_entries < _IN_64_BITS_SHORT and max(short_size, short_offset) < _IN_64_BITS:
+        return end
+    end_64 = struct.pack(
+        "<4sQ2H2I4Q",
+        *(b"PK\6\6", 44, _ZIP64_VERSION, _ZIP64_VERSION, 0, 0, entries, entries, size, offset),
+    )
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, offset + size, 1)
+    return end_64 + locator + end

@@ -1,8 +1,12 @@
 import io
 import json
+import os
+import shutil
 import struct
+import subprocess
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.encoding.datasets import (
-    MEDIA_TYPES,
-    DatasetFormat,
-    GeneratedDataset,
-    class_folders,
-    lay_out,
-)
-from tests.conftest import make_artifact
+from service.encoding.datasets import MEDIA_TYPES, DatasetFormat, GeneratedDataset, class_folders
+from service.encoding.layouts import lay_out
+from tests.conftest import ODD_CLASS_NAMES, make_artifact
 from tests.support.serving import LocalService, Service, ServiceProcess, serve_here
 from tests.support.wire import wait_until
 from training.data.named import parse_idx
@@ -35,6 +34,15 @@ PER_CLASS = 30  # more than one part of a download
 def files(service: Service) -> dict[str, bytes]:
     """A small set in every format."""
     return {form: fetch(service.client, form).content for form in FORMS}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A service with a model of colour images and twelve classes of odd names."""
+    path = tmp_path_factory.mktemp("models") / "odd.safetensors"
+    make_artifact(path, channels=3, names=ODD_CLASS_NAMES)
+    with serve_here("--models", str(path)) as service:
+        yield service.client
 
 
 def fetch(client: httpx.Client, form: str, **more: Any) -> httpx.Response:
@@ -101,7 +109,7 @@ def test_the_formats_hold_the_same_images_in_the_same_order(
     with tarfile.open(fileobj=io.BytesIO(files["webdataset"])) as opened:
         names = opened.getnames()
     assert names[:3] == ["00000000.png", "00000000.cls", "00000001.png"]
-    assert len(names) == 20 * PER_CLASS
+    assert len(names) == 20 * PER_CLASS + 1
 
 
 def test_a_plain_reader_of_mnist_reads_it(files: dict[str, bytes], tmp_path: Path) -> None:
@@ -254,6 +262,13 @@ def test_truncation_is_in_the_recipe(client: httpx.Client) -> None:
         ("per_class=1&start=10", "start"),
         ("per_class=1&truncation=2", "truncation"),
         ("per_class=1&shuffle=1", "shuffle"),
+        ("per_class=3&seed=0&shard=4of3", "shard"),
+        ("per_class=3&seed=0&shard=0of3", "shard"),
+        ("per_class=3&seed=0&shard=1of4", "shard"),
+        ("per_class=3&seed=0&shard=1of3&start=10", "shard"),
+        ("per_class=3&seed=0&shard=1/3", "shard"),
+        ("per_class=3&seed=0&shard=", "shard"),
+        ("per_class=3&shard=1of3", "shard"),
         ("per_class=1&model=nobody", "model"),
     ],
 )
@@ -263,21 +278,147 @@ def test_a_wrong_value_is_named(client: httpx.Client, query: str, field: str) ->
     assert [each["field"] for each in answer.json()["errors"]] == [field]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_colour_and_odd_class_names_are_laid_out_as_well(
-    tmp_path: Path, form: DatasetFormat
+UNPACKERS = {
+    "BusyBox": ["busybox", "unzip", "-q"],
+    "Info-ZIP": ["unzip", "-q"],
+    "bsdtar": ["bsdtar", "-xf"],
+    "Python": [],
+}
+
+
+@pytest.mark.parametrize("name", UNPACKERS)
+def test_every_unpacker_reads_a_zip_with_class_names_of_any_script(
+    odd: httpx.Client, tmp_path: Path, name: str
 ) -> None:
-    make_artifact(tmp_path / "colour.safetensors", channels=3)
+    path = tmp_path / "set.zip"
+    path.write_bytes(fetch(odd, "zip", per_class=3).content)
+    command = UNPACKERS[name]
+    with zipfile.ZipFile(path) as opened:
+        assert opened.testzip() is None
+        expected = {each: opened.read(each) for each in opened.namelist()}
+    if command:
+        if shutil.which(command[0]) is None:
+            pytest.skip(f"needs {command[0]}")
+        (tmp_path / "out").mkdir()
+        subprocess.run(
+            [*command, path],
+            cwd=tmp_path / "out",
+            check=True,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+        )
+        found = (tmp_path / "out").rglob("*.*")
+        files = {str(each.relative_to(tmp_path / "out")): each for each in found if each.is_file()}
+        assert {each: file.read_bytes() for each, file in files.items()} == expected
+    folders = sorted({each.partition("/")[0] for each in expected if each.endswith(".png")})
+    assert folders == class_folders(ODD_CLASS_NAMES)
+    assert folders[8:10] == ["08-é", "09-हिन्दी"]
+
+
+def test_a_folder_name_is_safe_on_every_file_system() -> None:
+    names = ["a/b", "..", "c d", "é", "e\u0301", "a\\b:c*?", "\u202egnp.", "x" * 200, "熊" * 200]
+    folders = class_folders(names)
+    assert folders[:6] == ["0-a_b", "1-..", "2-c_d", "3-é", "4-e\u0301", "5-a_b_c_"]
+    assert folders[6] == "6-_gnp."
+    assert max(len(each.encode()) for each in folders) < 128
+
+
+@pytest.mark.parametrize("form", ["zip", "webdataset", "npz"])
+def test_every_format_names_the_classes_in_a_file(odd: httpx.Client, form: str) -> None:
+    names = list(ODD_CLASS_NAMES)
+    content = fetch(odd, form, per_class=3).content
+    if form == "npz":
+        arrays = read_npz(content)
+        assert arrays["images"].shape == (36, 12, 12, 3)
+        assert arrays["class_names"].tolist() == names
+        return
+    if form == "zip":
+        with zipfile.ZipFile(io.BytesIO(content)) as opened:
+            text = opened.read("classes.txt")
+    else:
+        with tarfile.open(fileobj=io.BytesIO(content)) as opened_tar:
+            file = opened_tar.extractfile("__classes__")
+            assert file is not None
+            text = file.read()
+    lines = text.decode().removesuffix("\n").split("\n")
+    assert lines == [*names[:-1], "two lines"]
+
+
+def test_a_zip_lists_its_files_with_their_labels(files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(io.BytesIO(files["zip"])) as opened:
+        rows = opened.read("metadata.csv").decode().splitlines()
+        names = opened.namelist()
+    assert rows[0] == "file_name,label"
+    assert [row.partition(",")[0] for row in rows[1:]] == names[:-2]
+    for row in rows[1:]:
+        name, label = row.split(",")
+        assert name.startswith(f"{label}-")
+    assert names[-2:] == ["metadata.csv", "classes.txt"]
+
+
+def test_files_of_mnist_are_refused_for_what_their_readers_cannot_read(
+    odd: httpx.Client, tmp_path: Path
+) -> None:
+    answer = odd.get("/dataset?per_class=1&format=idx")
+    assert answer.status_code == 422
+    (error,) = answer.json()["errors"]
+    assert error["field"] == "format"
+    assert error["message"] == (
+        "holds grey images, and odd makes colour images; take format=npz for arrays or format=zip "
+        "for files"
+    )
+    make_artifact(tmp_path / "many.safetensors", names=tuple(map(str, range(257))))
     with serve_here("--models", str(tmp_path)) as service:
-        answer = service.client.get(f"/dataset?per_class=3&seed=0&format={form}")
-        assert answer.headers["Content-Length"] == str(len(answer.content))
-        if form == "npz":
-            assert read_npz(answer.content)["images"].shape == (9, 12, 12, 3)
-        elif form == "idx":
-            files = extract({form: answer.content}, form, tmp_path / "idx")
-            head = (files / "train-images-idx3-ubyte").read_bytes()[:20]
-            assert struct.unpack(">HBB4I", head) == (0, 8, 4, 9, 12, 12, 3)
-    assert class_folders(["a/b", "..", "c d", "é"]) == ["0-a_b", "1-..", "2-c_d", "3-_"]
+        answer = service.client.get("/dataset?per_class=1&format=idx")
+        assert answer.status_code == 422
+        assert "at most 256 classes, and many has 257" in answer.text
+
+
+# Shards -------------------------------------------------------------------------------------------
+
+
+def test_the_shards_are_the_set_in_its_order(client: httpx.Client, files: dict[str, bytes]) -> None:
+    whole = read_npz(files["npz"])
+    shards = [fetch(client, "npz", shard=f"{number}of7") for number in range(1, 8)]
+    assert [int(each.headers["X-Images"]) for each in shards] == [40, 40, 40, 50, 40, 40, 50]
+    arrays = [read_npz(each.content) for each in shards]
+    for name in ("images", "labels", "indices"):
+        assert np.array_equal(np.concatenate([each[name] for each in arrays]), whole[name])
+    assert len({each.headers["ETag"] for each in shards}) == 7
+    assert fetch(client, "npz", shard="1of1").content == files["npz"]
+
+
+@pytest.mark.parametrize("form", ["zip", "webdataset"])
+def test_a_shard_holds_the_same_files_as_the_whole_set(
+    client: httpx.Client, files: dict[str, bytes], form: str
+) -> None:
+    whole = members(files[form], form)
+    shards = [members(fetch(client, form, shard=f"{at}of2").content, form) for at in (1, 2)]
+    images = [{name for name in each if name.endswith(".png")} for each in (whole, *shards)]
+    assert images[1] | images[2] == images[0]
+    assert not images[1] & images[2]
+    for shard, names in zip(shards, images[1:], strict=True):
+        assert all(shard[name] == whole[name] for name in names)
+
+
+def members(content: bytes, form: str) -> dict[str, bytes]:
+    if form == "zip":
+        with zipfile.ZipFile(io.BytesIO(content)) as opened:
+            return {name: opened.read(name) for name in opened.namelist()}
+    with tarfile.open(fileobj=io.BytesIO(content)) as opened_tar:
+        found = ((each.name, opened_tar.extractfile(each)) for each in opened_tar)
+        return {name: file.read() for name, file in found if file is not None}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_shard_resumes_and_announces_its_length(client: httpx.Client, form: str) -> None:
+    whole = fetch(client, form, shard="2of3", start=60)
+    content, tag = whole.content, whole.headers["ETag"]
+    assert whole.headers["Content-Length"] == str(len(content))
+    sent = {"Range": f"bytes={len(content) // 3}-", "If-Range": tag}
+    rest = fetch(client, form, shard="2of3", start=60, headers=sent)
+    assert rest.content == content[len(content) // 3 :]
+    other = fetch(client, form, shard="3of3", start=60, headers=sent)
+    assert other.status_code == 200  # the tag is that of another shard
 
 
 def test_the_layout_of_ten_million_images_is_known_without_making_them(
