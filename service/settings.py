@@ -81,6 +81,9 @@ class VerifySettings(ModelSettings):
 class FetchSettings(CommandSettings):
     """Download a data set from a service. Run the same command again to resume.
 
+    The name of the file contains the beginning of its ETag, so another truncation or a replaced
+    model gives another file. If the file changes during the download, it starts anew.
+
     The exit status is 0 if the file is complete, 1 if the service does not deliver it, and 2 if
     the URL or an option is invalid.
     """

@@ -1,8 +1,12 @@
 """The command `python -m service fetch-dataset`."""
 
+import fcntl
+import glob
 import json
 import os
 import random
+import re
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +25,9 @@ T = TypeVar("T")
 
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 _MAX_DELAY_S = 60.0
+_MAX_STARTS = 5  # of a file that changes during the download
+# A file name contains the beginning of the ETag, so that no other file is taken for this one.
+_TAG = re.compile(r'"([\w-]{12})[\w-]*"')
 # To resume a zip, the service encodes it from its beginning before it sends the next byte.
 _TIMEOUT = httpx.Timeout(30.0, read=900.0)
 
@@ -33,6 +40,10 @@ class _RetryableError(Exception):
         self.after_s = after_s
 
 
+class _ChangedError(Exception):
+    """The service has another file under the URL than when the download began."""
+
+
 @dataclass(frozen=True)
 class _RemoteFile:
     """A file as the headers of the service describe it."""
@@ -41,6 +52,12 @@ class _RemoteFile:
     length: int
     images: int
     tag: str
+
+    @property
+    def digest(self) -> str:
+        """Return the beginning of the ETag, which is part of the name."""
+        found = _TAG.fullmatch(self.tag)
+        return "" if found is None else found[1]
 
 
 def run(settings: FetchSettings) -> int:
@@ -60,7 +77,8 @@ def run(settings: FetchSettings) -> int:
         with httpx.Client(headers=headers, timeout=_TIMEOUT) as client:
             path = _Download(client, url, settings.out, settings.retries).run()
     except OSError as error:
-        raise ServiceError(f"{error.filename}: {error.strerror}") from error
+        name = error.filename or settings.out  # such as a full disk
+        raise ServiceError(f"{name}: {error.strerror}") from error
     print(path)
     return 0
 
@@ -95,15 +113,33 @@ class _Download:
         Raises:
             ServiceError: the service does not deliver it.
         """
-        remote = self._retry(self._read_headers)
+        for _ in range(_MAX_STARTS):
+            remote = self._retry(self._read_headers)
+            try:
+                return self._fetch(remote)
+            except _ChangedError:
+                continue
+        raise ServiceError(
+            f"{self._url} changes again and again; pin the model as model=NAME@sha256:DIGEST"
+        )
+
+    def _fetch(self, remote: _RemoteFile) -> Path:
+        """Download the file that the headers described, unless it is there.
+
+        Raises:
+            _ChangedError: the service has another file by now.
+            ServiceError: the service does not deliver it.
+        """
         path = self._out / remote.name
         if path.exists():
             if path.stat().st_size == remote.length:
                 return path
             raise ServiceError(f"{path} exists with another length; move it and try again")
-        # The tag separates partial downloads of different files with the same name.
-        part = path.with_name(f"{path.name}.{remote.tag[1:13]}.part")
+        part = path.with_name(f"{path.name}.part")
+        if not part.exists():
+            self._report_others(part, remote)
         with part.open("ab") as file:
+            _lock(file)
             with tqdm(
                 total=remote.length,
                 initial=file.tell(),
@@ -113,10 +149,22 @@ class _Download:
             ) as bar:
                 while file.tell() < remote.length:
                     self._retry(lambda: self._append(file, remote, bar))
+            if file.tell() > remote.length:
+                raise ServiceError(f"{part} is too long; remove it and try again")
             file.flush()
             os.fsync(file.fileno())
         part.rename(path)
         return path
+
+    def _report_others(self, part: Path, remote: _RemoteFile) -> None:
+        """Report the beginnings of files that the URL, or one like it, named before."""
+        before, _, after = part.name.partition(remote.digest)
+        others = f"{glob.escape(before)}{'?' * len(remote.digest)}{glob.escape(after)}"
+        for other in sorted(self._out.glob(others)):
+            sys.stderr.write(
+                f"starting anew: {other} is the beginning of another file, as the service has "
+                "replaced the model or the URL has another truncation\n"
+            )
 
     def _retry(self, attempt: Callable[[], T]) -> T:
         """Return the result of the first attempt that succeeds.
@@ -159,6 +207,11 @@ class _Download:
             ) from error
         if name in ("", ".", "..") or Path(name).name != name:
             raise ServiceError(f"{self._url} has an invalid file name: {name!r}")
+        if not remote.digest or remote.digest not in name:
+            raise ServiceError(
+                f"{self._url}: the file name {name!r} does not contain the beginning of the ETag "
+                f"{remote.tag}; the service is of another version, or a proxy changes its headers"
+            )
         self._failures = 0
         return remote
 
@@ -172,10 +225,7 @@ class _Download:
             if response.headers.get("ETag") != remote.tag or (
                 begin and response.status_code == 200
             ):
-                raise ServiceError(
-                    f"{self._url} changed since the download began; the service may have replaced "
-                    "the model. Pin it as model=NAME@sha256:DIGEST, or start again"
-                )
+                raise _ChangedError
             try:
                 for block in response.iter_raw():
                     file.write(block)
@@ -184,6 +234,18 @@ class _Download:
             except httpx.TransportError:
                 if file.tell() == begin:
                     raise
+
+
+def _lock(file: BinaryIO) -> None:
+    """Lock a file until it is closed.
+
+    Raises:
+        ServiceError: another process has locked it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ServiceError(f"{file.name}: another process is downloading this file") from error
 
 
 def _to_error(response: httpx.Response) -> Exception:

@@ -1,13 +1,17 @@
+import fcntl
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
+from tests.conftest import make_artifact
 from tests.support.processes import Running, start
-from tests.support.serving import ServiceProcess
+from tests.support.serving import Service, ServiceProcess, serve_here
 from tests.support.wire import wait_until
 
 
@@ -21,8 +25,13 @@ def end(process: Running, status: int = 0) -> tuple[str, str]:
     return output, errors
 
 
-def address(service: ServiceProcess, query: str) -> str:
+def address(service: Service, query: str) -> str:
     return f"{service.client.base_url}/dataset?{query}"
+
+
+def name_of(answer: httpx.Response) -> str:
+    (name,) = re.findall('filename="(.+)"', answer.headers["Content-Disposition"])
+    return str(name)
 
 
 class Flaky(BaseHTTPRequestHandler):
@@ -38,7 +47,7 @@ class Flaky(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length))
         self.send_header("ETag", self.tag)
         self.send_header("X-Images", "7")
-        self.send_header("Content-Disposition", 'attachment; filename="set.zip"')
+        self.send_header("Content-Disposition", f'attachment; filename="set-{self.tag[1:13]}.zip"')
 
     def do_HEAD(self) -> None:
         self._begin(200, len(self.content))
@@ -79,8 +88,10 @@ def test_it_is_the_file_that_the_service_makes(service: ServiceProcess, tmp_path
     query = "per_class=50&seed=4&format=idx"
     output, errors = end(fetch(address(service, query), tmp_path / "new"))
     path = Path(output.strip())
-    assert path == tmp_path / "new" / "mnist-50-of-each-seed-4.idx.tar"
-    assert path.read_bytes() == service.client.get(f"/dataset?{query}").content
+    answer = service.client.get(f"/dataset?{query}")
+    assert path.read_bytes() == answer.content
+    digest = answer.headers["ETag"][1:13]
+    assert path == tmp_path / "new" / f"mnist-50-of-each-seed-4-{digest}.idx.tar"
     assert "500 images: 100%" in errors
     assert list(path.parent.iterdir()) == [path]
 
@@ -122,23 +133,119 @@ def test_attempts_that_bring_nothing_come_to_an_end(
     assert "refused" in errors
 
 
-def test_a_file_that_has_become_another_is_not_gone_on_with(
+def test_another_truncation_is_another_file(service: ServiceProcess, tmp_path: Path) -> None:
+    for truncation in (0.5, 1):
+        query = f"per_class=2&seed=4&format=npz&truncation={truncation}"
+        output, _ = end(fetch(address(service, query), tmp_path))
+        expected = service.client.get(f"/dataset?{query}")
+        assert Path(output.strip()).read_bytes() == expected.content
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_shard_is_fetched_like_a_whole_set(service: ServiceProcess, tmp_path: Path) -> None:
+    names = []
+    for number in (1, 2):
+        query = f"per_class=5&seed=4&format=webdataset&shard={number}of2"
+        path = Path(end(fetch(address(service, query), tmp_path))[0].strip())
+        assert path.read_bytes() == service.client.get(f"/dataset?{query}").content
+        names.append(path.name)
+    # Loaders expand `...-shard-{1..2}of2.tar`.
+    assert names[0].replace("-1of2", "-2of2") == names[1]
+
+
+def test_a_replaced_model_of_the_same_name_gives_another_file_and_a_fresh_start(
+    tmp_path: Path,
+) -> None:
+    query, out = "per_class=2&seed=4&format=npz", tmp_path / "out"
+    paths, contents = [], []
+    for seed in (0, 1):
+        models = tmp_path / str(seed)
+        models.mkdir()
+        make_artifact(models / "own.safetensors", seed=seed)
+        with serve_here("--models", str(models)) as service:
+            answer = service.client.get(f"/dataset?{query}")
+            if seed == 0:  # a download that was interrupted
+                out.mkdir()
+                begun = out / f"{name_of(answer)}.part"
+                begun.write_bytes(answer.content[:1000])
+                begun_content = answer.content[:1000]
+                continue
+            output, errors = end(fetch(address(service, query), out))
+            assert f"starting anew: {begun} is the beginning of another file" in errors
+            assert "starting anew" not in end(fetch(address(service, query), out))[1]
+            paths.append(Path(output.strip()))
+            contents.append(answer.content)
+    assert [path.read_bytes() for path in paths] == contents
+    assert begun.read_bytes() == begun_content
+
+
+def test_a_file_that_changes_in_the_middle_is_begun_anew(
     flaky: tuple[str, type[Flaky]], tmp_path: Path
 ) -> None:
     url, handler = flaky
-    handler.asked.append(None)
-    (tmp_path / "set.zip.0123456789ab.part").write_bytes(b"x")
+    send = Flaky.do_GET
 
     def answer(self: Flaky) -> None:
-        self.asked.append(self.headers["Range"])
-        self._begin(200, 5)
-        self.end_headers()
-        self.wfile.write(b"other")
+        if len(self.asked) == 2:
+            handler.tag, handler.content = '"ba9876543210"', b"other" * 1000
+        send(self)
 
     handler.do_GET = answer  # type: ignore[method-assign]
+    output, errors = end(fetch(url, tmp_path))
+    assert "starting anew" in errors
+    assert Path(output.strip()) == tmp_path / "set-ba9876543210.zip"
+    assert Path(output.strip()).read_bytes() == b"other" * 1000
+    begun = tmp_path / "set-0123456789ab.zip.part"
+    assert begun.read_bytes() == Flaky.content[:3000]
+
+
+def test_a_file_that_changes_without_end_is_given_up(
+    flaky: tuple[str, type[Flaky]], tmp_path: Path
+) -> None:
+    url, handler = flaky
+    send = Flaky.do_GET
+
+    def answer(self: Flaky) -> None:
+        handler.tag = f'"{len(self.asked):012}"'
+        send(self)
+
+    handler.do_GET = answer  # type: ignore[method-assign]
+    _, errors = end(fetch(url, tmp_path, "--retries", "2"), 1)
+    assert "pin the model as model=NAME@sha256:DIGEST" in errors
+
+
+@pytest.mark.parametrize("tag", ['W/"0123456789abcdef"', '"short"', '"../../../../evil"'])
+def test_a_tag_that_cannot_tell_files_apart_is_refused(
+    flaky: tuple[str, type[Flaky]], tmp_path: Path, tag: str
+) -> None:
+    url, handler = flaky
+    handler.tag = tag
     _, errors = end(fetch(url, tmp_path), 1)
-    assert "changed since the download began" in errors
-    assert (tmp_path / "set.zip.0123456789ab.part").read_bytes() == b"x"
+    assert "ETag" in errors or "invalid file name" in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_that_name_and_another_length_is_left_alone(
+    flaky: tuple[str, type[Flaky]], tmp_path: Path
+) -> None:
+    mine = tmp_path / "set-0123456789ab.zip"
+    mine.write_bytes(b"mine")
+    _, errors = end(fetch(flaky[0], tmp_path), 1)
+    assert "exists with another length; move it" in errors
+    assert mine.read_bytes() == b"mine"
+
+
+def test_two_downloads_of_one_file_do_not_mix(
+    flaky: tuple[str, type[Flaky]], tmp_path: Path
+) -> None:
+    part = tmp_path / "set-0123456789ab.zip.part"
+    with part.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _, errors = end(fetch(flaky[0], tmp_path), 1)
+    assert "another process is downloading this file" in errors
+    part.write_bytes(bytes(20_000))
+    _, errors = end(fetch(flaky[0], tmp_path), 1)
+    assert f"{part} is too long; remove it" in errors
 
 
 def test_a_key_is_read_from_a_file(tmp_path: Path) -> None:
