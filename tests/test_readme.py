@@ -1,11 +1,13 @@
 """Code, tables and links of the pages agree with the program."""
 
+import ast
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,9 @@ def test_requests_are_answered(service: ServiceProcess, tmp_path: Path, line: st
 def test_examples_run(service: ServiceProcess, tmp_path: Path, code: str) -> None:
     address = f"localhost:{service.client.base_url.port}"
     assert "localhost:8000" in code
+    for name in imports(code):
+        if find_spec(name) is None:
+            pytest.skip(f"needs {name}: pip install -e '.[clients]'")
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code.replace("localhost:8000", address)],
         cwd=tmp_path,
@@ -118,6 +123,17 @@ def test_examples_run(service: ServiceProcess, tmp_path: Path, code: str) -> Non
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout or any(tmp_path.iterdir())
+
+
+def imports(code: str) -> set[str]:
+    """Return the top-level modules that an example imports."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {each.name.partition(".")[0] for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
 
 
 @pytest.mark.parametrize(
