@@ -18,7 +18,6 @@ import torch
 
 from training.artifact import (
     ArtifactError,
-    ArtifactInfo,
     check_model_name,
     list_names,
     load_artifact,
@@ -29,24 +28,17 @@ from training.cli import Commands
 from training.config import PRESETS, TrainingConfig
 from training.data.folder import check_outside, is_folder
 from training.data.image_file import MAX_SIZE, MIN_SIZE
-from training.data.named import DATASETS, DataError, Dataset
+from training.data.named import DATASETS, DataError
 from training.distributed import init_distributed
-from training.files import prepare_folder, write_atomically
+from training.evaluation import certify_artifact, image_shape
+from training.files import check_folder, prepare_folder, write_atomically
 from training.gamma_search import DEFAULT_GAMMA
 from training.images import class_grid, grid, save_png
 from training.importing import ForeignCheckpointError, load_foreign, read_class_names
 from training.inspection import render_picture, render_summary, summary
-from training.networks import Generator, GeneratorConfig
 from training.plan import render_plan
-from training.prepare import (
-    DEFAULT_PRESET,
-    SMALL_DATASET,
-    TrainSettings,
-    load_splits,
-    prepare_run,
-    select_device,
-)
-from training.quality.certificate import Certificate, with_certificate
+from training.prepare import SMALL_DATASET, load_splits, prepare_run, select_device
+from training.quality.certificate import with_certificate
 from training.quality.classifier import (
     EPOCHS,
     ClassifierError,
@@ -58,6 +50,7 @@ from training.quality.evaluator import Evaluator
 from training.quality.report import render_table, write_report
 from training.run import Run, StopFlag
 from training.sampling import generate
+from training.settings import DEFAULT_PRESET, TrainSettings
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -170,10 +163,16 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
 )
 @click.option(
     "--init-from",
-    type=FOLDER,
-    help="Start with the networks of the run in this folder, which has the same preset.",
+    type=click.Path(path_type=Path),
+    help="Start with the networks of a run (its folder) or of a model file, for the same or other "
+    "classes. The images of a folder are converted to its size and colours.",
 )
-@click.option("--resume", is_flag=True, help="Continue the run in --out exactly where it stopped.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the run in --out exactly where it stopped, with its options; a larger --images "
+    "or --minutes continues a complete one.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the configuration and the estimated time.")
 def train_command(**options: Any) -> None:
     """Train a generator on DATASET and export it.
@@ -186,13 +185,14 @@ def train_command(**options: Any) -> None:
     with init_distributed() as world, StopFlag() as stop:
         if not world.is_main_process:
             logger.setLevel(logging.CRITICAL)
-        run, evaluator = prepare_run(settings, world, stop)
+        prepared = prepare_run(settings, world, stop)
         if settings.dry_run:
-            click.echo(render_plan(run))
+            plan = render_plan(prepared.run, prepared.overhead)  # every process takes part
+            click.echo(plan if world.is_main_process else "", nl=world.is_main_process)
             return
-        finished = not stop() and run.finish(stop)
-        if evaluator is not None:
-            _report(run, evaluator, settings, stop, finished=finished)
+        finished = not stop() and prepared.run.finish(stop)
+        if prepared.evaluator is not None:
+            _report(prepared.run, prepared.evaluator, settings, stop, finished=finished)
 
 
 def _report(
@@ -248,42 +248,6 @@ def evaluate_command(
     click.echo(render_table(certificate, loaded.info.class_names))
     if report:
         write_report(artifact.parent)
-
-
-def certify_artifact(
-    path: Path,
-    generator: Generator,
-    info: ArtifactInfo,
-    dataset: str,
-    *,
-    device: str,
-    data_dir: Path | None,
-) -> Certificate:
-    """Evaluate a generator on a data set; it stays on the device.
-
-    Raises:
-        ArtifactError: its images have another shape, or it was trained on other images.
-        DataError: the data set cannot be loaded.
-        ClassifierError: the reference classifier is not the committed one.
-    """
-    shape, torch_device = info.network, select_device(device)
-    train_set, test_set = load_splits(
-        dataset, data_dir, torch_device, size=shape.image_size, channels=shape.channels
-    )
-    made, real = _shape(shape), _shape(test_set)
-    if made != real:
-        raise ArtifactError(path, f"generates images of {made}, but {dataset} has {real}")
-    names = test_set.class_names
-    if info.class_names != names and sorted(info.class_names) == sorted(names):
-        raise ArtifactError(path, f"has its classes in another order than {dataset}")
-    if info.training.get("dataset_sha256", train_set.digest) != train_set.digest:
-        raise ArtifactError(path, f"was trained on other images than {dataset} contains now")
-    return Evaluator.create(train_set, test_set).certify(generator.to(torch_device))
-
-
-def _shape(images: GeneratorConfig | Dataset) -> str:
-    size = f"{images.image_size}x{images.image_size}x{images.channels}"
-    return f"{size} in {images.num_classes} classes"
 
 
 @main.command("sample")
@@ -392,16 +356,17 @@ def import_command(
     if certify and dataset is None:
         raise click.UsageError("--certify needs --dataset, the images to compare with")
     _check_new_artifact(out)
-    prepare_folder(out.parent)
+    check_folder(out.parent)
     try:
         names = None if classes is None else read_class_names(classes)
         generator, info = load_foreign(checkpoint, class_names=names, dataset=dataset)
     except ValueError as error:
         option = "--dataset" if classes is None else "--classes"
         raise click.BadParameter(str(error), param_hint=option) from error
+    prepare_folder(out.parent)
     if dataset is not None and certify is not False:
         if "dataset" not in info.training:
-            made = f"generates images of {_shape(info.network)}, unlike {dataset}"
+            made = f"generates images of {image_shape(info.network)}, unlike {dataset}"
             raise ForeignCheckpointError(checkpoint, f"{made}\n{_UNMEASURED}")
         try:
             certificate = certify_artifact(

@@ -16,12 +16,14 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from training.config import TrainingConfig
-from training.files import FileError, write_atomically
+from training.files import FileError, find_kind, write_atomically
+from training.networks import GeneratorConfig
 from training.state import TrainState
 
 _MAGIC = b"cgan checkpoint, version 3\n"
 _DIGEST_BYTES = 32
 _CONFIG = TypeAdapter(TrainingConfig)
+_NETWORK: TypeAdapter[GeneratorConfig | None] = TypeAdapter(GeneratorConfig | None)
 # Names in checkpoints that earlier releases wrote.
 _RENAMED = {
     "identity": "metadata",
@@ -49,6 +51,7 @@ class RunMetadata:
     seed: int
     config: TrainingConfig
     minutes: float | None  # the time budget, if the run has one
+    network: GeneratorConfig | None = None  # None in a checkpoint of an earlier release
     gamma_scores: dict[str, float] | None = None  # gamma -> score, if there was a search
     initialised_from: dict[str, Any] | None = None  # metadata of the run with the first networks
 
@@ -94,19 +97,8 @@ class Checkpoint:
         try:
             state.load_state_dict(self.state)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            cause = str(error).splitlines()[0]
+            cause = str(error).splitlines()[-1].strip()  # the first line only announces it
             raise CheckpointError(self.path, f"incompatible configuration: {cause}") from error
-
-    def initialise(self, state: TrainState) -> None:
-        """Load only the networks and optimisers, as the start of another run.
-
-        Raises:
-            CheckpointError: the networks do not fit the state.
-        """
-        started_at, seed = state.started_at, state.rng.initial_seed()
-        self.restore(state)
-        state.started_at, state.images_seen, state.lr_scale = started_at, 0, 1.0
-        state.rng.manual_seed(seed)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -124,7 +116,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         contents = _with_current_names(contents)
         stored = _with_current_names(contents["metadata"])
         config = _CONFIG.validate_python(_with_current_names(stored.pop("config")))
-        metadata = RunMetadata(config=config, **stored)
+        network = _NETWORK.validate_python(stored.pop("network", None))
+        metadata = RunMetadata(config=config, network=network, **stored)
         best = contents["best"] and _with_current_names(contents["best"])
         return Checkpoint(path=path, metadata=metadata, state=contents["state"], best=best)
     except (AttributeError, KeyError, TypeError, ValidationError) as error:
@@ -143,7 +136,9 @@ def _read_payload(path: Path) -> bytes:
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
     if not data.startswith(_MAGIC):
-        raise CheckpointError(path, "not a checkpoint, or of an incompatible version")
+        kind = find_kind(data)
+        found = "" if kind in (None, "a file of torch.save", "a pickle") else f"; it is {kind}"
+        raise CheckpointError(path, f"not a checkpoint, or of an incompatible version{found}")
     start = len(_MAGIC) + _DIGEST_BYTES
     payload = data[start:]
     if hashlib.sha256(payload).digest() != data[len(_MAGIC) : start]:

@@ -11,7 +11,7 @@ from training.data.named import DataError
 from training.devices import DeviceError, limit_threads
 from training.files import FileError
 from training.loop import DivergedError
-from training.prepare import SettingsError
+from training.settings import SettingsError
 
 # Errors that a user can fix. Any other exception is a defect of this code, with its traceback.
 EXPECTED = (DataError, DeviceError, DivergedError, FileError, OSError)

@@ -92,20 +92,31 @@ def _find_zipped_kind(data: bytes) -> str | None:
     return next(found, None)
 
 
-def prepare_folder(folder: Path) -> None:
-    """Create a folder and check that it is writable, before time is spent on its contents.
+def check_folder(folder: Path) -> None:
+    """Check that a folder is writable or can be created, before time is spent on its contents.
 
     Raises:
-        OSError: it cannot be created or written; names the folder and the cause.
+        OSError: it is not; names the folder and the cause.
     """
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise OSError(
             f"cannot write to the folder {folder}: {error.strerror}; choose another one"
         ) from error
+
+
+def prepare_folder(folder: Path) -> None:
+    """Create a folder and check that it is writable.
+
+    Raises:
+        OSError: it cannot be created or written; names the folder and the cause.
+    """
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

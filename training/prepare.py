@@ -6,98 +6,52 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from training.artifact import ArtifactError, check_model_name
-from training.checkpoint import Checkpoint, CheckpointError, RunMetadata, read_checkpoint
+from training.checkpoint import Checkpoint, CheckpointError, RunMetadata
 from training.config import PRESETS, TrainingConfig
-from training.data.folder import check_outside, is_folder, is_inside, read_folder
+from training.data.folder import is_folder, read_folder
 from training.data.named import FILES, Dataset, default_data_dir, load_dataset
 from training.devices import describe, has_native_bfloat16, resolve_device
 from training.distributed import SINGLE_PROCESS, DistributedContext, local_device
-from training.files import prepare_folder
+from training.files import check_folder, prepare_folder
 from training.gamma_search import DEFAULT_GAMMA, EvaluateFn, choose_gamma, is_worthwhile
+from training.loop import measure_progress
 from training.networks import build_generator
-from training.quality.evaluator import MIN_TRAINING_SHARE, Evaluator
+from training.origin import find_origin
+from training.quality.evaluator import (
+    MIN_TRAINING_SHARE,
+    Evaluator,
+    Overhead,
+    estimate_overhead,
+)
 from training.run import Run, StopFlag
-from training.run_log import RunFolder
+from training.settings import SettingsError, TrainSettings
 from training.state import TrainState, create_state, generator_config
+from training.transfer import Source
 
 # A discriminator memorises fewer images than this unless they are distorted.
 SMALL_DATASET = 20_000
-DEFAULT_PRESET = "conv"
 
 logger = logging.getLogger(__name__)
 
 
-class SettingsError(Exception):
-    """Options that contradict each other, the data set or the device."""
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run, and for the main process what surrounds its training."""
+
+    run: Run
+    evaluator: Evaluator | None  # of a run that is not dry
+    overhead: Overhead  # of a dry run, or of one with a time budget; else zeros
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """The options of the command `train`; None for an option that was not given."""
-
-    dataset: str
-    device: str = "auto"
-    data_dir: Path | None = None
-    out: Path | None = None
-    preset: str | None = None
-    seed: int | None = None
-    images: int | None = None
-    minutes: float | None = None
-    r1_gamma: float | None = None
-    mismatch_weight: float | None = None
-    batch_size: int | None = None
-    precision: str | None = None
-    image_size: int | None = None
-    flip: bool | None = None
-    augment: bool | None = None
-    certify: bool = False
-    export_to: Path | None = None
-    init_from: Path | None = None
-    resume: bool = False
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        if self.images is not None and self.minutes is not None:
-            raise SettingsError("--images and --minutes exclude each other; give one of them")
-        if self.init_from is not None and self.resume:
-            raise SettingsError("--init-from and --resume exclude each other; give one of them")
-        if self.export_to is not None and self.export_to.suffix != ".safetensors":
-            raise SettingsError(f"--export-to: {self.export_to.name!r} must end in .safetensors")
-        if self.export_to is not None:
-            try:
-                check_model_name(self.export_to)
-            except ArtifactError as error:
-                raise SettingsError(f"--export-to: {error.path.name!r} {error.cause}") from error
-            check_outside(self.dataset, "--export-to", self.export_to, self.export_to.parent)
-        if self.out is not None:
-            check_outside(self.dataset, "--out", self.out, RunFolder(self.out).samples)
-        if self.image_size is not None and not is_folder(self.dataset):
-            raise SettingsError(
-                f"--image-size applies to folders of images; {self.dataset} has a fixed size"
-            )
-
-    @property
-    def overrides(self) -> dict[str, Any]:
-        """The options that replace fields of the preset's configuration."""
-        fields = {field.name for field in dataclasses.fields(TrainingConfig)}
-        given = dataclasses.asdict(self).items()
-        return {name: value for name, value in given if name in fields and value is not None}
-
-
-def prepare_run(
-    settings: TrainSettings, world: DistributedContext, stop: StopFlag
-) -> tuple[Run, Evaluator | None]:
+def prepare_run(settings: TrainSettings, world: DistributedContext, stop: StopFlag) -> PreparedRun:
     """Start or resume a run; a dry run writes and trains nothing.
 
-    `stop` listens to signals once the slow preparations, which cannot be resumed, are over.
-
-    Returns:
-        the run and, in the main process of a run that is not dry, its evaluator.
+    Options that contradict each other or the files of a run are refused before images are read, a
+    time budget that is too short before a classifier is trained. `stop` listens to signals once the
+    slow preparations, which cannot be resumed, are over.
 
     Raises:
         CheckpointError: the checkpoint to resume or to start from does not fit.
@@ -105,38 +59,41 @@ def prepare_run(
         DeviceError: the device does not exist.
         OSError: a folder cannot be written.
         SettingsError: the options do not fit the data set, the device, the folder or the time.
+        TransferError: the networks to start with do not fit.
     """
     started_at = time.perf_counter()
-    device = local_device(select_device(settings.device))
+    device, origin = local_device(select_device(settings.device)), find_origin(settings)
+    source, resumed = origin.source, origin.resumed
+    config = resumed.metadata.config if resumed else _configure(origin.preset, settings, device)
+    _check_batch_size(config, world)
+    folders = [origin.folder.samples, *([settings.export_to.parent] if settings.export_to else [])]
+    for folder in folders:
+        check_folder(folder)
     train_set, test_set = load_splits(
-        settings.dataset, settings.data_dir, device, size=settings.image_size
+        settings.dataset, settings.data_dir, device, **origin.image_options(settings)
     )
-    preset = settings.preset or DEFAULT_PRESET
-    folder = RunFolder(settings.out or _default_out(settings.dataset, f"{train_set.name}-{preset}"))
-    metadata = RunMetadata(
-        dataset=train_set.name,
-        dataset_digest=train_set.digest,
-        preset=preset,
-        seed=settings.seed or 0,
-        config=_configure(PRESETS[preset], train_set, settings.overrides, world.size),
-        minutes=settings.minutes,
+    metadata = (
+        _continue(resumed, train_set)
+        if resumed is not None
+        else _describe(settings, origin.preset, config, train_set)
     )
-    source = _read_source(settings.init_from, preset) if settings.init_from else None
-    resumed = _read_resumed(folder, metadata, settings) if settings.resume else None
-    if resumed is not None:
-        metadata = resumed.metadata
-    evaluator, seconds = None, None
+    assert metadata.network is not None
+    if source is not None:
+        source.check(metadata.network)
+    overhead, seconds = _plan_time(metadata, train_set, test_set, world, settings)
+    evaluator = best = None
     if not settings.dry_run:
-        _prepare_folders(folder, settings)
+        for folder in folders:
+            prepare_folder(folder)
         if world.is_main_process:
             evaluator = Evaluator.create(train_set, test_set, minutes=metadata.minutes)
-        spent = 0.0 if resumed else time.perf_counter() - started_at
-        seconds = _training_seconds(metadata, train_set, evaluator, world, settings, spent)
+        if resumed is None:
+            _check_time_left(metadata, seconds, time.perf_counter() - started_at)
         stop.listen()
     evaluate = evaluator.evaluate_quick if evaluator else None
-    best = None
     if resumed is not None:
         state, best = resume(resumed, train_set, world, seconds), resumed.best
+        _report_progress(state, metadata)
     else:
         state, metadata = start(
             *(metadata, train_set, evaluate),
@@ -147,14 +104,8 @@ def prepare_run(
             search=not settings.dry_run,
         )
         state.started_at = started_at
-    run = Run(folder, state, train_set, metadata, evaluate=evaluate, best=best)
-    return run, evaluator
-
-
-def _default_out(dataset: str, name: str) -> Path:
-    """Return the folder of a run: in `runs`, which are beside the images instead of inside."""
-    out = Path("runs") / name
-    return Path(dataset).resolve().parent / out if is_inside(dataset, out) else out
+    run = Run(origin.folder, state, train_set, metadata, evaluate=evaluate, best=best)
+    return PreparedRun(run, evaluator, overhead)
 
 
 def select_device(name: str) -> torch.device:
@@ -182,104 +133,105 @@ def load_splits(
     return train_set.to(device), test_set.to(device)
 
 
-def _configure(
-    preset: TrainingConfig, dataset: Dataset, overrides: dict[str, Any], processes: int
-) -> TrainingConfig:
-    """Adapt a preset to the options, the data set, its device and the number of processes."""
-    small = len(dataset.labels) < SMALL_DATASET and preset.r1_gamma != 0.0
-    config = dataclasses.replace(preset, **{"augment": small, **overrides})
+def _configure(preset: str, settings: TrainSettings, device: torch.device) -> TrainingConfig:
+    """Adapt a preset to the options and the device."""
+    config = dataclasses.replace(PRESETS[preset], **settings.overrides)
     if config.mismatch_weight and config.discriminator == "mlp":
         raise SettingsError(
             f"--mismatch-weight {config.mismatch_weight:g} needs a discriminator with a class "
             "projection; with --preset paper it must be 0"
         )
-    if config.batch_size % processes:
-        raise SettingsError(
-            f"--batch-size {config.batch_size} is not divisible by the {processes} processes"
-        )
-    if config.precision == "bfloat16" and not has_native_bfloat16(dataset.labels.device):
-        if "precision" in overrides:
+    if config.precision == "bfloat16" and not has_native_bfloat16(device):
+        if settings.precision is not None:
             raise SettingsError(
-                f"--precision bfloat16 is not native on {describe(dataset.labels.device)}; "
-                "use float32"
+                f"--precision bfloat16 is not native on {describe(device)}; use float32"
             )
         config = dataclasses.replace(config, precision="float32")
     return config
 
 
-def _read_source(run: Path, preset: str) -> Checkpoint:
-    """Read the checkpoint whose networks the run starts with."""
-    source = read_checkpoint(RunFolder(run).checkpoint)
-    have = source.metadata.preset
-    if have != preset:
-        raise CheckpointError(source.path, f"its preset is {have!r}, but {preset!r} was given")
-    return source
+def _check_batch_size(config: TrainingConfig, world: DistributedContext) -> None:
+    if config.batch_size % world.size:
+        raise SettingsError(
+            f"--batch-size {config.batch_size} is not divisible by the {world.size} processes"
+        )
 
 
-def _read_resumed(folder: RunFolder, wanted: RunMetadata, settings: TrainSettings) -> Checkpoint:
-    """Read the checkpoint to resume from, and compare it with the options that were given."""
-    checkpoint = read_checkpoint(folder.checkpoint)
+def _describe(
+    settings: TrainSettings, preset: str, config: TrainingConfig, dataset: Dataset
+) -> RunMetadata:
+    """Return the description of a new run."""
+    if settings.augment is None:
+        small = len(dataset.labels) < SMALL_DATASET and config.r1_gamma != 0.0
+        config = dataclasses.replace(config, augment=small)
+    return RunMetadata(
+        dataset=dataset.name,
+        dataset_digest=dataset.digest,
+        preset=preset,
+        seed=settings.seed or 0,
+        config=config,
+        minutes=settings.minutes,
+        network=generator_config(config, dataset),
+    )
+
+
+def _continue(checkpoint: Checkpoint, dataset: Dataset) -> RunMetadata:
+    """Return the description of a resumed run, whose images must be the same."""
     stored = checkpoint.metadata
-    given = {"dataset": wanted.dataset, **settings.overrides}
-    for name in ("preset", "seed", "minutes"):
-        if getattr(settings, name) is not None:
-            given[name] = getattr(settings, name)
-    for name, want in given.items():
-        have = getattr(stored.config if name in settings.overrides else stored, name)
-        if have != want:
-            option = "DATASET" if name == "dataset" else f"--{name.replace('_', '-')}"
-            raise CheckpointError(
-                checkpoint.path,
-                f"{option} of this run is {'not set' if have is None else repr(have)}, but "
-                f"{want!r} was given; give the same value, or start a new run in another --out",
-            )
-    if stored.dataset_digest != wanted.dataset_digest:
+    if stored.dataset_digest != dataset.digest:
         raise CheckpointError(
             checkpoint.path,
             f"the images of {stored.dataset} have changed: their SHA-256 was "
-            f"{stored.dataset_digest[:12]}… and is {wanted.dataset_digest[:12]}… now; restore "
-            "them, or start a new run in another --out",
+            f"{stored.dataset_digest[:12]}… and is {dataset.digest[:12]}… now; restore them, or "
+            "start a new run in another --out",
         )
-    return checkpoint
+    return dataclasses.replace(stored, network=generator_config(stored.config, dataset))
 
 
-def _prepare_folders(folder: RunFolder, settings: TrainSettings) -> None:
-    if not settings.resume and folder.checkpoint.exists():
-        raise SettingsError(
-            f"{folder.path} already contains a run; continue it with --resume, or choose another "
-            "--out"
-        )
-    prepare_folder(folder.samples)
-    if settings.export_to is not None:
-        prepare_folder(settings.export_to.parent)
+def _report_progress(state: TrainState, metadata: RunMetadata) -> None:
+    """Log how far a resumed run is."""
+    timed = metadata.minutes is not None
+    done = f"{state.images_seen:,} images"
+    if measure_progress(state) < 1.0:
+        logger.info("Continuing after %s", done)
+        return
+    larger = "--minutes" if timed else "--images"
+    logger.info("The run is complete with %s; a larger %s continues it", done, larger)
 
 
-def _training_seconds(
+def _plan_time(
     metadata: RunMetadata,
-    dataset: Dataset,
-    evaluator: Evaluator | None,
+    train: Dataset,
+    test: Dataset,
     world: DistributedContext,
     settings: TrainSettings,
-    spent: float,
-) -> float | None:
-    """Return the part of the time budget for training, the same in every process."""
-    if metadata.minutes is None:
-        return None
-    seconds = 0.0
-    if evaluator is not None:
-        generator = build_generator(generator_config(metadata.config, dataset))
-        generator = generator.to(dataset.labels.device).eval()
-        try:
-            seconds = evaluator.seconds_for_training(
-                metadata.minutes, generator, certified=settings.certify
-            )
-        except ValueError as error:
-            raise SettingsError(f"--minutes: {error}") from error
-        if spent > (1.0 - MIN_TRAINING_SHARE) * seconds:
-            raise SettingsError(
-                f"--minutes {metadata.minutes:g} is too short: preparation took {spent:.1f} s of it"
-            )
-    return world.broadcast(seconds)[0]
+) -> tuple[Overhead, float | None]:
+    """Estimate all but training, for a dry run or a time budget.
+
+    Returns:
+        the estimate, in the main process, and the part of a time budget for training, in seconds,
+        the same in every process.
+    """
+    if metadata.minutes is None and not settings.dry_run:
+        return Overhead(), None
+    overhead, seconds = Overhead(), 0.0
+    if world.is_main_process:
+        assert metadata.network is not None
+        generator = build_generator(metadata.network).to(train.labels.device).eval()
+        overhead = estimate_overhead(train, test, generator, certified=settings.certify)
+        if metadata.minutes is not None:
+            try:
+                seconds = overhead.seconds_for_training(metadata.minutes)
+            except ValueError as error:
+                raise SettingsError(f"--minutes {error}") from error
+    return overhead, None if metadata.minutes is None else world.broadcast(seconds)[0]
+
+
+def _check_time_left(metadata: RunMetadata, seconds: float | None, spent: float) -> None:
+    if seconds is not None and spent > (1.0 - MIN_TRAINING_SHARE) * seconds:
+        raise SettingsError(
+            f"--minutes {metadata.minutes:g} is too short: preparation took {spent:.1f} s of it"
+        )
 
 
 def start(
@@ -290,7 +242,7 @@ def start(
     seconds: float | None = None,
     stop: Callable[[], bool],
     world: DistributedContext = SINGLE_PROCESS,
-    source: Checkpoint | None = None,
+    source: Source | None = None,
     search: bool = True,
 ) -> tuple[TrainState, RunMetadata]:
     """Create the state of a new run, with the networks of `source` or with fresh ones.
@@ -306,11 +258,11 @@ def start(
 
     if source is not None:
         if config.r1_gamma is None:
-            config = dataclasses.replace(config, r1_gamma=source.metadata.config.r1_gamma)
+            gamma = DEFAULT_GAMMA if source.r1_gamma is None else source.r1_gamma
+            config = dataclasses.replace(config, r1_gamma=gamma)
         state = fresh(config)
         source.initialise(state)
-        images_seen = source.state["images_seen"]
-        origin = {**dataclasses.asdict(source.metadata), "images_seen": images_seen}
+        origin = source.origin
     elif config.r1_gamma is None and search and is_worthwhile(config, seconds):
         state, scores = choose_gamma(config, fresh, dataset, evaluate, stop=stop)
     else:

@@ -633,6 +633,12 @@ def test_an_artifact_that_the_service_would_not_find_is_not_written(
     assert sorted(tmp_path.iterdir()) == [checkpoint]
 
 
+def test_a_folder_that_takes_no_files_is_named(checkpoint: Path) -> None:
+    result = invoke(checkpoint, "--out", checkpoint / "a.safetensors", "--no-certify")
+    assert result.exit_code == 1
+    assert f"cannot write to the folder {checkpoint}: Not a directory" in result.stderr
+
+
 def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(path: Path, out: Path) -> None:
     path.write_bytes(b"hello")
     result = invoke(path, "--out", out, "--no-certify")

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -25,6 +26,7 @@ from training.checkpoint import read_checkpoint
 from training.cli import RENAMED_OPTIONS
 from training.config import PRESETS
 from training.data import named as data
+from training.data.named import Dataset
 from training.devices import has_native_bfloat16
 from training.networks import GeneratorConfig
 from training.quality import classifier as classifier_module
@@ -270,18 +272,37 @@ def test_a_run_measures_its_generator_on_request(out: Path) -> None:
     assert certificate.dataset_sha256 == info.training["dataset_sha256"]
 
 
-def test_too_few_minutes_for_a_certificate_are_refused_before_training(out: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.quality.evaluator.estimate_certification_s", lambda *_a, **_k: 90.0)
-        result = train(out, "--minutes", "1", "--certify")
-    refused(result, "--minutes: 1 is too short", "with --certify, give", status=2)
-    assert not (out / "checkpoint.pt").exists()
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_too_few_minutes_for_a_certificate_are_refused_before_a_classifier_learns(
+    out: Path, monkeypatch: pytest.MonkeyPatch, dry: tuple[str, ...]
+) -> None:
+    def learn(*_given: object, **_how: object) -> None:
+        raise AssertionError("a classifier learns")
+
+    monkeypatch.setattr("training.quality.evaluator.estimate_certification_s", lambda *_a, **_k: 90)
+    monkeypatch.setattr("training.quality.evaluator.get_classifier", learn)
+    result = train(out, "--minutes", "1", "--certify", *dry)
+    refused(
+        *(result, "--minutes 1 is too short for ", "certification (1.9 minutes); give 2.2 or more"),
+        *("or 0.1 without --certify",),
+        status=2,
+    )
+    assert not out.exists()
+
+
+def test_a_dry_run_counts_the_certificate_and_the_classifier(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("certification", "classifier"):
+        monkeypatch.setattr(f"training.quality.evaluator.estimate_{part}_s", lambda *_a, **_k: 240)
+    result = train(out, "--certify", "--dry-run")
+    assert re.search(r"Estimated time: 9\.\d minutes: the training of a classifier", result.stdout)
+    assert "certification (5.0 minutes)" in result.stdout
 
 
 def test_minutes_that_preparing_takes_are_refused(out: Path) -> None:
-    result = train(out, "--minutes", "0.00001")
-    refused(result, "--minutes 1e-05 is too short: preparation took", status=2)
-    assert not (out / "checkpoint.pt").exists()
+    refused(train(out, "--minutes", "0.00001"), "--minutes 1e-05 is too short for", status=2)
+    assert not out.exists()
 
 
 def test_a_folder_of_images_is_reported_trained_on_and_sampled_by_name(tmp_path: Path) -> None:
@@ -351,7 +372,6 @@ def test_an_output_folder_that_takes_no_files_is_named_before_time_is_spent(
         ("train", "mnist", "--out", tmp_path / "run"),
         ("evaluate", artifact),
         ("train-classifier", "mnist", "--out", judge_file),
-        ("import", tmp_path / "a.pth", "--out", tmp_path / "theirs.safetensors"),
     ):
         refused(invoke(*command), f"{tmp_path}", "Read-only file system; choose another one")
 
@@ -382,8 +402,8 @@ def test_a_resumed_run_has_the_budget_and_the_preset_that_it_was_given(out: Path
     [
         (("--seed", "1"), "--seed of this run is 0, but 1 was given"),
         (("--preset", "paper"), "--preset of this run is 'conv', but 'paper' was given"),
-        (("--images", "64"), "--images of this run is 640, but 64 was given"),
-        (("--minutes", "1"), "--minutes of this run is not set, but 1.0 was given"),
+        (("--images", "64"), "--images of this run is 640, but 64 was given; give a larger number"),
+        (("--minutes", "1"), "the length of this run is --images 640, but --minutes was given"),
         (("--r1-gamma", "7"), "--r1-gamma of this run is 0.5, but 7.0 was given"),
         (("--flip",), "--flip of this run is False, but True was given"),
     ],
@@ -413,6 +433,59 @@ def test_a_run_does_not_go_on_with_other_data(
 
 
 ARRAYS = tiny.arrays
+
+
+def test_a_finished_run_goes_on_to_a_larger_budget(out: Path) -> None:
+    assert train(out, "--images", "320").exit_code == 0
+    result = train(out, "--resume", "--images", "640")
+    assert result.exit_code == 0, result.output
+    assert "Continuing after 320 images" in result.stdout
+    info = load_artifact(out / "generator.safetensors").info
+    assert info.training["config"]["images"] == 640
+    assert read_checkpoint(out / "checkpoint.pt").state["images_seen"] == 640
+    images_seen = [
+        json.loads(line)["images_seen"] for line in (out / "log.jsonl").read_text().splitlines()
+    ]
+    assert images_seen == sorted(images_seen)
+    assert {320, 640} <= set(images_seen)
+
+
+def test_a_stopped_run_goes_on_to_a_larger_budget(out: Path) -> None:
+    interrupt(out, "--images", "320")
+    assert train(out, "--resume", "--images", "480").exit_code == 0
+    assert read_checkpoint(out / "checkpoint.pt").state["images_seen"] == 480
+
+
+def test_a_run_of_minutes_goes_on_to_a_larger_budget(out: Path) -> None:
+    assert train(out, "--minutes", "0.02").exit_code == 0
+    before = read_checkpoint(out / "checkpoint.pt").state["images_seen"]
+    assert train(out, "--resume", "--minutes", "0.04").exit_code == 0
+    assert read_checkpoint(out / "checkpoint.pt").state["images_seen"] > before
+    assert load_artifact(out / "generator.safetensors").info.training["minutes"] == 0.04
+    refused(train(out, "--resume", "--minutes", "0.03"), "is 0.04, but 0.03 was given")
+    refused(train(out, "--resume", "--images", "640"), "is --minutes 0.04, but --images was given")
+
+
+@pytest.mark.parametrize("budget", [(), ("--images", "32")])
+def test_a_finished_run_without_a_larger_budget_says_that_it_is_complete(
+    out: Path, budget: tuple[str, ...]
+) -> None:
+    assert train(out, "--images", "32").exit_code == 0
+    result = train(out, "--resume", *budget)
+    assert result.exit_code == 0, result.output
+    assert "complete with 32 images; a larger --images continues it" in result.stdout
+    assert load_artifact(out / "generator.safetensors").info.images_seen == 32
+
+
+def test_the_run_to_continue_is_found_without_its_preset(tmp_path: Path) -> None:
+    command = ("train", "mnist", "--device", "cpu")
+    assert invoke(*command, "--images", "16", "--preset", "mlp").exit_code == 0
+    result = invoke(*command, "--resume", "--images", "32")
+    assert result.exit_code == 0, result.output
+    assert f"{Path('runs/mnist-mlp/generator.safetensors')}: the best" in result.stdout
+    assert invoke(*command, "--images", "16").exit_code == 0
+    several = "there are several runs: runs/mnist-mlp, runs/mnist-conv; give one with --out"
+    refused(invoke(*command, "--resume"), several, status=2)
 
 
 def test_a_run_that_is_there_is_not_begun_again(out: Path) -> None:
@@ -509,14 +582,18 @@ def test_a_dry_run_shows_its_plan_and_writes_nothing(out: Path, tmp_path: Path) 
     assert plan["generator_parameters"] == sum(
         p.numel() for p in tiny.state(tiny.CONV).generator.parameters()
     )
-    assert "Estimated time: 0.0 minutes at" in result.stdout
+    assert re.search(
+        r"Estimated time: \d\.\d minutes: evaluation during the run \(\d\.\d minutes\), "
+        r"the training of the generator at [\d,]+ images/s \(0\.0 minutes\)\.",
+        result.stdout,
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_dry_run_with_minutes_estimates_these(out: Path) -> None:
     result = train(out, "--dry-run", "--minutes", "2.5")
     assert plan_of(result)["minutes"] == 2.5
-    assert "Estimated time: 2.5 minutes, as given." in result.stdout
+    assert "Estimated time: 2.5 minutes, as given: evaluation during the run" in result.stdout
 
 
 def test_a_dry_run_of_a_finished_run_says_so(out: Path) -> None:
@@ -820,6 +897,122 @@ def test_its_first_step_is_from_where_the_other_stopped(out: Path, tmp_path: Pat
         for each in (out, tmp_path / "second", tmp_path / "fresh")
     )
     assert (near - start).norm() < 0.3 * (far - start).norm()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of three classes of larger images in colour."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 255, (36, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def _networks_of_real_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.prepare.generator_config", generator_config)
+
+
+DIGITS = Dataset("digits", torch.zeros(10, 1, 28, 28), torch.arange(10), tuple("0123456789"), "")
+
+
+@pytest.mark.usefixtures("_networks_of_real_sizes")
+@pytest.mark.parametrize("preset", ["conv", "mlp"])
+def test_a_run_on_other_classes_starts_with_a_model_file(
+    out: Path, tmp_path: Path, photos: Path, preset: str
+) -> None:
+    model = tiny.artifact_file(
+        tmp_path / "digits.safetensors",
+        network=generator_config(PRESETS[preset], DIGITS),
+        class_names=DIGITS.class_names,
+    )
+    options = ("--device", "cpu", "--images", "16", "--out", out)
+    result = invoke("train", photos, "--init-from", model, *options)
+    assert result.exit_code == 0, result.output
+    assert f"{model}: generates 10 classes; the 3 of the data set start with new" in result.stdout
+    info = load_artifact(out / "generator.safetensors").info
+    assert info.class_names == ("cat", "dog", "owl")
+    assert (info.network.image_size, info.network.channels) == (28, 1)
+    assert info.training["preset"] == preset
+    assert info.training["initialised_from"]["sha256"] == load_artifact(model).sha256
+    before = load_artifact(model).generator.state_dict()
+    for name, weights in read_generator(out).items():
+        if name.endswith("weight") and name != "label_embedding.weight":
+            assert (weights - before[name]).abs().max() < 0.01, name
+
+    second = invoke(*("train", photos, "--init-from", out, "--device", "cpu", "--images", "16"))
+    assert second.exit_code == 0, second.output
+
+
+@pytest.mark.usefixtures("_networks_of_real_sizes")
+def test_a_run_on_other_classes_keeps_the_discriminator_of_the_first_run(
+    out: Path, tmp_path: Path, photos: Path
+) -> None:
+    options = ("--device", "cpu", "--images", "32", "--image-size", "28")
+    assert invoke("train", photos, *options, "--out", out).exit_code == 0
+    (photos / "owl").rename(tmp_path / "owl")
+    result = invoke("train", photos, "--init-from", out, *options, "--out", tmp_path / "second")
+    assert result.exit_code == 0, result.output
+    assert "generates 3 classes; the 2 of the data set" in result.stdout
+    first, second = (
+        read_checkpoint(each / "checkpoint.pt").state["discriminator"]
+        for each in (out, tmp_path / "second")
+    )
+    assert len(second["label_embedding.weight"]) == 2
+    assert (first["main.0.weight"] - second["main.0.weight"]).abs().max() < 0.01
+
+
+@pytest.mark.usefixtures("_networks_of_real_sizes")
+def test_a_run_on_images_of_one_size_goes_on_without_repeating_it(out: Path, photos: Path) -> None:
+    run = ("train", photos, "--device", "cpu", "--out", out)
+    assert invoke(*run, "--image-size", "28", "--images", "16").exit_code == 0
+    result = invoke(*run, "--resume", "--images", "32")
+    assert result.exit_code == 0, result.output
+    said = "--image-size of this run is 28, but 32 was given; leave it out"
+    refused(invoke(*run, "--resume", "--image-size", "32"), said)
+
+
+@pytest.mark.usefixtures("_networks_of_real_sizes")
+def test_networks_of_other_images_are_refused_before_time_is_spent(
+    out: Path, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spend(*_given: object, **_how: object) -> None:
+        raise AssertionError("time is spent")
+
+    monkeypatch.setattr("training.quality.evaluator.get_classifier", spend)
+    network = generator_config(PRESETS["conv"], DIGITS)
+    paths = {
+        "digits": network,
+        "colour": replace(network, channels=3),
+        "wide": replace(network, latent_dim=99),
+    }
+    for name, each in paths.items():
+        tiny.artifact_file(
+            tmp_path / f"{name}.safetensors", network=each, class_names=DIGITS.class_names
+        )
+    start = ("--device", "cpu", "--out", out, "--init-from")
+    mnist, folder = ("train", "mnist", *start), ("train", photos, *start)
+    for command, said in (
+        (
+            (*mnist, "colour.safetensors"),
+            "colour.safetensors: generates images of 28x28, colour, but the data set has 8x8, grey",
+        ),
+        (
+            (*folder, "wide.safetensors"),
+            "its generator has latent_dim 99, but that of preset 'conv' has 64; start without",
+        ),
+        (
+            (*folder, "digits.safetensors", "--image-size", "32"),
+            "generates images of 28x28, grey, but --image-size 32 was given; leave it out",
+        ),
+        ((*folder, "digits.safetensors", "--preset", "mlp"), "its preset is 'conv', but 'mlp' was"),
+        ((*folder, photos / "cat" / "0.png"), "0.png: is a PNG image; expected an artifact"),
+    ):
+        refused(invoke(*command), said)
+    assert not out.exists()
 
 
 def read_generator(run: Path) -> dict[str, torch.Tensor]:

@@ -240,9 +240,8 @@ def get_classifier(
     """
     if _TRAINED_ON.get(train.name) == train.digest:
         return load_bundled_classifier(train)
-    path = cache / "classifiers" / f"{train.digest}.safetensors"
+    path, full = _cached_path(cache, train), _full_epochs(train)
     cached, cached_epochs = _load_cached(path, train)
-    full = float(max(EPOCHS, -(-MIN_IMAGES // len(train.labels))))
     if cached is not None and cached_epochs >= full:
         return cached
     pass_s = estimate_pass_s(build(ClassifierNetwork, train, seed=0), train)
@@ -262,6 +261,25 @@ def get_classifier(
     network = train_classifier(train, epochs=epochs, seed=0, half=half)
     save_classifier(path, network, dataset=train.name, epochs=epochs, seed=0)
     return _parse(path.read_bytes(), train)
+
+
+def estimate_classifier_s(train: Dataset, *, cache: Path) -> float:
+    """Estimate how long `get_classifier` trains without a time limit; 0 if it need not."""
+    if _TRAINED_ON.get(train.name) == train.digest:
+        return 0.0
+    full = _full_epochs(train)
+    _, cached_epochs = _load_cached(_cached_path(cache, train), train)
+    if cached_epochs >= full:
+        return 0.0
+    return full * estimate_pass_s(build(ClassifierNetwork, train, seed=0), train)
+
+
+def _cached_path(cache: Path, train: Dataset) -> Path:
+    return cache / "classifiers" / f"{train.digest}.safetensors"
+
+
+def _full_epochs(train: Dataset) -> float:
+    return float(max(EPOCHS, -(-MIN_IMAGES // len(train.labels))))
 
 
 def _load_cached(path: Path, dataset: Dataset) -> tuple[FeatureClassifier | None, float]:

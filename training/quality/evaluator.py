@@ -6,15 +6,23 @@ images must stay unseen until the certificate.
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from training.artifact import list_names
 from training.data.named import Dataset, default_cache
 from training.networks import Generator
 from training.quality.certificate import Certificate, certify, estimate_certification_s
-from training.quality.classifier import FeatureClassifier, get_classifier
+from training.quality.classifier import (
+    ClassifierNetwork,
+    FeatureClassifier,
+    build,
+    estimate_classifier_s,
+    get_classifier,
+)
 from training.quality.metrics import frechet_distance, prdc
 from training.sampling import generate
 
@@ -59,6 +67,11 @@ class Evaluator:
         """
         seconds = None if minutes is None else 60.0 * minutes * CLASSIFIER_SHARE
         classifier = get_classifier(train, cache=default_cache(), seconds=seconds)
+        return cls.of(classifier, train, test)
+
+    @classmethod
+    def of(cls, classifier: FeatureClassifier, train: Dataset, test: Dataset) -> "Evaluator":
+        """Compute the reference features of a classifier."""
         rng = torch.Generator().manual_seed(_SEED)
         chosen = torch.randperm(len(train.labels), generator=rng)[:REFERENCE_IMAGES]
         _, features = classifier.classify(train.images[chosen.to(train.labels.device)])
@@ -86,28 +99,82 @@ class Evaluator:
         """Measure a generator in full."""
         return certify(generator, self.classifier, train=self.train, test=self.test)
 
-    def seconds_for_training(
-        self, minutes: float, generator: Generator, *, certified: bool
-    ) -> float:
-        """Return the part of a budget of minutes that is left for training.
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """Estimated durations of all parts of a run but the training of its generator."""
+
+    classifier_s: float = 0.0  # of training the classifier in full; 0 if there is one already
+    quick_s: float = 0.0  # of one quick evaluation
+    certification_s: float = 0.0  # with a margin; 0 if there will be none
+
+    def seconds_for_training(self, minutes: float) -> float:
+        """Return the part of a budget of minutes before the last evaluation.
+
+        It contains the training of the classifier, whose share is limited.
 
         Raises:
-            ValueError: certification takes nearly all of the budget, or more.
+            ValueError: too little is left for training the generator.
         """
-        started = time.perf_counter()
-        self.evaluate_quick(generator)  # a run does it once more after its last step
-        quick_s = time.perf_counter() - started
-        seconds = 60.0 * minutes * (1.0 - RESERVED_SHARE) - quick_s
-        if not certified:
-            return seconds
-        reserved = CERTIFICATION_MARGIN * estimate_certification_s(
-            generator, self.classifier, train=self.train, test=self.test
-        )
-        if seconds - reserved < MIN_TRAINING_SHARE * seconds:
-            enough = (reserved / (1.0 - MIN_TRAINING_SHARE) + quick_s) / (1.0 - RESERVED_SHARE) / 60
+        enough = self._least_minutes(self.certification_s)
+        if minutes < enough:
+            known = render_durations(self.durations_s(minutes))
+            text = f"{minutes:g} is too short for {known}; give {_rounded_up(enough)} or more"
+            without = _rounded_up(self._least_minutes(certification_s=0.0))
             raise ValueError(
-                f"{minutes:g} is too short, since the evaluation takes about "
-                f"{reserved / 60:.1f} minutes here; with --certify, give "
-                f"{math.ceil(10 * enough) / 10:.1f} or more"
+                f"{text}, or {without} without --certify" if self.certification_s else text
             )
-        return seconds - reserved
+        return 60.0 * minutes * (1.0 - RESERVED_SHARE) - self.quick_s - self.certification_s
+
+    def durations_s(self, minutes: float | None, evaluations: int = 1) -> dict[str, float]:
+        """Return part -> seconds, for a budget of minutes if there is one."""
+        limit = math.inf if minutes is None else 60.0 * minutes * CLASSIFIER_SHARE
+        return {
+            "the training of a classifier": min(self.classifier_s, limit),
+            "evaluation during the run": evaluations * self.quick_s,
+            "certification": self.certification_s,
+        }
+
+    def _least_minutes(self, certification_s: float) -> float:
+        """Return the least budget that leaves `MIN_TRAINING_SHARE` to training the generator."""
+        fixed_s = self.quick_s + certification_s
+        usable = (1.0 - RESERVED_SHARE) * (1.0 - MIN_TRAINING_SHARE)
+        in_full = (fixed_s + self.classifier_s) / usable
+        shortened = fixed_s / (usable - CLASSIFIER_SHARE)
+        return min(in_full, shortened) / 60
+
+
+def render_durations(durations_s: Mapping[str, float]) -> str:
+    """Return durations as text, in minutes, without those of 0."""
+    shown = [f"{part} ({s / 60:.1f} minutes)" for part, s in durations_s.items() if s]
+    return list_names(shown)
+
+
+def _rounded_up(minutes: float) -> str:
+    return f"{math.ceil(10 * minutes) / 10:.1f}"
+
+
+def estimate_overhead(
+    train: Dataset, test: Dataset, generator: Generator, *, certified: bool
+) -> Overhead:
+    """Time small shares of the parts of a run with an untrained classifier; takes seconds.
+
+    The generator is in evaluation mode, on the images' device.
+    """
+    device = train.labels.device
+    network = build(ClassifierNetwork, train, seed=0).eval().requires_grad_(False)
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    evaluator = Evaluator.of(FeatureClassifier(network, digest=""), train, test)
+    started = time.perf_counter()
+    evaluator.evaluate_quick(generator)
+    quick_s = time.perf_counter() - started
+    certification_s = 0.0
+    if certified:
+        certification_s = CERTIFICATION_MARGIN * estimate_certification_s(
+            generator, evaluator.classifier, train=train, test=test
+        )
+    return Overhead(
+        classifier_s=estimate_classifier_s(train, cache=default_cache()),
+        quick_s=quick_s,
+        certification_s=certification_s,
+    )

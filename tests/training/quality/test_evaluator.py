@@ -1,10 +1,14 @@
 """Quick metrics of a run, and the time that is left for training."""
 
 import itertools
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.support import tiny_training as tiny
 from training.data.named import Dataset
@@ -15,8 +19,11 @@ from training.quality.classifier import FeatureClassifier
 from training.quality.evaluator import (
     CERTIFICATION_MARGIN,
     CLASSIFIER_SHARE,
+    MIN_TRAINING_SHARE,
     RESERVED_SHARE,
     Evaluator,
+    Overhead,
+    estimate_overhead,
 )
 from training.quality.metrics import frechet_distance, prdc
 
@@ -61,49 +68,75 @@ def test_quick_metrics_leave_the_random_state_as_it_was(
     assert evaluator.evaluate_quick(generator) == first
 
 
-@pytest.fixture
-def _quick_metrics_take_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def overhead(monkeypatch: pytest.MonkeyPatch, generator: Generator, *, certified: bool) -> Overhead:
+    """The estimate where the clock advances a second each time that it is read."""
     ticks = itertools.count()
     monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
-
-
-@pytest.mark.usefixtures("_quick_metrics_take_a_second")
-def test_a_run_without_certificate_has_nearly_all_of_its_time(
-    evaluator: Evaluator, generator: Generator
-) -> None:
-    found = evaluator.seconds_for_training(5, generator, certified=False)
-    assert found == pytest.approx(300 * (1 - RESERVED_SHARE) - 1)
-
-
-@pytest.mark.usefixtures("_quick_metrics_take_a_second")
-def test_the_time_of_the_certificate_is_reserved(
-    evaluator: Evaluator, generator: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(module, "estimate_certification_s", lambda *_a, **_k: 60.0)
-    found = evaluator.seconds_for_training(5, generator, certified=True)
-    assert found == pytest.approx(300 * (1 - RESERVED_SHARE) - 1 - 60 * CERTIFICATION_MARGIN)
+    monkeypatch.setattr(module, "estimate_classifier_s", lambda *_a, **_k: 90.0)
+    return estimate_overhead(TRAIN, TEST, generator, certified=certified)
 
 
-@pytest.mark.usefixtures("_quick_metrics_take_a_second")
-def test_too_little_time_is_refused_and_the_suggested_time_is_enough(
-    evaluator: Evaluator, generator: Generator, monkeypatch: pytest.MonkeyPatch
+def test_all_but_training_is_estimated_without_a_trained_classifier(
+    monkeypatch: pytest.MonkeyPatch, generator: Generator
 ) -> None:
-    monkeypatch.setattr(module, "estimate_certification_s", lambda *_a, **_k: 240.0)
-    with pytest.raises(ValueError, match=r"5 is too short.*give 5\.7 or more"):
-        evaluator.seconds_for_training(5, generator, certified=True)
-    assert evaluator.seconds_for_training(5.7, generator, certified=True) > 0
+    def train(*_given: object, **_how: object) -> None:
+        raise AssertionError("a classifier is trained")
+
+    monkeypatch.setattr(module, "get_classifier", train)
+    certified, plain = (overhead(monkeypatch, generator, certified=it) for it in (True, False))
+    assert plain == Overhead(classifier_s=90, quick_s=1, certification_s=0)
+    assert certified == replace(plain, certification_s=60 * CERTIFICATION_MARGIN)
+
+
+def test_the_time_of_the_last_evaluation_and_of_the_certificate_is_reserved() -> None:
+    plain = Overhead(classifier_s=90, quick_s=1)
+    assert plain.seconds_for_training(5) == pytest.approx(300 * (1 - RESERVED_SHARE) - 1)
+    found = replace(plain, certification_s=75).seconds_for_training(5)
+    assert found == pytest.approx(300 * (1 - RESERVED_SHARE) - 1 - 75)
+
+
+@given(
+    classifier_s=st.floats(0, 10_000), quick_s=st.floats(0.01, 60), certify_s=st.floats(0, 10_000)
+)
+def test_too_little_time_is_refused_and_the_suggested_times_are_enough(
+    classifier_s: float, quick_s: float, certify_s: float
+) -> None:
+    estimate = Overhead(classifier_s=classifier_s, quick_s=quick_s, certification_s=certify_s)
+    with pytest.raises(ValueError, match="1e-05 is too short for ") as caught:
+        estimate.seconds_for_training(1e-5)
+    suggested = re.search(r"give ([\d.]+) or more(?:, or ([\d.]+) without)?", str(caught.value))
+    assert suggested is not None
+    enough, without = suggested.groups()
+    for minutes, overhead in (
+        (enough, estimate),
+        *([(without, replace(estimate, certification_s=0.0))] if without else []),
+    ):
+        left = overhead.seconds_for_training(float(minutes))
+        left -= overhead.durations_s(float(minutes))["the training of a classifier"]
+        assert left >= 0.99 * MIN_TRAINING_SHARE * 60 * float(minutes) * (1 - RESERVED_SHARE)
+
+
+def test_the_refusal_names_what_takes_the_time() -> None:
+    estimate = Overhead(classifier_s=600, quick_s=1, certification_s=1320)
+    with pytest.raises(ValueError, match="7 is too short") as caught:
+        estimate.seconds_for_training(7)
+    assert "the training of a classifier (1.4 minutes)" in str(caught.value)
+    assert "certification (22.0 minutes); give 32.3 or more, or 0.1 without --certify" in str(
+        caught.value
+    )
 
 
 def test_training_a_classifier_takes_a_limited_share_of_a_budget(
     monkeypatch: pytest.MonkeyPatch, evaluator: Evaluator
 ) -> None:
-    given: list[float | None] = []
+    limits: list[float | None] = []
 
     def note(_train: Dataset, *, seconds: float | None, **_how: object) -> FeatureClassifier:
-        given.append(seconds)
+        limits.append(seconds)
         return evaluator.classifier
 
     monkeypatch.setattr(module, "get_classifier", note)
     for minutes in (5.0, None):
         Evaluator.create(TRAIN, TEST, minutes=minutes)
-    assert given == [pytest.approx(300 * CLASSIFIER_SHARE), None]
+    assert limits == [pytest.approx(300 * CLASSIFIER_SHARE), None]

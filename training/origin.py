@@ -1,0 +1,119 @@
+"""The files that a run continues or starts with, compared with its options."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.checkpoint import Checkpoint, CheckpointError, RunMetadata, read_checkpoint
+from training.config import PRESETS
+from training.data.folder import folder_name, is_folder, is_inside
+from training.run_log import RunFolder
+from training.settings import DEFAULT_PRESET, SettingsError, TrainSettings
+from training.transfer import Source, read_source
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The folder of a run and what it starts with: a source, a checkpoint, or neither."""
+
+    folder: RunFolder
+    preset: str
+    source: Source | None = None
+    resumed: Checkpoint | None = None
+
+    def image_options(self, settings: TrainSettings) -> dict[str, int | None]:
+        """Return size and channels for the images of a folder; those of earlier networks."""
+        if self.source is not None:
+            network = self.source.network
+        else:
+            network = self.resumed.metadata.network if self.resumed else None
+        if network is None:
+            return {"size": settings.image_size}
+        return {"size": network.image_size, "channels": network.channels}
+
+
+def find_origin(settings: TrainSettings) -> Origin:
+    """Read the files that a run continues or starts with, and compare the options with them."""
+    folder = is_folder(settings.dataset)
+    name = folder_name(Path(settings.dataset)) if folder else settings.dataset
+    if settings.resume:
+        run = RunFolder(settings.out or _find_run(settings, name))
+        resumed = _read_resumed(run, name, settings)
+        return Origin(run, resumed.metadata.preset, resumed=resumed)
+    source, preset = None, settings.preset or DEFAULT_PRESET
+    if settings.init_from is not None:
+        source = read_source(settings.init_from, settings.preset, settings.image_size)
+        preset = source.preset
+    run = RunFolder(settings.out or _default_out(settings.dataset, f"{name}-{preset}"))
+    if run.checkpoint.exists() and not settings.dry_run:
+        raise SettingsError(
+            f"{run.path} already contains a run; continue it with --resume, or choose another --out"
+        )
+    return Origin(run, preset, source=source)
+
+
+def _default_out(dataset: str, name: str) -> Path:
+    """Return the folder of a run: in `runs`, which are beside the images instead of inside."""
+    out = Path("runs") / name
+    return Path(dataset).resolve().parent / out if is_inside(dataset, out) else out
+
+
+def _find_run(settings: TrainSettings, name: str) -> Path:
+    """Return the default folder of the run to resume, of the given preset or of any."""
+    presets = PRESETS if settings.preset is None else [settings.preset]
+    folders = {each: _default_out(settings.dataset, f"{name}-{each}") for each in presets}
+    found = [folder for folder in folders.values() if RunFolder(folder).checkpoint.exists()]
+    if len(found) > 1:
+        shown = ", ".join(map(str, found))
+        raise SettingsError(f"there are several runs: {shown}; give one with --out")
+    return found[0] if found else folders[settings.preset or DEFAULT_PRESET]
+
+
+def _read_resumed(folder: RunFolder, dataset: str, settings: TrainSettings) -> Checkpoint:
+    """Read the checkpoint to resume from, compare the options with it, and apply a larger budget.
+
+    Options that were not given are those of the run.
+    """
+    checkpoint = read_checkpoint(folder.checkpoint)
+    stored = checkpoint.metadata
+    had = {**dataclasses.asdict(stored.config), **dataclasses.asdict(stored)}
+    had["image_size"] = stored.network.image_size if stored.network else settings.image_size
+    given = {"preset": settings.preset, "seed": settings.seed, "image_size": settings.image_size}
+    given = {"dataset": dataset, **given, **settings.overrides, "images": None}
+    for name, want in given.items():
+        if want is not None and want != had[name]:
+            option = "DATASET" if name == "dataset" else f"--{name.replace('_', '-')}"
+            raise CheckpointError(
+                checkpoint.path,
+                f"{option} of this run is {'not set' if had[name] is None else repr(had[name])}, "
+                f"but {want!r} was given; leave it out, or start a new run in another --out",
+            )
+    return dataclasses.replace(checkpoint, metadata=_extend(checkpoint, settings))
+
+
+def _extend(checkpoint: Checkpoint, settings: TrainSettings) -> RunMetadata:
+    """Return the description of a run with the budget of the options, if they give a larger one."""
+    stored = checkpoint.metadata
+    if settings.images is None and settings.minutes is None:
+        return stored
+    unit, have = "images", float(stored.config.images)
+    want: float | None = settings.images
+    if stored.minutes is not None:
+        unit, have, want = "minutes", stored.minutes, settings.minutes
+    if want is None:
+        other = "--minutes" if unit == "images" else "--images"
+        raise CheckpointError(
+            checkpoint.path,
+            f"the length of this run is --{unit} {have:.12g}, but {other} was given; to continue "
+            f"it beyond that, give a larger --{unit}",
+        )
+    if want < have:
+        raise CheckpointError(
+            checkpoint.path,
+            f"--{unit} of this run is {have:.12g}, but {want:.12g} was given; give a larger number "
+            "to continue it beyond that, or leave it out",
+        )
+    if unit == "minutes":
+        return dataclasses.replace(stored, minutes=float(want))
+    config = dataclasses.replace(stored.config, images=int(want))
+    return dataclasses.replace(stored, config=config)
