@@ -25,6 +25,7 @@ from service.inference.reload import Reloader
 from service.inference.repository import ModelRepository
 from service.middleware.access_log import AccessLogMiddleware
 from service.middleware.auth import PUBLIC_PATHS, APIKeyMiddleware, create_buckets
+from service.middleware.decompress import DecompressMiddleware
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from training.devices import available_cores
@@ -141,6 +142,7 @@ def create_app(
     app.state.error_app = AccessLogMiddleware(errors.send_error, metrics)  # for the protocol
     # From the inside out.
     app.endpoint = generate.GenerateEndpoint(responder)
+    app.wrap(DecompressMiddleware)
     if buckets:
         app.wrap(APIKeyMiddleware, buckets=buckets)
     app.wrap(AccessLogMiddleware, metrics=metrics)

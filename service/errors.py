@@ -175,6 +175,16 @@ def invalid_value(
     return Problem(status, kind, f"{field}: {message}", errors=[error])
 
 
+def unsupported_media_type(field: str, value: object, message: str, accept: str) -> Problem:
+    """Return a problem with the Content-Type or Content-Encoding of a body.
+
+    `accept` lists the ones that are accepted, as a header.
+    """
+    problem = invalid_value(field, value, message, status=415, kind="unsupported-media-type")
+    problem.headers[field.replace("Content", "Accept").removesuffix("-Type")] = accept
+    return problem
+
+
 def invalid_values(
     errors: Sequence[Mapping[str, Any]], allowed: Mapping[str, str] | None = None
 ) -> Problem:

@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.api.bodies import require_json
 from service.api.caching import cache_control, matches, request_tag
 from service.api.parameters import GenerateBody, GenerateQuery, parse_body, parse_query
 from service.api.respond import (
@@ -30,6 +31,10 @@ from service.errors import (
 
 PATH = "/generate"
 METHODS = ("GET", "HEAD", "POST")
+_REMEDY = (
+    """for example with curl --json '{"label": 7}'; or send no body and the parameters in """
+    "the query string: curl -X POST 'URL?label=7'"
+)
 
 _ERRORS = error_responses(406, *GENERATION_ERRORS)
 _IMAGES: dict[int | str, dict[str, Any]] = {
@@ -65,12 +70,8 @@ class GenerateEndpoint:
 
     async def _generate(self, sent: Request) -> tuple[int, RawHeaders, bytes]:
         headers, scope = sent.headers, sent.scope
-        parameters: GenerateQuery | GenerateBody
-        if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
-            _check_body(sent)
-            parameters = parse_body(await sent.body())  # the server bounds its size
-        else:
-            parameters = parse_query(scope["query_string"])
+        body = await _read_body(sent)
+        parameters = parse_body(body) if body else parse_query(scope["query_string"])
         image_format = parameters.format or negotiate(", ".join(headers.getlist("accept")))
         request = self._responder.generation.resolve(parameters.to_request())
         scale = parameters.scale
@@ -125,12 +126,25 @@ def create_router() -> Router:
     return router
 
 
-def _check_body(sent: Request) -> None:
-    """Check that a body is allowed, and is JSON.
+async def _read_body(sent: Request) -> bytes:
+    """Return the body of a request; empty if it has none. The server bounds its size.
 
     Raises:
-        Problem: 415 for another type, 422 where no body is allowed.
+        Problem: 415 for another type than JSON, 422 where no body is allowed.
     """
+    body = b""
+    if sent.headers.get("content-length", "0") != "0":
+        _check_body(sent)  # before the client sends it, if it waits for that
+    elif "transfer-encoding" not in sent.headers:
+        return body
+    async for chunk in sent.stream():
+        if chunk and not body:
+            _check_body(sent)
+        body += chunk
+    return body
+
+
+def _check_body(sent: Request) -> None:
     headers, query = sent.headers, sent.scope["query_string"]
     if sent.method != "POST":
         name = "transfer-encoding" if "transfer-encoding" in headers else "content-length"
@@ -139,11 +153,7 @@ def _check_body(sent: Request) -> None:
     if query:
         query = query.decode("latin-1")
         raise invalid_value("query", query, "must be empty if the body has the parameters")
-    content_type = headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        reason = "must be application/json; or send no body and the parameters in the query string"
-        kind = "unsupported-media-type"
-        raise invalid_value("Content-Type", content_type, reason, status=415, kind=kind)
+    require_json(headers, _REMEDY)
 
 
 def _caching_headers(

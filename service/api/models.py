@@ -7,6 +7,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
+from service.api.bodies import refuse_forms
 from service.api.respond import BINARY, Responder
 from service.api.routing import Router
 from service.encoding.verification import (
@@ -85,9 +86,11 @@ def create_router(responder: Responder) -> Router:
             }
         },
         response_model=VerificationResult,
-        responses=error_responses(*GENERATION_ERRORS),
+        responses=error_responses(415, *GENERATION_ERRORS),
     )
     async def verify(request: Request) -> Response:
+        remedy = "send the PNG as the body: curl --data-binary @FILE.png"
+        refuse_forms(request.headers, remedy, "image/png")
         # On another thread: a small file may hold a large picture.
         png = await run_in_threadpool(read_png, await request.body())
         resolved = request_from_recipe(png.recipe, repository)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from service.api import open_inference_codec as codec
+from service.api.bodies import refuse_forms
 from service.api.respond import BINARY, Responder
 from service.api.routing import Router
 from service.errors import GENERATION_ERRORS, error_responses, inline_refs
@@ -222,8 +223,8 @@ def _add_model_routes(
 
 async def _infer(responder: Responder, request: Request, model: Model) -> Response:
     headers = request.headers
-    body = codec.decompress(await request.body(), headers.get("content-encoding"))
-    parsed = codec.parse(body, headers.get(codec.LENGTH_HEADER))
+    refuse_forms(headers, "send the request as JSON")
+    parsed = codec.parse(await request.body(), headers.get(codec.LENGTH_HEADER))
     parameters = parsed.request.parameters
     resolved = responder.generation.resolve_rows(
         model, parsed.labels, parsed.seeds, parsed.indices, parameters.truncation

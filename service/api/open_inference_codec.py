@@ -6,7 +6,6 @@ for binary tensors: they follow a JSON head, whose length is in a header, in the
 
 import base64
 import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
@@ -18,13 +17,12 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from service.api.parameters import Truncation
 from service.encoding.images import single_pngs
 from service.encoding.timeslice import IncrementalEncoder
-from service.errors import Problem, invalid_value, invalid_values
+from service.errors import invalid_value, invalid_values
 from service.generation import ResolvedRequest
 from service.inference.scheduling import GenerationResult
 from service.settings import MAX_IMAGES
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
-MAX_BODY_BYTES = 1 << 20  # after decompression; the server bounds it before
 OutputName = Literal["PIXELS", "PNG", "SEED", "INDEX"]
 OUTPUTS: tuple[OutputName, ...] = ("PIXELS", "PNG", "SEED", "INDEX")
 MAX_INT64 = 2**63 - 1
@@ -149,31 +147,6 @@ class ParsedRequest:
     seeds: NDArray[np.uint64] | None  # (N,)
     indices: NDArray[np.int64] | None  # (N,)
     outputs: Mapping[OutputName, bool]  # true for tensors to be sent as binary
-
-
-def decompress(body: bytes, encoding: str | None) -> bytes:
-    """Return a body without its Content-Encoding.
-
-    Raises:
-        Problem: 415 for an unknown encoding, 413 for a body that becomes too large, 422 for invalid
-            data.
-    """
-    if encoding in (None, "", "identity"):
-        return body
-    if encoding not in ("gzip", "deflate"):
-        kind, message = "unsupported-media-type", "must be gzip or deflate"
-        raise invalid_value("Content-Encoding", encoding, message, status=415, kind=kind)
-    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either format, by its first bytes
-    try:
-        decompressed = decompressor.decompress(body, MAX_BODY_BYTES + 1)
-    except zlib.error:
-        raise invalid_value("body", None, f"is not valid {encoding} data") from None
-    if len(decompressed) > MAX_BODY_BYTES:
-        detail = f"The decompressed body exceeds {MAX_BODY_BYTES} bytes."
-        raise Problem(413, "content-too-large", detail)
-    if not decompressor.eof:
-        raise invalid_value("body", None, f"is truncated {encoding} data")
-    return decompressed
 
 
 def parse(body: bytes, head_length: str | None) -> ParsedRequest:

@@ -5,9 +5,10 @@ import re
 import time
 from typing import Annotated, Literal
 
-from fastapi import Path, Request, Response
+from fastapi import Depends, Path, Request, Response
 from pydantic import BaseModel, Field, Strict
 
+from service.api.bodies import require_json
 from service.api.parameters import MAX_SCALE, Seed, Truncation
 from service.api.respond import Responder, count_pixels
 from service.api.routing import Router
@@ -78,6 +79,10 @@ class ModelObjects(BaseModel):
     data: list[ModelObject]
 
 
+def _require_json(request: Request) -> None:
+    require_json(request.headers, """for example with curl --json '{"prompt": "7"}'""")
+
+
 def create_router(responder: Responder) -> Router:
     """Create the routes of this module."""
     router = Router(prefix=PREFIX, tags=["OpenAI"])
@@ -87,7 +92,8 @@ def create_router(responder: Responder) -> Router:
         "/images/generations",
         summary="Generate images of the class that a prompt names",
         response_model=ImagesResponse,
-        responses=error_responses(*GENERATION_ERRORS, path=PREFIX),
+        responses=error_responses(415, *GENERATION_ERRORS, path=PREFIX),
+        dependencies=[Depends(_require_json)],
     )
     async def generate(request: Request, body: ImageRequest) -> Response:
         model = generation.get_or_404(body.model)
