@@ -8,10 +8,17 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeGuard, TypeVar
 
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from service.keys import APIKey, parse_keys, read_keys, require_distinct
 
@@ -29,6 +36,8 @@ RENAMED: dict[str, tuple[str, int | None]] = {
     "self_check_s": ("self_test_interval_s", None),
     "drain_delay_ms": ("drain_delay_s", 1000),
 }
+# Kubernetes sets NAME_PORT=tcp://ADDRESS:PORT in every pod for each Service of its namespace.
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 
 
 def _bundled_models() -> Path:
@@ -43,6 +52,14 @@ def _check_endpoint(address: str | None) -> str | None:
     return address
 
 
+class _Environment(EnvSettingsSource):
+    """Environment variables, without those that Kubernetes sets for its Services."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        value, key, is_complex = super().get_field_value(field, field_name)
+        return None if _is_service_link(value) else value, key, is_complex
+
+
 class CommandSettings(BaseSettings):
     """Options of one command. The docstring of an option is its help."""
 
@@ -52,6 +69,18 @@ class CommandSettings(BaseSettings):
         hide_input_in_errors=True,  # an input may hold a key
         use_attribute_docstrings=True,
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003  (this name is pydantic's)
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read options from arguments, then from the environment."""
+        return init_settings, _Environment(settings_cls)
 
 
 class ModelSettings(CommandSettings):
@@ -226,7 +255,8 @@ def parse(
         arguments: flags and values, without the name of the command.
         prog: program and command, for the help.
         epilog: last paragraph of the help.
-        warn: called with a line for each option that is given under its old name.
+        warn: called with a line for each option that is given under its old name, and for each
+            variable that is ignored because Kubernetes set it for a Service.
 
     Raises:
         ValueError: an option is invalid; one line for each, with its value and the allowed ones.
@@ -244,6 +274,9 @@ def parse(
             if (given := os.environ.get(variable)) and not os.environ.get(_variable(new)):
                 renamed[new] = convert(variable, _variable(new), given)
     values: dict[str, Any] = renamed | vars(parser.parse_args(arguments))
+    for variable in (_variable(name) for name in kind.model_fields if name not in values):
+        if _is_service_link(given := os.environ.get(variable)):
+            warn(_describe_link(variable, given))
     try:
         return kind(**values)
     except ValidationError as error:
@@ -294,6 +327,18 @@ def _convert(
         return given if divisor is None else str(float(given) / divisor)
     except ValueError:  # reported when the new option is validated
         return given
+
+
+def _is_service_link(value: str | None) -> TypeGuard[str]:
+    return value is not None and _SERVICE_LINK.match(value) is not None
+
+
+def _describe_link(variable: str, value: str) -> str:
+    service = variable.removesuffix("_PORT").replace("_", "-").lower()
+    return (
+        f"ignored {variable}={value}, which Kubernetes sets in pods beside a Service named "
+        f"{service!r}; set `enableServiceLinks: false` in the pod to avoid it"
+    )
 
 
 def _describe(error: Any) -> str:

@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.settings import Settings
+from service.settings import Settings, parse
 from tests.support.processes import REPOSITORY
 
 KUBERNETES = REPOSITORY / "service" / "deploy" / "kubernetes"
@@ -145,6 +145,68 @@ def test_the_pod_is_restricted_and_has_time_to_drain() -> None:
     assert spec["terminationGracePeriodSeconds"] > drain_s + request_s
     namespace = found["Namespace"]["metadata"]["labels"]
     assert namespace["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def service_links(service: dict[str, Any], address: str) -> dict[str, str]:
+    """Return the variables that a kubelet sets for a Service (pkg/kubelet/envvars)."""
+    prefix = variable_name(service["metadata"]["name"])
+    ports = service["spec"]["ports"]
+    links = {f"{prefix}_SERVICE_HOST": address, f"{prefix}_SERVICE_PORT": str(ports[0]["port"])}
+    for number, each in enumerate(ports):
+        protocol, port = each.get("protocol", "TCP"), each["port"]
+        url, link = f"{protocol.lower()}://{address}:{port}", f"{prefix}_PORT_{port}_{protocol}"
+        if "name" in each:
+            links[f"{prefix}_SERVICE_PORT_{variable_name(each['name'])}"] = str(port)
+        if number == 0:
+            links[f"{prefix}_PORT"] = url
+        links |= {link: url, f"{link}_PROTO": protocol.lower()}
+        links |= {f"{link}_PORT": str(port), f"{link}_ADDR": address}
+    return links
+
+
+def variable_name(name: str) -> str:
+    return name.upper().replace("-", "_")
+
+
+def named(name: str, protocol: str = "TCP") -> dict[str, Any]:
+    """Return a Service of another part of the cluster."""
+    ports = [{"name": "http", "port": 80, "protocol": protocol}]
+    return {"metadata": {"name": name}, "spec": {"ports": ports}}
+
+
+@pytest.mark.parametrize("address", ["10.96.0.7", "[fd00:10:96::7]"])
+def test_a_pod_is_configured_alike_beside_any_service_of_its_namespace(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = [f"CGAN_{option.upper()}" for option in Settings.model_fields]
+    for variable in variables:
+        monkeypatch.delenv(variable, raising=False)
+    alone = parse(Settings, [])
+    services = [each for each in resources().values() if each["kind"] == "Service"]
+    services += [named(each.removesuffix("_PORT").lower().replace("_", "-")) for each in variables]
+    services += [named("cgan", "UDP"), named("cgan", "SCTP")]
+    assert {each["metadata"]["name"] for each in services} >= {"cgan", "cgan-metrics"}
+    reached = set()
+    for service in services:
+        with monkeypatch.context() as pod:
+            links = service_links(service, address)
+            for name, value in links.items():
+                pod.setenv(name, value)
+            warnings: list[str] = []
+            assert parse(Settings, [], warn=warnings.append) == alone
+            shadowed = [name for name in variables if name in links]
+            assert len(warnings) == len(shadowed)
+            for name, warning in zip(shadowed, warnings, strict=True):
+                assert f"{name}={links[name]}" in warning
+                assert f"{service['metadata']['name']!r}" in warning
+            reached |= {*shadowed}
+    assert reached == {"CGAN_PORT", "CGAN_METRICS_PORT"}
+
+
+def test_pods_of_the_manifests_get_no_variables_of_services() -> None:
+    for each in resources().values():
+        if "template" in each.get("spec", {}):
+            assert each["spec"]["template"]["spec"]["enableServiceLinks"] is False
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")

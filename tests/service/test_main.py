@@ -28,7 +28,9 @@ def test_it_prints_one_line_with_the_address(bundled: Path) -> None:
 def test_a_folder_of_artifacts_is_served_by_name(bundled: Path, tmp_path: Path) -> None:
     for name in ("b", "a"):
         (tmp_path / f"{name}.safetensors").write_bytes(bundled.read_bytes())
-    with ServiceProcess(environment={"CGAN_MODELS": str(tmp_path)}) as service:
+    link = {"CGAN_METRICS_PORT": "tcp://10.96.0.7:80"}  # of a Service `cgan-metrics` of Kubernetes
+    with ServiceProcess(environment={"CGAN_MODELS": str(tmp_path), **link}) as service:
+        assert "metrics at" not in service.first_line
         models = service.client.get("/models").json()["models"]
         assert [(model["name"], model["default"]) for model in models] == [
             ("a", True),
@@ -36,6 +38,7 @@ def test_a_folder_of_artifacts_is_served_by_name(bundled: Path, tmp_path: Path) 
         ]
         answer = service.client.post("/generate?label=1&seed=1&model=b")
         assert answer.headers["X-Model"].startswith("b@sha256:")
+    assert service.errors[0].startswith("ignored CGAN_METRICS_PORT=tcp://10.96.0.7:80, ")
 
 
 def test_a_file_that_is_no_artifact_ends_in_one_line_with_path_and_cause(tmp_path: Path) -> None:
