@@ -221,6 +221,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def list_artifacts(folder: Path) -> list[Path]:
+    """Return the artifacts of a folder, sorted by name.
+
+    Hidden files do not count: macOS writes `._NAME.safetensors` beside a copied file, and programs
+    write `.NAME.safetensors` before they rename it.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    found = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    visible = [path for path in found if not path.name.startswith(".")]
+    return sorted(visible, key=lambda path: path.stem)  # by whole names mnist-mlp would come first
+
+
 def _quote(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "…")
 

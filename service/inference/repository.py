@@ -8,7 +8,13 @@ from pathlib import Path
 
 from service.inference.engine import Engine, resolve_dtype
 from service.settings import Settings
-from training.artifact import ArtifactError, ArtifactInfo, check_model_name, load_artifact
+from training.artifact import (
+    ArtifactError,
+    ArtifactInfo,
+    check_model_name,
+    list_artifacts,
+    load_artifact,
+)
 from training.devices import resolve_device
 
 _BUNDLED_DEFAULT = "mnist"
@@ -232,9 +238,9 @@ def artifact_paths(path: Path) -> list[Path]:
         if not path.is_dir():
             path.stat()  # raises if the file is missing
             return [path]
-        found = [file for file in path.iterdir() if file.suffix == ".safetensors"]
+        found = list_artifacts(path)
     except OSError as error:
         raise ArtifactError(path, f"cannot be read: {error.strerror}") from error
     if not found:
         raise ArtifactError(path, "holds no *.safetensors file")
-    return sorted(found, key=lambda file: file.stem)  # by whole names mnist-mlp would precede mnist
+    return found

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from training.artifact import Artifact, load_artifact
+from training.artifact import Artifact, list_artifacts, load_artifact
 from training.files import write_atomically
 from training.images import class_grid, save_png
 from training.networks import count_parameters
@@ -90,8 +90,7 @@ def write_report(folder: Path) -> None:
         ArtifactError: a file in the folder is not a valid artifact.
         OSError: a file cannot be written.
     """
-    paths = sorted(folder.glob("*.safetensors"), key=lambda path: path.stem)
-    artifacts = [load_artifact(path) for path in paths]
+    artifacts = [load_artifact(path) for path in list_artifacts(folder)]
     for artifact in artifacts:
         save_png(picture_path(artifact), class_grid(artifact.generator, columns=16), scale=2)
     write_atomically(folder / "README.md", render_page(artifacts).encode())

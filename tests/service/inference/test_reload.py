@@ -210,6 +210,18 @@ def test_a_file_that_is_written_in_place_is_taken_when_it_is_complete(
     assert named(service.client.post(RECIPE)) == digest(variants[1])
 
 
+def test_hidden_files_beside_a_new_model_stop_nothing(
+    service: ServiceProcess, weights: Path, variants: list[Path]
+) -> None:
+    before = reloads(service, "refused")
+    for name in ("._small.safetensors", "._more.safetensors", ".DS_Store"):
+        (weights / name).write_bytes(b"\0\5\26\7")
+    put(variants[1], weights / "more.safetensors")
+    wait_until(lambda: set(served(service.client)) == {"more", "small"}, "the new model is served")
+    assert refused(service) == {}
+    assert reloads(service, "refused") == before
+
+
 # Under load --------------------------------------------------------------------------------------
 
 

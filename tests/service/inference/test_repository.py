@@ -49,7 +49,7 @@ def test_a_single_file_may_be_named(tmp_path: Path) -> None:
     assert load_repository(settings(path)).names == ["one"]
 
 
-@pytest.mark.parametrize("name", ["熊", "a b", ".hidden", "a\nb", "x" * 101])
+@pytest.mark.parametrize("name", ["熊", "a b", "a\nb", "x" * 101])
 def test_a_name_that_no_header_could_carry_is_an_error(tmp_path: Path, name: str) -> None:
     path = make_artifact(tmp_path / f"{name}.safetensors")
     with pytest.raises(ArtifactError, match="not a valid name for a model; allowed are"):
@@ -69,6 +69,47 @@ def test_an_unknown_device_is_an_error(tmp_path: Path) -> None:
     make_artifact(tmp_path / "good.safetensors")
     with pytest.raises(DeviceError, match="unknown device 'tpu'; expected auto, cpu, cuda"):
         load_repository(settings(tmp_path, device="tpu"))
+
+
+HIDDEN = (".hidden.safetensors", "._a.safetensors", ".a.safetensors.x1y2", ".a.safetensors")
+SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini", "a.safetensors~", "#a.safetensors#")
+FOLDERS = {
+    "@eaDir": "a.safetensors@SynoEAStream",
+    "__MACOSX": "._a.safetensors",
+    "lost+found": "b.safetensors",
+    ".ipynb_checkpoints": "a-checkpoint.safetensors",
+    ".git": "index",
+    "..2026_12_01": "a.safetensors",
+    ".Trash.safetensors": "a.safetensors",
+    "$RECYCLE.BIN": "$R1.safetensors",
+    "System Volume Information": "a.safetensors",
+}
+
+
+def add_hidden_and_system_files(folder: Path) -> None:
+    for name in (*HIDDEN, *SYSTEM):
+        (folder / name).write_bytes(b"\0\5\26\7")  # as AppleDouble files begin
+    for name, file in FOLDERS.items():
+        (folder / name).mkdir()
+        (folder / name / file).write_bytes(b"")
+    (folder / "lost+found").chmod(0)
+    (folder / ".broken.safetensors").symlink_to("nowhere")
+
+
+def test_hidden_and_system_files_are_no_models_at_start_nor_later(tmp_path: Path) -> None:
+    empty, folder = tmp_path / "empty", tmp_path / "weights"
+    for each in (empty, folder):
+        each.mkdir()
+    add_hidden_and_system_files(empty)
+    with pytest.raises(ArtifactError, match=r"holds no \*\.safetensors file"):
+        load_repository(settings(empty))
+    repository = load(folder, "a")
+    before = list(repository)
+    add_hidden_and_system_files(folder)
+    for force in (False, True):
+        assert rescan(repository, force=force) == {}
+        assert list(repository) == before
+    assert load_repository(settings(folder)).names == ["a"]
 
 
 def test_models_are_listed_in_the_order_of_their_names(tmp_path: Path) -> None:

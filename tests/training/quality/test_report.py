@@ -199,6 +199,7 @@ def test_the_images_of_earlier_runs_are_shown(tmp_path: Path, name: str) -> None
 def test_a_report_is_the_page_and_a_picture_of_each_model(tmp_path: Path) -> None:
     for name in ("a", "b"):
         tiny.artifact_file(tmp_path / f"{name}.safetensors")
+        (tmp_path / f"._{name}.safetensors").write_bytes(b"\0\5\26\7")  # of macOS
 
     write_report(tmp_path)
 
