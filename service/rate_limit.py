@@ -1,17 +1,20 @@
 """Rate limits in images a second, one for each API key."""
 
-import fcntl
 import math
 import mmap
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from prometheus_client import Counter
 from starlette.types import Scope
 
 from service.errors import Problem, invalid_value
+
+with suppress(ModuleNotFoundError):  # on Windows, where one process serves alone
+    import fcntl
 
 
 class TokenBucket:

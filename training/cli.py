@@ -40,7 +40,10 @@ class Commands(click.Group):
     """A group of commands that accepts renamed ones and reports expected errors in one line."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Prepare logging and threads, and replace renamed commands and options."""
+        """Prepare output and threads, and replace renamed commands and options."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # As stderr is: a class may have a name that the encoding of a pipe or log file lacks.
+            sys.stdout.reconfigure(errors="backslashreplace")
         limit_threads()
         if isinstance(sys.stdout, io.TextIOWrapper):  # paths need not be text, nor terminals UTF-8
             sys.stdout.reconfigure(errors="backslashreplace")

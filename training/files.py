@@ -1,5 +1,6 @@
 """Files: kinds by content, checked reads, atomic writes."""
 
+import errno
 import io
 import os
 import tempfile
@@ -139,8 +140,21 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename in a folder survive a power cut, where the system can.
+
+    Windows opens no folders, some network disks sync none, and this process may be allowed to write
+    a folder but not to read it.
+    """
     try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+            raise

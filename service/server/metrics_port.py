@@ -23,6 +23,7 @@ def open_metrics_port(settings: Settings, registry: CollectorRegistry) -> str | 
 
     Raises:
         ServiceError: the port is taken.
+        ValueError: no address of the host is one of this machine.
     """
     if settings.metrics_port is None:
         return None
@@ -34,6 +35,7 @@ def open_metrics_port(settings: Settings, registry: CollectorRegistry) -> str | 
     config = uvicorn.Config(
         app,
         loop="asyncio",
+        workers=1,  # or uvicorn would parse WEB_CONCURRENCY
         ws="none",
         log_config=None,
         access_log=False,

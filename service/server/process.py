@@ -30,6 +30,7 @@ from training.devices import DeviceError, describe, limit_threads
 
 log = logging.getLogger("service.server.process")
 
+EX_TEMPFAIL = 75  # of sysexits.h: a new process may succeed; `os.EX_TEMPFAIL` is Unix only
 CLOSE_GRACE_S = 0.2  # for requests in transit when the port closes: to arrive and be answered
 
 
@@ -65,6 +66,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=http,
+                workers=1,  # or uvicorn would parse WEB_CONCURRENCY
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -89,7 +91,7 @@ class Server(uvicorn.Server):
         """
         self.run(self._sockets)
         if self._state.readiness.lost:
-            return os.EX_TEMPFAIL
+            return EX_TEMPFAIL
         return 0 if self.started else 1
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -115,11 +117,22 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals until the event loop ends; uvicorn would close the port at once."""
+        handlers: dict[str, Callable[[], object]] = {
+            **dict.fromkeys(("SIGTERM", "SIGINT", "SIGBREAK"), self._on_signal),  # Ctrl-Break
+            "SIGHUP": self._state.reloader.on_sighup,
+        }
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-        loop.add_signal_handler(signal.SIGHUP, self._state.reloader.on_sighup)
-        yield
+        previous = {}
+        for name, handler in handlers.items():
+            # Not by the event loop, which handles no signals on Windows.
+            if (number := getattr(signal, name, None)) is not None:
+                wake = partial(loop.call_soon_threadsafe, handler)
+                previous[number] = signal.signal(number, lambda *_, wake=wake: wake())
+        try:
+            yield
+        finally:
+            for number, previous_handler in previous.items():
+                signal.signal(number, previous_handler)
 
     def _on_signal(self) -> None:
         readiness = self._state.readiness
@@ -178,13 +191,10 @@ def create_server(settings: Settings, announce: Callable[[str], None]) -> Server
     repository = load(settings)
     metrics = Metrics()
     app = create_app(settings, repository, metrics)
+    metrics_url = open_metrics_port(settings, metrics.registry)
     sockets = open_sockets(settings.host, settings.port)
-    line = startup_message(
-        repository.names,
-        url_of(sockets[0]),
-        describe(repository.default.engine.device),
-        open_metrics_port(settings, metrics.registry),
-    )
+    device = describe(repository.default.engine.device)
+    line = startup_message(repository.names, url_of(sockets[0]), device, metrics_url)
     return Server(app, settings, sockets, partial(announce, line))
 
 

@@ -10,7 +10,6 @@ test_private_names.py.
 
 import asyncio
 import logging
-import resource
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,11 @@ from uvicorn.server import ServerState
 
 from service.disconnect import CLIENT, Client
 from service.errors import Problem
+
+try:
+    import resource
+except ModuleNotFoundError:  # on Windows, which does not limit open files so
+    resource = None  # type: ignore[assignment]
 
 MAX_TARGET_BYTES = 1 << 14  # 16 KiB: 1024 labels with long names
 MAX_HEAD_BYTES = 1 << 16
@@ -376,13 +380,26 @@ async def enforce_timeouts(
 
 
 def raise_nofile_limit(connections: int) -> int:
-    """Raise the limit of open files; return the connections, at most as asked, that it allows."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    allowed = max(1, hard - OTHER_FILES - EXCESS_CONNECTIONS)
-    if hard == resource.RLIM_INFINITY or allowed >= connections:
+    """Raise the limit of open files as far as the connections need it and the system allows.
+
+    Returns:
+        the connections, at most as asked, that it allows.
+    """
+    if resource is None:
         return connections
-    fields = {"open_files": hard, "max_connections": allowed}
+    needed = connections + OTHER_FILES + EXCESS_CONNECTIONS
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    while files != resource.RLIM_INFINITY and wanted > files:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            files = wanted
+        except (OSError, ValueError):  # macOS allows less than its hard limit
+            wanted = (files + wanted) // 2
+    if files == resource.RLIM_INFINITY or files >= needed:
+        return connections
+    allowed = max(1, files - OTHER_FILES - EXCESS_CONNECTIONS)
+    fields = {"open_files": files, "max_connections": allowed}
     log.warning("the limit of open files lowers --max-connections", extra={"fields": fields})
     return allowed
 

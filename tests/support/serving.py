@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from fastapi import FastAPI
 from service.app import create_app
 from service.inference.repository import ModelRepository, load_repository
 from service.server.protocol import ConnectionLimits, HTTPProtocol
+from service.server.sockets import open_sockets, url_of
 from service.settings import parse_settings
+from tests.support.other_systems import as_on
 from tests.support.processes import REPOSITORY, run, start
 
 MODEL = REPOSITORY / "weights" / "mnist.safetensors"
@@ -32,6 +35,13 @@ def _environment() -> dict[str, str]:
     """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CGAN_")}
     return {"OMP_NUM_THREADS": "1", **clean, "CGAN_MODELS": str(MODEL)}
+
+
+def _client(url: str, unix_socket: str | None = None) -> httpx.Client:
+    if unix_socket is None:
+        return httpx.Client(base_url=url, timeout=60)
+    transport = httpx.HTTPTransport(uds=unix_socket)
+    return httpx.Client(base_url="http://localhost", transport=transport, timeout=60)
 
 
 class Service(Protocol):
@@ -49,22 +59,22 @@ class ServiceProcess:
         environment: Mapping[str, str] | None = None,
         module: str = "service",
         command: str = "serve",
+        system: str | None = None,  # another one, of `other_systems`
     ) -> None:
         commands = [command] if module == "service" else []
         everything = {**_environment(), **(environment or {})}
-        self.process = start(
-            "-m", module, *commands, "--port", "0", *arguments, environment=everything
-        )
+        program = ("-m", module) if system is None else as_on(system, module)
+        self.process = start(*program, *commands, "--port", "0", *arguments, environment=everything)
         self.errors: list[str] = []
         self._reader = threading.Thread(target=self._read_errors)
         self._reader.start()
         assert self.process.stdout is not None
         self.first_line = self.process.stdout.readline()
-        found = re.search(r"http://[\d.]+:\d+", self.first_line)
+        found = re.search(r" at (http://\S+|unix:(\S+)) on ", self.first_line)
         if found is None:
             self.wait()
             raise AssertionError(f"did not start: {self.errors}")
-        self.client = httpx.Client(base_url=found.group(), timeout=60)
+        self.client = _client(*found.groups())
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
@@ -104,13 +114,17 @@ def refused(*arguments: str) -> str:
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[httpx.Client]:
-    """An app on a real socket, served by uvicorn in a thread of this process."""
+def serving(app: FastAPI, listening: socket.socket | None = None) -> Iterator[httpx.Client]:
+    """An app on a real socket, served by uvicorn in a thread of this process.
+
+    Without a socket it is one of IPv4; the client connects to a dual-stack one by IPv4.
+    """
+    (listening,) = [listening] if listening is not None else open_sockets("127.0.0.1", 0)
+    url = url_of(listening).replace("[::]", "127.0.0.1")
     http: Any = partial(HTTPProtocol, ConnectionLimits(app.state.error_app, 60.0, 1000))
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            port=0,
             http=http,
             ws="none",
             log_config=None,
@@ -121,7 +135,7 @@ def serving(app: FastAPI) -> Iterator[httpx.Client]:
     started = threading.Event()
 
     async def serve() -> None:
-        task = asyncio.ensure_future(server.serve())
+        task = asyncio.ensure_future(server.serve([listening]))
         while not server.started and not task.done():
             await asyncio.sleep(0)
         started.set()
@@ -130,9 +144,8 @@ def serving(app: FastAPI) -> Iterator[httpx.Client]:
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     started.wait()
-    host, port = server.servers[0].sockets[0].getsockname()
     try:
-        with httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client:
+        with _client(url, url.removeprefix("unix:") if url.startswith("unix:") else None) as client:
             yield client
     finally:
         server.should_exit = True

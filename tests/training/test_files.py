@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,29 @@ def test_the_contents_are_on_the_disk_before_they_have_the_name(
     write_atomically(path, b"contents")
 
     assert synced == [("contents", False), ("folder", True)]
+
+
+@pytest.mark.parametrize(("system", "code"), [("Windows", "EACCES"), ("a network disk", "EINVAL")])
+def test_a_file_is_written_where_folders_cannot_be_synced(
+    system: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+    open_file, fsync = os.open, os.fsync
+
+    def open_no_folder(path: Path, *arguments: int, **options: Any) -> int:
+        if system == "Windows" and Path(path).is_dir():
+            raise error
+        return open_file(path, *arguments, **options)
+
+    def sync_no_folder(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise error
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "open", open_no_folder)
+    monkeypatch.setattr(os, "fsync", sync_no_folder)
+    write_atomically(tmp_path / "model.bin", b"contents")
+    assert (tmp_path / "model.bin").read_bytes() == b"contents"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])

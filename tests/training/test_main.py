@@ -20,6 +20,8 @@ from PIL import Image
 import training.__main__ as command_line
 from tests.support import tiny_training as tiny
 from tests.support.image_folders import fill
+from tests.support.other_systems import WINDOWS, as_on
+from tests.support.processes import run
 from training.__main__ import main
 from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint
@@ -63,6 +65,33 @@ def invoke(*arguments: str | Path) -> Result:
 
 def train(out: Path, *options: str) -> Result:
     return invoke("train", "mnist", "--device", "cpu", "--out", out, *options)
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+import pytest
+from tests.support import tiny_training as tiny
+tiny.CLASS_NAMES = ("犬", "猫")
+tiny.install(pytest.MonkeyPatch(), Path(sys.argv.pop(1)))
+"""
+
+
+def test_classes_that_no_code_page_has_are_trained_on_windows(tmp_path: Path, out: Path) -> None:
+    for label, name in enumerate(("犬", "猫")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            pixels = np.full((28, 28), 100 * label + number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    options = ("--preset", "mlp", "--device", "cpu", "--out", str(out))
+    photos = str(tmp_path / "photos")
+    dry = run(*as_on(WINDOWS, "training"), "train", photos, "--dry-run", *options)
+    assert dry.returncode == 0, dry.stderr
+    assert r"\u72ac" in dry.stdout
+    program, folder = as_on(WINDOWS + PREPARE, "training"), str(tmp_path / "tiny")
+    trained = run(*program, folder, "train", "mnist", "--r1-gamma", "1", *options)
+    assert trained.returncode == 0, trained.stderr
+    assert load_artifact(out / "generator.safetensors").info.class_names == ("犬", "猫")
 
 
 def refused(result: Result, *said: str, status: int = 1) -> None:

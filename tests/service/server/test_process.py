@@ -14,9 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from service.server.protocol import raise_nofile_limit
+from service.server.protocol import EXCESS_CONNECTIONS, OTHER_FILES, raise_nofile_limit
+from service.settings import Settings
 from tests.conftest import make_artifact
 from tests.support.clients import metric
+from tests.support.other_systems import WINDOWS
 from tests.support.serving import ServiceProcess
 from tests.support.wire import TIMEOUT_S, Client, address, drain, wait_until
 from tests.support.workers import client_of, pids
@@ -162,22 +164,82 @@ def test_garbage_is_collected_where_objects_become_many(service: ServiceProcess)
     assert collections_after(100_000) > 0
 
 
-def test_the_limit_of_open_files_is_raised(service: ServiceProcess) -> None:
+def test_the_limit_of_open_files_is_raised_to_what_the_connections_need(
+    service: ServiceProcess,
+) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     limits = Path(f"/proc/{service.process.pid}/limits").read_text()
     (line,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
-    assert line.split()[3:5] == [str(hard)] * 2
+    needed = Settings().max_connections + OTHER_FILES + EXCESS_CONNECTIONS
+    assert line.split()[3:5] == [str(min(needed, hard)), str(hard)]
+
+
+INFINITE, OF_MACOS = resource.RLIM_INFINITY, 10_240
 
 
 @pytest.mark.parametrize(
-    ("hard", "room"), [(resource.RLIM_INFINITY, 4096), (100_000, 4096), (1024, 256), (10, 1)]
+    ("soft", "hard", "room"),
+    [
+        (256, INFINITE, 4096),
+        (256, 100_000, 4096),
+        (INFINITE, INFINITE, 4096),
+        (100_000, 100_000, 4096),
+        (1000, 1024, 256),
+        (5, 10, 1),
+    ],
 )
 def test_no_more_connections_are_taken_than_files_may_be_open(
-    hard: int, room: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    soft: int,
+    hard: int,
+    room: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     raised: list[Any] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (5, hard))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
     assert raise_nofile_limit(4096) == room
-    assert raised == [(hard, hard)]
+    needed = 4096 + OTHER_FILES + EXCESS_CONNECTIONS
+    is_enough = soft in (INFINITE, 100_000)
+    assert raised == [] if is_enough else [(needed if room == 4096 else hard, hard)]
     assert (caplog.text != "") == (room < 4096)
+
+
+@pytest.mark.parametrize("error", [ValueError("current limit exceeds maximum limit"), OSError(1)])
+def test_the_limit_of_open_files_is_raised_as_far_as_macos_allows(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has an infinite hard limit, and refuses more than the kernel's own."""
+    files = 256
+
+    def set_limit(_: int, limits: tuple[int, int]) -> None:
+        nonlocal files
+        if limits[0] > OF_MACOS:
+            raise error
+        files = limits[0]
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, INFINITE))
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    assert raise_nofile_limit(4096) == 4096
+    assert caplog.text == ""
+    room = raise_nofile_limit(100_000)
+    assert OF_MACOS / 2 < files <= OF_MACOS
+    assert room == files - OTHER_FILES - EXCESS_CONNECTIONS
+    assert "the limit of open files lowers --max-connections" in caplog.text
+
+
+# Other systems -----------------------------------------------------------------------------------
+
+
+def test_one_process_serves_on_windows_until_a_signal_drains_it(artifact: str) -> None:
+    key = "a" * 20
+    options = ("--api-keys", f"alice:{key}:100000", "--drain-delay-s", "600")
+    with ServiceProcess("--models", artifact, *options, system=WINDOWS) as service:
+        service.client.headers["Authorization"] = f"Bearer {key}"
+        assert service.client.post(TARGET).status_code == 200
+        service.signal()
+        wait_until(partial(drains, service.client), "it is not ready")
+        assert service.client.post(TARGET).headers["Connection"] == "close"
+        service.signal(signal.SIGINT)
+        assert service.wait() == 0
+    assert "Traceback" not in "".join(service.errors)
