@@ -4,6 +4,8 @@ import argparse
 import inspect
 import os
 import re
+import socket
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
@@ -36,6 +38,10 @@ RENAMED: dict[str, tuple[str, int | None]] = {
     "self_check_s": ("self_test_interval_s", None),
     "drain_delay_ms": ("drain_delay_s", 1000),
 }
+ALLOWED_HOSTS = (
+    "expected an address of this machine without brackets or a port (127.0.0.1, ::1; 0.0.0.0 or :: "
+    "for every interface), or a name of it"
+)
 # Kubernetes sets NAME_PORT=tcp://ADDRESS:PORT in every pod for each Service of its namespace.
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 
@@ -50,6 +56,23 @@ def _check_endpoint(address: str | None) -> str | None:
     if address is not None and not re.match(r"https?://[^/]", address):
         raise ValueError(f"must begin with http:// or https:// and a host, not {address!r}")
     return address
+
+
+def _check_host(host: str) -> str:
+    try:
+        socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:  # ValueError: a label is too long, or holds a zero byte
+        raise ValueError(f"{host!r} does not resolve to an address; {ALLOWED_HOSTS}") from error
+    return host
+
+
+def _check_unix_socket(path: Path | None) -> Path | None:
+    if path is not None and not hasattr(socket, "AF_UNIX"):
+        raise ValueError("Python has no Unix sockets on this system; use --host and --port")
+    longest = 107 if sys.platform == "linux" else 103
+    if path is not None and len(os.fsencode(path)) > longest:
+        raise ValueError(f"must be at most {longest} bytes long, not {str(path)!r}")
+    return path
 
 
 class _Environment(EnvSettingsSource):
@@ -131,8 +154,8 @@ class FetchSettings(CommandSettings):
 class AppSettings(ModelSettings):
     """Options of the app, on one machine and on a cluster."""
 
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is every interface"""
+    host: Annotated[str, AfterValidator(_check_host)] = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every interface of IPv4, and :: every interface"""
     port: int = Field(8000, ge=0, le=65_535)
     """Port to listen on; 0 picks a free one"""
     default_model: str | None = None
@@ -184,9 +207,12 @@ class AppSettings(ModelSettings):
 class Settings(AppSettings):
     """Serve class-conditional image generators over HTTP."""
 
+    unix_socket: Annotated[Path | None, AfterValidator(_check_unix_socket)] = None
+    """Path of a Unix socket to listen on instead of --host and --port, for a proxy on this machine
+    (default: none)"""
     workers: int = Field(1, ge=1, le=256)
     """Processes that share the port, each with its own models and queue. GPUs are assigned to them
-    round-robin."""
+    round-robin. More than one requires Linux."""
     client_timeout_s: float = Field(20.0, ge=1.0, le=3600.0)
     """Seconds that a client may take to send a whole request, to read more of a response, or to
     send the next request on an open connection"""
@@ -197,6 +223,20 @@ class Settings(AppSettings):
     metrics_port: int | None = Field(None, ge=0, le=65_535)
     """Serve /metrics on this port instead of the main one; 0 picks a free one (default: the main
     port)"""
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        if self.workers > 1 and sys.platform != "linux":
+            raise ValueError(
+                "--workers (or CGAN_WORKERS): several processes share a port on Linux only; "
+                f"expected 1 on this system, not {self.workers}"
+            )
+        if self.workers > 1 and self.unix_socket is not None:
+            raise ValueError(
+                "--unix-socket (or CGAN_UNIX_SOCKET): one process listens there; expected "
+                f"--workers 1 (or CGAN_WORKERS=1), not {self.workers}"
+            )
+        return self
 
 
 class ClusterSettings(AppSettings):

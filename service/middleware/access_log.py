@@ -92,7 +92,7 @@ class AccessLogMiddleware:
         level = logging.DEBUG if route in PROBE_PATHS else logging.INFO
         if not access_log.isEnabledFor(level):
             return
-        client, state = scope.get("client"), scope["state"]
+        state = scope["state"]
         fields = {
             "request_id": state["request_id"],
             "method": scope["method"],
@@ -101,11 +101,22 @@ class AccessLogMiddleware:
             "status": status,
             "bytes": sent_bytes,
             "duration_ms": round(1e3 * seconds, 3),
-            "client": client[0] if client else None,
+            "client": _client_of(scope),
         }
         # `key` is the name of an API key, not its secret.
         fields |= {name: state[name] for name in ("key", "trace_id") if name in state}
         access_log.log(level, "request", extra={"fields": fields})
+
+
+def _client_of(scope: Scope) -> str | None:
+    """Return the client's address, without the prefix that IPv4 has on a socket of both versions.
+
+    On a Unix socket it is `unix`; None if the server does not tell.
+    """
+    client, server = scope.get("client"), scope.get("server")
+    if client:
+        return str(client[0]).removeprefix("::ffff:")
+    return "unix" if server and server[1] is None else None
 
 
 def _request_id(scope: Scope) -> str:

@@ -21,7 +21,13 @@ from service.errors import ServiceError
 from service.inference.repository import ModelRepository, load_repository
 from service.server import protocol
 from service.server.metrics_port import open_metrics_port
-from service.server.sockets import open_sockets, startup_message, url_of
+from service.server.sockets import (
+    open_sockets,
+    open_unix_socket,
+    remove_socket_file,
+    startup_message,
+    url_of,
+)
 from service.settings import Settings
 from service.telemetry.logging import configure_logging
 from service.telemetry.metrics import Metrics
@@ -155,6 +161,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, shortly after that idle connections, and wait for the others."""
+        for each in self._sockets:
+            remove_socket_file(each)
         for server in self.servers:
             server.close()
         for each in self._sockets:
@@ -192,7 +200,10 @@ def create_server(settings: Settings, announce: Callable[[str], None]) -> Server
     metrics = Metrics()
     app = create_app(settings, repository, metrics)
     metrics_url = open_metrics_port(settings, metrics.registry)
-    sockets = open_sockets(settings.host, settings.port)
+    if settings.unix_socket is None:
+        sockets = open_sockets(settings.host, settings.port)
+    else:
+        sockets = [open_unix_socket(settings.unix_socket)]
     device = describe(repository.default.engine.device)
     line = startup_message(repository.names, url_of(sockets[0]), device, metrics_url)
     return Server(app, settings, sockets, partial(announce, line))

@@ -30,6 +30,7 @@ from service.telemetry.logging import configure_logging
 from service.telemetry.metrics import SupervisorMetrics
 from service.telemetry.multiprocess import mark_worker_dead
 
+MEMORY_FOLDER = "/dev/shm"  # of Linux; writable in most containers whose disk is not
 STABLE_S = 30.0  # a worker that has served for this time did not exit because of its start
 MAX_EARLY_EXITS = 5  # workers that may exit before that, in a row, and are replaced
 
@@ -45,12 +46,14 @@ def supervise(
     is called with the line that says where.
 
     Raises:
-        ServiceError: the port is taken, a worker cannot start, or workers keep exiting.
+        ServiceError: the port is taken, no folder is writable, a worker cannot start, or workers
+            keep exiting.
+        ValueError: no address of the host is one of this machine.
     """
     configure_logging(settings.log_level)
     reserved = reserve_port(settings.host, settings.port)
     metrics_url = None
-    with tempfile.TemporaryDirectory(prefix="cgan-metrics-") as name:
+    with create_shared_folder() as name:
         folder = Path(name)
         metrics = SupervisorMetrics(settings.workers, folder)
         if settings.metrics_port is not None:
@@ -65,6 +68,24 @@ def supervise(
         asyncio.run(Supervisor(settings.workers, arguments, folder, metrics, on_ready).run())
     for each in reserved:
         each.close()
+
+
+def create_shared_folder() -> "tempfile.TemporaryDirectory[str]":
+    """Create the folder of the files that workers share, in memory if no disk is writable.
+
+    Raises:
+        ServiceError: neither is possible.
+    """
+    for parent in (None, MEMORY_FOLDER):
+        with suppress(OSError):
+            # Others may remove it first, as programs do that remove old temporary files.
+            return tempfile.TemporaryDirectory(
+                prefix="cgan-metrics-", dir=parent, ignore_cleanup_errors=True
+            )
+    raise ServiceError(
+        "--workers needs a folder for temporary files, and none is writable: make /tmp writable, "
+        "set TMPDIR to a writable folder, or use --workers 1"
+    )
 
 
 @dataclass

@@ -76,7 +76,7 @@ def _counts(path: Path) -> bytes:
 
 def _read(path: Path) -> Iterator[Metric]:
     """Parse a snapshot; creation times, which have no sum, are left out."""
-    for family in text_string_to_metric_families(path.read_text()):
+    for family in text_string_to_metric_families(path.read_text("utf-8")):
         if family.name.endswith("_created"):
             continue
         if family.name.startswith(_PER_PROCESS):

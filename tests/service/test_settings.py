@@ -1,3 +1,5 @@
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,9 @@ def test_a_newcomer_is_served_the_bundled_models_on_port_8000() -> None:
     assert (settings.models / "mnist.safetensors").exists()
 
 
+@pytest.mark.parametrize("other", ["workers", "unix_socket"])  # not both at once
 def test_every_option_is_a_flag_and_a_variable(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    other: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"bob:{'b' * 16}\n")
@@ -35,6 +38,7 @@ def test_every_option_is_a_flag_and_a_variable(
         "models": "elsewhere",
         "default_model": "mine",
         "workers": "3",
+        "unix_socket": "/run/cgan.sock",
         "device": "cpu",
         "dtype": "float32",
         "max_batch": "16",
@@ -53,6 +57,7 @@ def test_every_option_is_a_flag_and_a_variable(
         "log_level": "error",
     }
     assert values.keys() == Settings.model_fields.keys()
+    del values[other]
     flags = [part for k, v in values.items() for part in (f"--{k.replace('_', '-')}", v)]
     from_flags = parse_settings(flags)
     for name, value in values.items():
@@ -94,6 +99,43 @@ def test_a_wrong_value_is_named_with_what_is_allowed(flag: str, value: str, allo
     assert allowed in message
     assert f"CGAN_{flag[2:].replace('-', '_').upper()}" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "host", ["[::]", "unix:/x", "host.invalid", "127.0.0.1:80", "http://localhost", "", "a" * 64]
+)
+def test_a_host_that_does_not_resolve_is_named_with_what_is_allowed(host: str) -> None:
+    with pytest.raises(ValueError, match=r"^--host \(or CGAN_HOST\): ") as caught:
+        parse_settings(["--host", host])
+    assert f"{host!r} does not resolve to an address; expected an address" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "::1", "localhost"])
+def test_a_host_may_be_an_address_or_a_name(host: str) -> None:
+    assert parse_settings(["--host", host]).host == host
+
+
+def test_several_processes_are_refused_on_systems_that_cannot_share_a_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for system in ("darwin", "win32"):
+        monkeypatch.setattr(sys, "platform", system)
+        assert parse_settings(["--workers", "1"]).workers == 1
+        with pytest.raises(ValueError, match=r"--workers .*on Linux only; expected 1 .*not 2$"):
+            parse_settings(["--workers", "2"])
+
+
+def test_a_unix_socket_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/" + 106 * "x"
+    assert parse_settings(["--unix-socket", path]).unix_socket == Path(path)
+    with pytest.raises(ValueError, match=r"--unix-socket .*: must be at most 107 bytes long, not"):
+        parse_settings(["--unix-socket", path + "x"])
+    with pytest.raises(ValueError, match=r"--unix-socket .*: one process .*expected --workers 1"):
+        parse_settings(["--unix-socket", path, "--workers", "2"])
+    monkeypatch.delattr(socket, "AF_UNIX")
+    with pytest.raises(ValueError, match=r"--unix-socket .* on this system; use --host and --port"):
+        parse_settings(["--unix-socket", path])
 
 
 def test_all_wrong_values_are_named_at_once() -> None:

@@ -10,9 +10,10 @@ import pytest
 from fastapi import FastAPI
 
 from service.middleware.access_log import AccessLogMiddleware
+from service.server.sockets import open_sockets
 from service.telemetry.logging import JSONFormatter, configure_logging
 from service.telemetry.metrics import Metrics
-from tests.support.serving import ServiceProcess, refused
+from tests.support.serving import ServiceProcess, refused, serving
 
 PROBES = {"/livez", "/readyz", "/metrics"}
 
@@ -47,6 +48,19 @@ def logged(bundled: Path) -> list[str]:
         service.signal()
         assert service.wait() == 0
     return service.errors
+
+
+def test_a_client_of_ipv4_is_logged_as_such_on_a_socket_of_both_versions(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = FastAPI()
+    app.state.error_app = app
+    app.add_middleware(AccessLogMiddleware, metrics=Metrics())
+    (listening,) = open_sockets("::", 0)
+    with caplog.at_level(logging.INFO, "service.access"), serving(app, listening) as client:
+        assert client.get("/nothing").status_code == 404
+    (record,) = caplog.records
+    assert record.__dict__["fields"]["client"] == "127.0.0.1"
 
 
 def test_a_request_is_one_line_with_its_id(logged: list[str]) -> None:

@@ -1,9 +1,12 @@
 """The end of a service, under load, over raw connections."""
 
 import http.client
+import json
 import re
 import resource
+import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -243,3 +246,24 @@ def test_one_process_serves_on_windows_until_a_signal_drains_it(artifact: str) -
         service.signal(signal.SIGINT)
         assert service.wait() == 0
     assert "Traceback" not in "".join(service.errors)
+
+
+# Unix sockets ------------------------------------------------------------------------------------
+
+
+def test_a_unix_socket_is_served_to_curl_and_its_file_is_removed_at_the_end(
+    artifact: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "cgan.sock"
+    with ServiceProcess("--models", artifact, "--unix-socket", str(path)) as service:
+        assert f" at unix:{path} on " in service.first_line
+        image = service.client.post("/generate?label=cat&seed=1").raise_for_status().content
+        if curl := shutil.which("curl"):
+            url = "http://localhost/generate?label=cat&seed=1"
+            command = [curl, "--silent", "--fail", "--unix-socket", str(path), url]
+            assert subprocess.run(command, capture_output=True, check=True).stdout == image
+        service.signal()
+        assert service.wait() == 0
+        assert list(tmp_path.iterdir()) == []
+    clients = {json.loads(line)["client"] for line in service.errors}
+    assert clients == {"unix"}

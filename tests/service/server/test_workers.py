@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import signal
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,12 @@ import torch
 
 from service.app import create_app
 from service.inference.repository import load_repository
+from service.server import supervisor
 from service.server.process import assign_device
 from service.settings import Settings
 from tests.conftest import make_artifact
 from tests.service.api.test_health import samples, total
-from tests.support.processes import REPOSITORY
+from tests.support.processes import REPOSITORY, run
 from tests.support.serving import ServiceProcess, refused, serving
 from tests.support.wire import ask, wait_until
 from tests.support.workers import client_of, logged, pids, stopped
@@ -278,6 +280,39 @@ def test_a_port_that_is_taken_is_one_line(service: ServiceProcess) -> None:
     assert message == f"cannot open port {port} on 127.0.0.1: Address already in use\n"
 
 
+# Temporary files ---------------------------------------------------------------------------------
+
+
+def test_workers_share_memory_where_no_disk_is_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(supervisor, "MEMORY_FOLDER", str(tmp_path))
+    with supervisor.create_shared_folder() as folder:
+        assert Path(folder).parent == tmp_path
+        (Path(folder) / "0.prom").write_text("")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_without_any_writable_folder_are_an_error_that_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    """Nothing is writable where Python can create no folder."""
+    code = f"""
+import sys, tempfile
+from service.__main__ import main
+from service.server import supervisor
+tempfile.tempdir = supervisor.MEMORY_FOLDER = {str(tmp_path / "missing")!r}
+sys.exit(main())
+"""
+    ended = run("-c", code, "--workers", "2", "--port", "0")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == (
+        "--workers needs a folder for temporary files, and none is writable: make /tmp writable, "
+        "set TMPDIR to a writable folder, or use --workers 1\n"
+    )
+
+
 # Devices -----------------------------------------------------------------------------------------
 
 
@@ -309,4 +344,3 @@ def test_clients_are_timed_out_although_metrics_cannot_be_written(artifact: Path
         for _ in range(2):  # the second client waits for a check after the failed snapshot
             (answer,) = ask(service, b"GET /livez HTTP/1.1\r\n")
             assert answer.status == 408
-        folder.mkdir()  # the supervisor removes it at the end
