@@ -131,7 +131,7 @@ def create_app(
                 await asyncio.to_thread(app.state.tracer_provider.shutdown)
 
     responder = Responder(Generation(repository, batcher, metrics), encoder, metrics)
-    app = _create_routes(responder, readiness, lifespan)
+    app = _create_routes(responder, readiness, lifespan, settings)
     if settings.metrics_port is None:
         app.include_router(health.create_metrics_router(metrics.registry))
     app.auth_required = bool(buckets)
@@ -151,7 +151,9 @@ def create_app(
     return app
 
 
-def _create_routes(responder: Responder, readiness: Readiness, lifespan: Lifespan[FastAPI]) -> App:
+def _create_routes(
+    responder: Responder, readiness: Readiness, lifespan: Lifespan[FastAPI], settings: Settings
+) -> App:
     app = App(
         title=DISTRIBUTION,
         description=DESCRIPTION,
@@ -164,7 +166,8 @@ def _create_routes(responder: Responder, readiness: Readiness, lifespan: Lifespa
     app.include_router(generate.create_router())
     app.include_router(models.create_router(responder))
     app.include_router(datasets.create_router(responder))
-    app.include_router(openai.create_router(responder))
+    any_model = settings.openai_unknown_model == "default"
+    app.include_router(openai.create_router(responder, any_model=any_model))
     app.include_router(open_inference.create_router(responder, readiness))
     app.include_router(health.create_router(readiness))
     app.include_router(pages.create_router())

@@ -160,6 +160,9 @@ class AppSettings(ModelSettings):
     """Port to listen on; 0 picks a free one"""
     default_model: str | None = None
     """Model for requests that name none (default: mnist if it is served, else the first by name)"""
+    openai_unknown_model: Literal["reject", "default"] = "reject"
+    """Response of /v1 to the name of a model that is not loaded, such as dall-e-3: reject the
+    request, or use the default model"""
     max_batch: int = Field(256, ge=1, le=4096)
     """Maximum number of images in one forward pass"""
     max_queue_images: int = Field(4096, ge=MAX_IMAGES, le=1_000_000)

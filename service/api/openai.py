@@ -3,29 +3,71 @@
 import base64
 import re
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlencode
 
 from fastapi import Depends, Path, Request, Response
-from pydantic import BaseModel, Field, Strict
+from pydantic import (
+    BaseModel,
+    Field,
+    Strict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
+from service.api import generate as generate_api
 from service.api.bodies import require_json
 from service.api.parameters import MAX_SCALE, Seed, Truncation
-from service.api.respond import Responder, count_pixels
+from service.api.respond import Encoded, Responder, count_pixels, image_headers
 from service.api.routing import Router
 from service.encoding.images import single_pngs
 from service.encoding.timeslice import IncrementalEncoder
 from service.errors import GENERATION_ERRORS, error_responses, invalid_value
-from service.generation import GenerationRequest, ResolvedRequest
+from service.generation import Generation, GenerationRequest, ResolvedRequest
 from service.inference.repository import Model
 from service.inference.scheduling import GenerationResult
 from service.settings import MAX_IMAGES
 
 PREFIX = "/v1"
 _WORD = re.compile(r"[^\W_]+")
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
-class ImageRequest(BaseModel, extra="forbid"):
-    """The body of a request for images."""
+def _allowed(message: str) -> WrapValidator:
+    """Return a validator that replaces pydantic's message."""
+
+    def check(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError("not_allowed", "{message}", {"message": message}) from None
+
+    return WrapValidator(check)
+
+
+_Background = Annotated[
+    Literal["auto", "opaque"] | None,
+    _allowed("must be auto or opaque; the images have no transparent pixels"),
+]
+_OutputFormat = Annotated[
+    Literal["png"] | None, _allowed("must be png; other formats are not available")
+]
+_ResponseFormat = Annotated[
+    Literal["b64_json", "url"] | None, _allowed("must be b64_json or url; both if not given")
+]
+_Stream = Annotated[
+    Literal[False] | None, _allowed("must be false; images are sent when all are complete")
+]
+
+
+class ImageRequest(BaseModel):
+    """The body of a request for images.
+
+    Other fields of the OpenAI API are ignored, because no value of them changes an image: quality,
+    style, moderation, output_compression, user and so on.
+    """
 
     prompt: str = Field(
         max_length=1000,
@@ -38,13 +80,16 @@ class ImageRequest(BaseModel, extra="forbid"):
     )
     size: Annotated[str, Field(max_length=20)] | None = Field(
         None,
-        description=f"auto, or the model's own size times 1 to {MAX_SCALE}: 28x28, 56x56 and so on",
+        description="auto for the model's own size, or WIDTHxHEIGHT: the images have the nearest "
+        f"multiple of that size, 1 to {MAX_SCALE} times",
         examples=["auto"],
     )
-    response_format: Literal["b64_json"] | None = Field(
-        None, description="PNGs in base64; images are not stored, so URLs are not available"
+    response_format: _ResponseFormat = Field(
+        None, description="b64_json: PNGs in base64; url: permanent links; both if not given"
     )
-    user: str | None = Field(None, description="accepted for compatibility and ignored")
+    background: _Background = None
+    output_format: _OutputFormat = None
+    stream: _Stream = None
     seed: Annotated[Seed, Strict()] = None
     truncation: Truncation | None = None
 
@@ -52,7 +97,8 @@ class ImageRequest(BaseModel, extra="forbid"):
 class ImageData(BaseModel):
     """One image."""
 
-    b64_json: str = Field(description="the PNG in base64")
+    b64_json: str | None = Field(None, description="the PNG in base64")
+    url: str | None = Field(None, description="generates the same PNG again, byte by byte")
     revised_prompt: str = Field(description="the class that the prompt names")
 
 
@@ -61,6 +107,9 @@ class ImagesResponse(BaseModel):
 
     created: int = Field(description="seconds since 1970")
     data: list[ImageData]
+    size: str = Field(description="WIDTHxHEIGHT of each image")
+    output_format: Literal["png"] = "png"
+    background: Literal["opaque"] = "opaque"
 
 
 class ModelObject(BaseModel):
@@ -83,8 +132,11 @@ def _require_json(request: Request) -> None:
     require_json(request.headers, """for example with curl --json '{"prompt": "7"}'""")
 
 
-def create_router(responder: Responder) -> Router:
-    """Create the routes of this module."""
+def create_router(responder: Responder, *, any_model: bool = False) -> Router:
+    """Create the routes of this module.
+
+    With `any_model`, the default model stands in for models that are not loaded.
+    """
     router = Router(prefix=PREFIX, tags=["OpenAI"])
     generation = responder.generation
 
@@ -96,7 +148,7 @@ def create_router(responder: Responder) -> Router:
         dependencies=[Depends(_require_json)],
     )
     async def generate(request: Request, body: ImageRequest) -> Response:
-        model = generation.get_or_404(body.model)
+        model = _find_model(generation, body.model, any_model)
         scale = _scale(model, body.size or "auto")
         resolved = generation.resolve(
             GenerationRequest(
@@ -107,11 +159,16 @@ def create_router(responder: Responder) -> Router:
                 model=model.versioned_name,
             )
         )
+        pixels = count_pixels(resolved, scale, "size")
+        links = body.response_format != "b64_json"
+        images = _describe(request, resolved, scale, links=links)
+        if body.response_format == "url":  # a link generates its image when it is followed
+            return Encoded(_to_json(images), image_headers(resolved)).response("application/json")
         encoded = await responder.respond(
             resolved,
             request.scope,
-            lambda result: _encode(resolved, result, scale),
-            pixels=count_pixels(resolved, scale, "size"),
+            lambda result: _encode(images, resolved, result, scale),
+            pixels=pixels,
         )
         return encoded.response("application/json")
 
@@ -130,13 +187,46 @@ def create_router(responder: Responder) -> Router:
     return router
 
 
-def _encode(request: ResolvedRequest, result: GenerationResult, scale: int) -> IncrementalEncoder:
-    name = request.model.info.class_names[int(request.labels[0])]
+def _find_model(generation: Generation, name: str | None, any_model: bool) -> Model:
+    """Return the model of a name, or the default one.
+
+    Raises:
+        Problem: 404, no such model is loaded, and the default one does not stand in for it.
+    """
+    if any_model and name and "@" not in name and generation.repository.get(name) is None:
+        return generation.repository.default
+    return generation.get_or_404(name or None)
+
+
+def _describe(
+    request: Request, resolved: ResolvedRequest, scale: int, *, links: bool
+) -> ImagesResponse:
+    """Return a response without PNGs; links have the address that the client used."""
     data = []
-    for png in single_pngs(request, result, scale):
-        data.append(ImageData(b64_json=base64.b64encode(png).decode(), revised_prompt=name))
+    for position in range(len(resolved.labels)):
+        recipe = resolved.recipe(position)
+        query = {"model": resolved.model.versioned_name, "label": recipe["class"]}
+        query |= {name: recipe[name] for name in ("seed", "index")}
+        query |= {"truncation": recipe.get("truncation", 1), "scale": scale, "format": "png"}
+        path = generate_api.PATH.removeprefix("/")
+        url = f"{request.base_url}{path}?{urlencode(query, safe='@:')}" if links else None
+        data.append(ImageData(url=url, revised_prompt=str(recipe["class"])))
+    height, width, _ = resolved.model.engine.image_shape
+    size = f"{width * scale}x{height * scale}"
+    return ImagesResponse(created=int(time.time()), data=data, size=size)
+
+
+def _encode(
+    images: ImagesResponse, request: ResolvedRequest, result: GenerationResult, scale: int
+) -> IncrementalEncoder:
+    for image, png in zip(images.data, single_pngs(request, result, scale), strict=True):
+        image.b64_json = base64.b64encode(png).decode()
         yield
-    return ImagesResponse(created=int(time.time()), data=data).model_dump_json().encode()
+    return _to_json(images)
+
+
+def _to_json(images: ImagesResponse) -> bytes:
+    return images.model_dump_json(exclude_none=True).encode()
 
 
 def find_class(model: Model, prompt: str) -> str:
@@ -181,22 +271,23 @@ def _matches(words: list[str], name: list[str]) -> bool:
 
 
 def _scale(model: Model, size: str) -> int:
-    """Return the factor by which a size enlarges the images of a model.
+    """Return the factor, 1 to 16, that enlarges the images of a model to about a size.
 
     Raises:
-        Problem: 422, naming the allowed sizes.
+        Problem: 422, it is not a size.
     """
-    own = model.info.network.image_size
-    scales = {f"{own * scale}x{own * scale}": scale for scale in range(1, MAX_SCALE + 1)}
     if size == "auto":
         return 1
-    if size in scales:
-        return scales[size]
-    message = (
-        f"must be auto, or {own}x{own} times 1 to {MAX_SCALE}: {own}x{own}, {2 * own}x{2 * own}, "
-        f"up to {MAX_SCALE * own}x{MAX_SCALE * own}"
-    )
-    raise invalid_value("size", size, message)
+    height, width, _ = model.engine.image_shape
+    found = _SIZE.fullmatch(size)
+    if found is None:
+        message = (
+            f"must be auto, or WIDTHxHEIGHT in pixels; images have {width}x{height} pixels times "
+            f"1 to {MAX_SCALE}, whichever is nearest"
+        )
+        raise invalid_value("size", size, message)
+    scale = round(min(int(found[1]) / width, int(found[2]) / height))
+    return min(MAX_SCALE, max(1, scale))
 
 
 def _model(model: Model) -> ModelObject:

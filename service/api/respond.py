@@ -154,6 +154,14 @@ def count_pixels(request: ResolvedRequest, scale: int, field: str = "scale") -> 
     return pixels
 
 
+def image_headers(request: ResolvedRequest) -> RawHeaders:
+    """Return the headers that say what determines the images of a response."""
+    return [
+        (b"x-seed", b"%d" % request.seed),
+        (b"x-model", request.model.versioned_name.encode()),
+    ]
+
+
 def _generation_headers(
     request: ResolvedRequest, result: GenerationResult, encode_s: float
 ) -> RawHeaders:
@@ -161,8 +169,4 @@ def _generation_headers(
         f"queue;dur={1e3 * result.queue_s:.3f}, forward;dur={1e3 * result.forward_s:.3f}, "
         f"encode;dur={1e3 * encode_s:.3f}"
     )
-    return [
-        (b"x-seed", b"%d" % request.seed),
-        (b"x-model", request.model.versioned_name.encode()),
-        (b"server-timing", timing.encode()),
-    ]
+    return [*image_headers(request), (b"server-timing", timing.encode())]

@@ -37,6 +37,7 @@ def test_every_option_is_a_flag_and_a_variable(
         "port": "81",
         "models": "elsewhere",
         "default_model": "mine",
+        "openai_unknown_model": "default",
         "workers": "3",
         "unix_socket": "/run/cgan.sock",
         "device": "cpu",

@@ -2,6 +2,7 @@ import asyncio
 import base64
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import numpy as np
@@ -99,21 +100,135 @@ def test_a_wrong_value_is_an_error_of_the_client(remote: openai.OpenAI) -> None:
     assert caught.value.param == "prompt"
     assert caught.value.code == "invalid_value"
     assert caught.value.type == "invalid_request_error"
-    with pytest.raises(openai.BadRequestError, match="must be auto, or 28x28 times"):
-        remote.images.generate(prompt="7", size="1024x1024")
+    with pytest.raises(openai.BadRequestError, match="must be auto, or WIDTHxHEIGHT"):
+        remote.images.generate(prompt="7", size="large")
     with pytest.raises(openai.BadRequestError) as caught:
         remote.images.generate(prompt="7", n=1025)
     assert caught.value.param == "n"
-    with pytest.raises(openai.BadRequestError) as caught:
-        remote.images.generate(prompt="7", response_format="url")
-    assert caught.value.param == "response_format"
-    with pytest.raises(openai.BadRequestError, match="unknown parameter") as caught:
-        remote.images.generate(prompt="7", quality="high")
-    assert caught.value.param == "quality"
     with pytest.raises(openai.BadRequestError, match="pixels in all"):
         remote.images.generate(prompt="7", n=1024, size="448x448")
     with pytest.raises(openai.NotFoundError):
         remote.images.generate(prompt="7", model="nobody")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"output_format": "webp"}, "must be png; other formats are not available"),
+        ({"background": "transparent"}, "must be auto or opaque"),
+        ({"stream": True}, "must be false; images are sent when all are complete"),
+        ({"response_format": "b64"}, "must be b64_json or url"),
+    ],
+)
+def test_what_cannot_be_given_is_refused(
+    remote: openai.OpenAI, asked: dict[str, Any], words: str
+) -> None:
+    ((name, _),) = asked.items()
+    with pytest.raises(openai.BadRequestError, match=words) as caught:
+        remote.images.generate(prompt="7", extra_body=asked)
+    assert caught.value.param == name
+    assert caught.value.type == "invalid_request_error"
+
+
+def test_what_changes_no_image_is_accepted(remote: openai.OpenAI) -> None:
+    plain = files(remote.images.generate(prompt="7", extra_body={"seed": 1}))
+    everything = remote.images.generate(
+        prompt="7",
+        quality="hd",
+        style="vivid",
+        background="opaque",
+        moderation="low",
+        output_format="png",
+        output_compression=100,
+        stream=False,
+        user="someone",
+        extra_body={"seed": 1, "partial_images": 0, "unknown": {"to": "us"}},
+    )
+    assert files(everything) == plain
+    fields = (
+        "model n size response_format quality style background moderation output_format "
+        "output_compression stream user"
+    )
+    nulls = dict.fromkeys(fields.split())
+    assert files(remote.images.generate(prompt="7", extra_body={"seed": 1, **nulls})) == plain
+
+
+@pytest.mark.parametrize("response_format", ["url", None])
+def test_a_link_gives_the_image_for_ever(
+    client: httpx.Client, remote: openai.OpenAI, response_format: Any
+) -> None:
+    asked = {"seed": 2**64 - 1, "truncation": 0.5, "response_format": response_format}
+    linked = remote.images.generate(prompt="7", n=2, size="56x56", extra_body=asked)
+    assert linked.data is not None
+    asked["response_format"] = "b64_json"
+    sent = remote.images.generate(prompt="7", n=2, size="56x56", extra_body=asked)
+    assert sent.data is not None
+    assert [each.url for each in sent.data] == [None, None]
+    for position, expected in enumerate(files(sent)):
+        link = linked.data[position].url
+        assert link is not None
+        assert link.startswith(f"{client.base_url}/generate?model=mnist@sha256:")
+        answer = client.get(link, headers={"Accept": "application/json, text/plain, */*"})
+        assert answer.headers["Content-Type"] == "image/png"
+        assert "immutable" in answer.headers["Cache-Control"]
+        assert answer.content == expected
+    if response_format == "url":
+        assert [each.b64_json for each in linked.data] == [None, None]
+    else:
+        assert files(linked) == files(sent)
+
+
+def test_a_link_has_the_host_that_the_client_used(client: httpx.Client) -> None:
+    answer = client.post(
+        "/v1/images/generations",
+        json={"prompt": "7", "response_format": "url"},
+        headers={"Host": "images.example:8443", "X-Forwarded-Host": "elsewhere.example"},
+    )
+    assert answer.json()["data"][0]["url"].startswith("http://images.example:8443/generate?")
+    assert answer.headers["X-Seed"] in answer.json()["data"][0]["url"]
+
+
+@pytest.mark.parametrize(
+    ("size", "given"),
+    [
+        (None, 28),
+        ("auto", 28),
+        ("28x28", 28),
+        ("256x256", 252),
+        ("512x512", 448),
+        ("1024x1024", 448),
+        ("100x200", 112),
+        ("1x1", 28),
+    ],
+)
+def test_an_image_has_the_nearest_whole_multiple_of_the_models_size(
+    remote: openai.OpenAI, size: Any, given: int
+) -> None:
+    response = remote.images.generate(prompt="7", size=size)
+    assert response.size == f"{given}x{given}"
+    with Image.open(io.BytesIO(files(response)[0])) as image:
+        assert image.size == (given, given)
+
+
+def test_an_unknown_model_may_stand_for_the_default_one() -> None:
+    with serve_here("--openai-unknown-model", "default") as service:
+        base_url = f"{service.client.base_url}/v1"
+        with openai.OpenAI(base_url=base_url, api_key="any", max_retries=0) as remote:
+            expected = files(remote.images.generate(prompt="7", extra_body={"seed": 1}))
+            for model in ("dall-e-3", "gpt-image-1", "mnist"):
+                raw = remote.images.with_raw_response.generate(
+                    model=model, prompt="7", extra_body={"seed": 1}
+                )
+                assert raw.headers["X-Model"].startswith("mnist@sha256:")
+                assert files(raw.parse()) == expected
+            with pytest.raises(openai.NotFoundError, match="mnist is now"):
+                remote.images.generate(model="mnist@sha256:0", prompt="7")
+
+
+def test_an_unknown_model_is_refused_with_the_names_of_the_models(remote: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match=r"allowed: .*mnist-mlp") as caught:
+        remote.images.generate(model="dall-e-3", prompt="7")
+    assert caught.value.param == "model"
 
 
 def test_what_is_no_json_is_an_error_of_that_shape(client: httpx.Client) -> None:
