@@ -195,6 +195,19 @@ def test_datasets_reads_the_zip(archive: Path, check: Check, tmp_path: Path, arg
     check((each["image"], each["label"]) for each in loaded)
 
 
+def test_datasets_reads_the_shards_of_a_zip(
+    client: httpx.Client, check: Check, tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    for number in (1, 2):
+        content = client.get(query("zip", shard=f"{number}of2")).content
+        (tmp_path / f"{number}.zip").write_bytes(content)
+    loaded = datasets.load_dataset(
+        "imagefolder", data_files=f"{tmp_path}/*.zip", split="train", cache_dir=str(tmp_path / "c")
+    )
+    check((each["image"], each["label"]) for each in loaded)
+
+
 # Samples in tars ----------------------------------------------------------------------------------
 
 
@@ -262,6 +275,40 @@ def test_datasets_streams_shards_into_workers(
     )
     loader = data.DataLoader(loaded, batch_size=None, num_workers=2)
     check((each["png"], each["cls"]) for each in loader)
+
+
+@pytest.fixture(scope="module")
+def locked_shards() -> Iterator[tuple[list[str], str]]:
+    """The URLs of two shards, and the header without which they are 401."""
+    with serve_here("--api-keys", "me:a-secret-of-16-characters") as service:
+        address = f"{service.client.base_url}/dataset?per_class=3&seed=0&format=webdataset"
+        assert service.client.get(address).status_code == 401
+        shards = [f"{address}&shard={number}of2" for number in (1, 2)]
+        yield shards, "Bearer a-secret-of-16-characters"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset runs curl")
+def test_webdataset_streams_with_an_api_key(locked_shards: tuple[list[str], str]) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    urls, key = locked_shards
+    pipes = [f"pipe:curl -fsL -H 'Authorization: {key}' '{url}'" for url in urls]
+    assert len(list(webdataset.WebDataset(pipes, shardshuffle=False))) == 30
+
+
+def test_datasets_streams_with_an_api_key(
+    locked_shards: tuple[list[str], str], tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    urls, key = locked_shards
+    loaded = datasets.load_dataset(
+        "webdataset",
+        data_files=urls,
+        split="train",
+        streaming=True,
+        storage_options={"http": {"headers": {"Authorization": key}}},
+        cache_dir=str(tmp_path),
+    )
+    assert len(list(loaded)) == 30
 
 
 # Arrays -------------------------------------------------------------------------------------------
