@@ -1,5 +1,6 @@
 """The command line of the service: `python -m service`, or `cgan-service` once installed."""
 
+import io
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -35,6 +36,9 @@ COMMANDS = {
 
 def main() -> int:
     """Run a command and return the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr is: a path may have characters that the encoding of a pipe or log file lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments.pop(0) if named else "serve"

@@ -228,6 +228,15 @@ class Settings(AppSettings):
     port)"""
 
     @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        if self.metrics_port and self.metrics_port == self.port and self.unix_socket is None:
+            raise ValueError(
+                "--metrics-port (or CGAN_METRICS_PORT): must differ from --port, which is "
+                f"{self.port} too"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_workers(self) -> Self:
         if self.workers > 1 and sys.platform != "linux":
             raise ValueError(

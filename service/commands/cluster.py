@@ -8,13 +8,13 @@ metrics are Ray's: `/metrics` of the app would describe the one replica that hap
 
 import os
 import signal
-import socket
 import threading
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError
+from service.server.sockets import find_free_port, format_url
 from service.settings import ClusterSettings, Settings
 
 NAME = "cgan-service"
@@ -81,6 +81,7 @@ def run(settings: ClusterSettings) -> int:
 
     Raises:
         ServiceError: the cluster cannot be reached, or a replica cannot start.
+        ValueError: the port is to be chosen at a host that is not this machine.
     """
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -91,11 +92,11 @@ def run(settings: ClusterSettings) -> int:
     import ray  # noqa: PLC0415
     from ray import serve  # noqa: PLC0415
 
+    port = settings.port or find_free_port(settings.host)
     _connect(settings.ray_address)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own handlers
         signal.signal(number, lambda *_: stopped.set())
-    port = settings.port or _free_port(settings.host)
     try:
         serve.start(
             proxy_location="EveryNode",
@@ -114,7 +115,7 @@ def run(settings: ClusterSettings) -> int:
             ),
             name=NAME,
         )
-        print(f"Serving on Ray at http://{settings.host}:{port}", flush=True)
+        print(f"Serving on Ray at {format_url(settings.host, port)}", flush=True)
         stopped.wait()
         serve.delete(NAME)
     except (RuntimeError, ray.exceptions.RayError) as error:
@@ -149,9 +150,3 @@ def _gpus(device: str) -> int:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return 1 if resources.get("GPU") else 0
     return 0 if device == "cpu" else 1
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as server:
-        port: int = server.getsockname()[1]
-        return port

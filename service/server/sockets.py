@@ -123,6 +123,18 @@ def reserve_port(host: str, port: int) -> list[socket.socket]:
     return reserved
 
 
+def find_free_port(host: str) -> int:
+    """Return a port that is free at every address of a host.
+
+    Raises:
+        ValueError: no address of the host is one of this machine.
+    """
+    with ExitStack() as opened:
+        sockets = [opened.enter_context(each) for each in open_sockets(host, 0)]
+        port: int = sockets[0].getsockname()[1]
+        return port
+
+
 def startup_message(
     names: Sequence[str], url: str, devices: str, metrics_url: str | None = None
 ) -> str:
@@ -135,5 +147,9 @@ def url_of(bound: socket.socket) -> str:
     """Return the URL of a socket; `unix:PATH` for one of Unix."""
     if not isinstance(name := bound.getsockname(), tuple):
         return f"unix:{name}"
-    host, port = name[:2]
+    return format_url(*name[:2])
+
+
+def format_url(host: str, port: int) -> str:
+    """Return the URL of a port."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

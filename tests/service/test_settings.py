@@ -117,6 +117,14 @@ def test_a_host_may_be_an_address_or_a_name(host: str) -> None:
     assert parse_settings(["--host", host]).host == host
 
 
+def test_the_port_of_the_metrics_is_another_one() -> None:
+    with pytest.raises(ValueError, match=r"--metrics-port .*must differ from --port, .* 9000 too$"):
+        parse_settings(["--port", "9000", "--metrics-port", "9000"])
+    assert parse_settings(["--port", "0", "--metrics-port", "0"]).metrics_port == 0
+    options = ["--unix-socket", "/run/cgan.sock", "--port", "9000", "--metrics-port", "9000"]
+    assert parse_settings(options).metrics_port == 9000
+
+
 def test_several_processes_are_refused_on_systems_that_cannot_share_a_port(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

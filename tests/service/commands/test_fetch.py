@@ -96,6 +96,15 @@ def test_it_is_the_file_that_the_service_makes(service: ServiceProcess, tmp_path
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_path_that_the_output_cannot_spell_is_escaped(
+    service: ServiceProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    output, _ = end(fetch(address(service, "per_class=1&seed=0"), tmp_path / "é"))
+    assert output.startswith(str(tmp_path / r"\xe9"))
+    assert len(list((tmp_path / "é").iterdir())) == 1
+
+
 def test_the_same_command_goes_on_after_a_kill(service: ServiceProcess, tmp_path: Path) -> None:
     query = "per_class=3000&seed=4&format=webdataset"
     first = fetch(address(service, query), tmp_path)

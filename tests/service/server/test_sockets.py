@@ -7,6 +7,7 @@ import pytest
 
 from service.errors import ServiceError
 from service.server.sockets import (
+    find_free_port,
     open_sockets,
     open_unix_socket,
     remove_socket_file,
@@ -101,6 +102,12 @@ def test_a_name_is_served_at_those_of_its_addresses_that_the_machine_has(
     (listening,) = open_sockets("localhost", 0)
     with listening:
         assert listening.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::", "localhost"])
+def test_a_free_port_is_found_at_every_address_of_a_host(host: str) -> None:
+    for each in open_sockets(host, find_free_port(host)):
+        each.close()
 
 
 # Unix sockets -------------------------------------------------------------------------------------
