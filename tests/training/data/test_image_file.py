@@ -1,8 +1,8 @@
 """Image files of every kind: the pixels, or the cause why a file cannot be used."""
 
 import os
-import resource
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -232,7 +232,9 @@ def test_the_size_in_a_header_is_enough_to_refuse_an_image(tmp_path: Path, side:
     assert cause_of(path, 32) == Cause.LARGE
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
 def test_an_image_larger_than_the_memory_is_named(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
     Image.new("L", (9000, 9000)).save(tmp_path / "large.png")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
