@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 from service import errors
 from service.api import datasets, generate, health, models, open_inference, openai, pages
 from service.api.respond import Responder
+from service.api.routing import NotFound
 from service.encoding.timeslice import TimeSlicedEncoder
 from service.generation import Generation
 from service.inference.batcher import Batcher
@@ -161,7 +162,10 @@ def _create_routes(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
+        servers=[{"url": "."}],  # relative to the schema, so that it works behind a prefix
     )
+    app.router.default = NotFound(app.router)
     errors.add_exception_handlers(app)
     app.include_router(generate.create_router())
     app.include_router(models.create_router(responder))

@@ -6,8 +6,6 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +14,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from tests.support.numbered import serve_numbered_classes
+from tests.support.proxy import prefixed
 from tests.support.serving import LocalService, ServiceProcess
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -362,42 +361,28 @@ def test_it_fits_a_phone(visit: Open) -> None:
     assert close["height"] >= 24  # WCAG 2.2, 2.5.8
 
 
-@contextmanager
-def behind_a_prefix(service: ServiceProcess) -> Iterator[str]:
-    """A proxy that serves it under /images/."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = self.path.removeprefix("/images")
-            answer = httpx.request(self.command, f"{service.client.base_url}{path}", timeout=60)
-            self.send_response(answer.status_code)
-            for name in ("Content-Type", "Content-Security-Policy", "X-Seed", "Server-Timing"):
-                if name in answer.headers:
-                    self.send_header(name, answer.headers[name])
-            self.end_headers()
-            self.wfile.write(answer.content)
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *_arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/images/"
-        server.shutdown()
-        thread.join()
-
-
 def test_it_works_behind_a_prefix(visit: Open, service: ServiceProcess) -> None:
-    with behind_a_prefix(service) as address:
+    with prefixed(str(service.client.base_url)) as address:
         page = visit("?model=mnist&label=7&n=2", at=address)
         expect(images(page)).to_have_count(2)
         page.locator("#grid button").first.click()
         link = page.get_by_role("dialog").get_by_role("link").get_attribute("href")
         assert link is not None
         assert link.startswith(f"{address}generate?")
+        assert f"curl '{address}generate?" in page.get_by_role("dialog").inner_text()
+        assert httpx.get(link).headers["Content-Type"] == "image/png"
+
+
+def test_the_documentation_tries_requests_out_behind_a_prefix(
+    visit: Open, service: ServiceProcess
+) -> None:
+    with prefixed(str(service.client.base_url)) as address:
+        page = visit("docs", at=address)
+        page.locator("#operations-default-models_models_get").click()
+        page.get_by_role("button", name="Try it out").click()
+        with page.expect_response(f"{address}models") as found:
+            page.get_by_role("button", name="Execute").click()
+        assert found.value.status == 200
 
 
 def test_a_key_is_the_password_and_its_limit_is_counted_down(

@@ -1,11 +1,14 @@
-"""`HEAD` on every route."""
+"""`HEAD` on every route, and addresses behind a proxy."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import APIRouter
 
+from tests.support.proxy import prefixed
 from tests.support.serving import LocalService, serve_here
 
 QUERIES = {"/generate": "label=7&n=2&seed=1", "/dataset": "per_class=1&seed=1"}
@@ -68,3 +71,64 @@ def test_the_schema_lists_get_alone(walked: tuple[LocalService, set[str]]) -> No
     service, _ = walked
     schema = service.client.get("/openapi.json").json()
     assert not any("head" in operations for operations in schema["paths"].values())
+
+
+# Behind a proxy ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def behind(walked: tuple[LocalService, set[str]]) -> Iterator[httpx.Client]:
+    """A client of a proxy that serves the service below a path, and strips the path."""
+    service, _ = walked
+    with (
+        prefixed(str(service.client.base_url)) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("page", ["", "docs"])
+def test_every_link_of_a_page_works_behind_a_proxy(behind: httpx.Client, page: str) -> None:
+    found = behind.get(page)
+    links = re.findall(r'(?:src|href)="([^"#]+)"', found.text)
+    links = [each for each in links if not each.startswith("data:")]
+    links += re.findall(r'url: "([^"]+)"', behind.get("docs/start.js").text)
+    assert len(links) > 3
+    for link in links:
+        assert behind.get(found.url.join(link)).status_code == 200, link
+
+
+def test_the_schema_names_the_address_that_it_was_read_from(behind: httpx.Client) -> None:
+    answer = behind.get("openapi.json")
+    (server,) = answer.json()["servers"]
+    assert answer.url.join(server["url"]) == behind.base_url
+
+
+@pytest.mark.parametrize(
+    ("path", "query"),
+    [
+        ("docs", ""),
+        ("models", ""),
+        ("generate", "?label=7&seed=1"),
+        ("v2/models/mnist", ""),
+        ("playground/playground.js", ""),
+    ],
+)
+def test_a_slash_too_many_is_redirected_to_the_same_service(
+    behind: httpx.Client, walked: tuple[LocalService, set[str]], path: str, query: str
+) -> None:
+    service, _ = walked
+    for client in (behind, service.client):
+        answer = client.get(f"{path}/{query}")
+        assert answer.status_code == 307
+        assert answer.headers["Location"].startswith("../")
+        assert client.get(f"{path}/{query}", follow_redirects=True).status_code == 200
+    posted = behind.post("generate/?label=7", follow_redirects=True)
+    assert posted.headers["Content-Type"] == "image/png"
+
+
+@pytest.mark.parametrize("path", ["/no/", "/models//", "//elsewhere.example/", "/no"])
+def test_nothing_else_is_redirected(walked: tuple[LocalService, set[str]], path: str) -> None:
+    service, _ = walked
+    url = f"{service.client.base_url}{path}"
+    assert service.client.get(url).status_code == 404
