@@ -257,6 +257,21 @@ def test_two_downloads_of_one_file_do_not_mix(
     assert f"{part} is too long; remove it" in errors
 
 
+def test_a_folder_that_takes_no_more_bytes_is_named(
+    flaky: tuple[str, type[Flaky]], tmp_path: Path
+) -> None:
+    """As on a full disk."""
+    code = (
+        "import resource, sys\n"
+        "from service.__main__ import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "sys.exit(main())"
+    )
+    _, errors = end(start("-c", code, "fetch-dataset", flaky[0], "--out", str(tmp_path)), 1)
+    assert f"{tmp_path}: File too large" in errors
+    assert "Traceback" not in errors
+
+
 def test_a_key_is_read_from_a_file(tmp_path: Path) -> None:
     secret = tmp_path / "key"
     secret.write_text("a-secret-of-16-characters\n")
