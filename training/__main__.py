@@ -53,6 +53,7 @@ from training.sampling import generate
 from training.settings import DEFAULT_PRESET, TrainSettings
 
 FILE = click.Path(dir_okay=False, path_type=Path)
+MAX_SHEET_PIXELS = 200_000_000  # limits the memory that a sheet of images takes
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 logger = logging.getLogger("training")
@@ -264,15 +265,22 @@ def sample_command(
     """Write images of ARTIFACT to one PNG sheet."""
     if out.suffix.lower() != ".png":
         raise click.BadParameter(f"{out} must end in .png", param_hint="--out")
+    check_folder(out.parent)
     loaded = load_artifact(artifact)
     try:
         wanted = [loaded.info.label(each) for each in label]
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--label") from error
+    pixels = len(wanted) * n * (scale * loaded.info.network.image_size) ** 2
+    if pixels > MAX_SHEET_PIXELS:
+        raise click.UsageError(
+            f"the sheet would have {pixels:,} pixels, at most {MAX_SHEET_PIXELS:,} are allowed; "
+            "give a smaller --n or --scale, or fewer labels"
+        )
     torch_device = select_device(device)
     labels = torch.tensor(wanted, device=torch_device).repeat_interleave(n)
-    pixels = generate(loaded.generator.to(torch_device), labels, seed=seed)
-    save_png(out, grid(pixels, columns=int((len(labels) - 1) ** 0.5) + 1), scale=scale)
+    images = generate(loaded.generator.to(torch_device), labels, seed=seed)
+    save_png(out, grid(images, columns=int((len(labels) - 1) ** 0.5) + 1), scale=scale)
     classes = [f"{loaded.info.class_names[each]} (index {each})" for each in dict.fromkeys(wanted)]
     click.echo(printable(f"{out}: {len(labels)} images of {list_names(classes)}"))
 
@@ -403,6 +411,8 @@ def inspect_command(*, artifact: Path, picture: Path | None, as_json: bool) -> N
     """Show network, training and certificate of ARTIFACT."""
     if picture is not None and picture.suffix.lower() != ".png":
         raise click.BadParameter(f"{picture} must end in .png", param_hint="--picture")
+    if picture is not None:
+        check_folder(picture.parent)
     loaded = load_artifact(artifact)
     click.echo(json.dumps(summary(loaded), indent=2) if as_json else render_summary(loaded))
     if picture is not None:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 
 import click
@@ -60,10 +61,17 @@ class Commands(click.Group):
         except SettingsError as error:
             raise click.UsageError(str(error)) from error
         except EXPECTED as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(_describe(error)) from error
         except MemoryError as error:
             cause = str(error) or "the memory does not suffice"
             raise click.ClickException(f"{cause}; free memory, or use fewer images") from error
+
+
+def _describe(error: Exception) -> str:
+    """Return a message; that of the operating system as a path and a cause."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def _current_name(renamed: dict[str, str], argument: str) -> str:

@@ -137,6 +137,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         Path(name).chmod(0o644)  # mkstemp creates private files; other users read artifacts
         Path(name).replace(path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary file
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import training.__main__ as command_line
+from tests.support import processes
 from tests.support import tiny_training as tiny
 from tests.support.image_folders import fill
 from tests.support.other_systems import WINDOWS, as_on
@@ -731,6 +732,40 @@ def test_sample_refuses_what_it_cannot_do_and_says_what_is_allowed(
 ) -> None:
     refused(invoke("sample", artifact, *options), *said, status=2)
     assert not list(tmp_path.glob("a.*g"))
+
+
+def test_a_sheet_too_large_for_the_memory_is_refused(artifact: Path, tmp_path: Path) -> None:
+    options = ("--label", "0", "--label", "1", "--n", "10000", "--scale", "16")
+    result = invoke("sample", artifact, *options, "--out", tmp_path / "a.png")
+    refused(result, "would have 327,680,000 pixels, at most 200,000,000", "smaller --n", status=2)
+
+
+@pytest.mark.parametrize(
+    "command", [("sample", "--label", "0", "--out"), ("inspect", "--picture")], ids=lambda it: it[0]
+)
+def test_a_picture_in_a_file_instead_of_a_folder_is_refused(
+    artifact: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    name, *options = command
+    result = invoke(name, artifact, *options, artifact / "a.png")
+    refused(result, f"cannot write to the folder {artifact}: Not a directory; choose another one")
+
+
+def test_a_full_disk_is_named_with_the_file_and_leaves_nothing(
+    artifact: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "sheets" / "a.png"
+    code = (
+        "import resource, signal\n"
+        "from training.__main__ import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
+        f"main(['sample', {str(artifact)!r}, '--label', '0', '--out', {str(out)!r}])\n"
+    )
+    ended = processes.run("-c", code)
+    assert ended.returncode == 1
+    assert ended.stderr == f"Error: {out}: File too large\n"
+    assert list(out.parent.iterdir()) == []
 
 
 def test_sample_refuses_a_file_that_is_no_artifact(tmp_path: Path) -> None:
