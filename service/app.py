@@ -57,12 +57,15 @@ class App(FastAPI):
 
     endpoint: ASGIApp  # of `/generate`
     auth_required = False
+    prefix = ""  # stripped from paths below it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request.
 
         The layers and the router of FastAPI take longer than generating a small image.
         """
+        if self.prefix and scope["type"] == "http" and scope["path"].startswith(f"{self.prefix}/"):
+            scope["path"] = scope["path"].removeprefix(self.prefix)
         is_generate = scope["type"] == "http" and scope["path"] == generate.PATH
         await (self.endpoint if is_generate else super().__call__)(scope, receive, send)
 
@@ -135,7 +138,7 @@ def create_app(
     app = _create_routes(responder, readiness, lifespan, settings)
     if settings.metrics_port is None:
         app.include_router(health.create_metrics_router(metrics.registry))
-    app.auth_required = bool(buckets)
+    app.auth_required, app.prefix = bool(buckets), settings.root_path or ""
     app.state.metrics = metrics
     app.state.readiness = readiness
     app.state.batcher = batcher

@@ -83,6 +83,14 @@ class _Environment(EnvSettingsSource):
         return None if _is_service_link(value) else value, key, is_complex
 
 
+def _check_root_path(path: str | None) -> str | None:
+    if path is not None and not re.fullmatch(r"(/[^/?#\s]+)+", path):
+        raise ValueError(
+            f"must be a path without a slash at its end, such as /images, not {path!r}"
+        )
+    return path
+
+
 class CommandSettings(BaseSettings):
     """Options of one command. The docstring of an option is its help."""
 
@@ -158,6 +166,8 @@ class AppSettings(ModelSettings):
     """Address to listen on; 0.0.0.0 is every interface of IPv4, and :: every interface"""
     port: int = Field(8000, ge=0, le=65_535)
     """Port to listen on; 0 picks a free one"""
+    root_path: Annotated[str | None, AfterValidator(_check_root_path)] = None
+    """Path below which a proxy that does not strip it serves, such as /images (default: none)"""
     default_model: str | None = None
     """Model for requests that name none (default: mnist if it is served, else the first by name)"""
     openai_unknown_model: Literal["reject", "default"] = "reject"

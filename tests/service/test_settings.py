@@ -36,6 +36,7 @@ def test_every_option_is_a_flag_and_a_variable(
         "host": "0.0.0.0",
         "port": "81",
         "models": "elsewhere",
+        "root_path": "/images",
         "default_model": "mine",
         "openai_unknown_model": "default",
         "workers": "3",
@@ -90,6 +91,7 @@ def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ("--burst-images", "0", "1"),
         ("--dtype", "int8", "'auto', 'float32' or 'bfloat16'"),
         ("--log-level", "loud", "'debug'"),
+        ("--root-path", "images/", "such as /images"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(flag: str, value: str, allowed: str) -> None:

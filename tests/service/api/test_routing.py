@@ -8,7 +8,7 @@ import httpx
 import pytest
 from fastapi import APIRouter
 
-from tests.support.proxy import prefixed
+from tests.support.proxy import PREFIX, prefixed
 from tests.support.serving import LocalService, serve_here
 
 QUERIES = {"/generate": "label=7&n=2&seed=1", "/dataset": "per_class=1&seed=1"}
@@ -132,3 +132,18 @@ def test_nothing_else_is_redirected(walked: tuple[LocalService, set[str]], path:
     service, _ = walked
     url = f"{service.client.base_url}{path}"
     assert service.client.get(url).status_code == 404
+
+
+def test_a_proxy_that_strips_nothing_works_with_its_path_as_an_option() -> None:
+    with serve_here("--root-path", PREFIX, "--self-test-interval-s", "3600") as service:
+        direct = service.client
+        with (
+            prefixed(str(direct.base_url), strip=False) as url,
+            httpx.Client(base_url=url, timeout=60) as proxied,
+        ):
+            for path in ("", "docs", "docs/start.js", "models", "v2/health/ready", "readyz"):
+                assert proxied.get(path).content == direct.get(f"/{path}").content, path
+            assert proxied.post("generate?label=7").headers["Content-Type"] == "image/png"
+            assert proxied.get("docs/", follow_redirects=True).status_code == 200
+            assert proxied.post("v1/images/generations", json={}).json()["error"]["param"]
+        assert direct.get(f"{PREFIX}else/models").status_code == 404
