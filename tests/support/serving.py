@@ -70,7 +70,7 @@ class ServiceProcess:
         self._reader.start()
         assert self.process.stdout is not None
         self.first_line = self.process.stdout.readline()
-        found = re.search(r" at (http://\S+|unix:(\S+)) on ", self.first_line)
+        found = re.search(r" at (http://\S+|unix:(\S+))", self.first_line)
         if found is None:
             self.wait()
             raise AssertionError(f"did not start: {self.errors}")
