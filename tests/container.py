@@ -175,7 +175,7 @@ def test_what_the_training_container_publishes_is_served_without_a_restart(
             "--preset",
             "mlp",
             "--minutes",
-            "1",
+            "2",
         ),
         *("--export-to", "weights/trained.safetensors"),
         CGAN_DATA_DIR=str(tmp_path),
