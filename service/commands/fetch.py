@@ -1,6 +1,5 @@
 """The command `python -m service fetch-dataset`."""
 
-import fcntl
 import glob
 import json
 import os
@@ -20,6 +19,11 @@ from tqdm import tqdm
 
 from service.errors import ServiceError
 from service.settings import FetchSettings
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: downloads of one file are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 
@@ -237,11 +241,13 @@ class _Download:
 
 
 def _lock(file: BinaryIO) -> None:
-    """Lock a file until it is closed.
+    """Lock a file until it is closed, where the system has such locks.
 
     Raises:
         ServiceError: another process has locked it.
     """
+    if fcntl is None:
+        return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.conftest import make_artifact
+from tests.support.other_systems import WINDOWS, as_on
 from tests.support.processes import Running, start
 from tests.support.serving import Service, ServiceProcess, serve_here
 from tests.support.wire import wait_until
@@ -255,6 +256,12 @@ def test_two_downloads_of_one_file_do_not_mix(
     part.write_bytes(bytes(20_000))
     _, errors = end(fetch(flaky[0], tmp_path), 1)
     assert f"{part} is too long; remove it" in errors
+
+
+def test_a_file_is_downloaded_on_windows(flaky: tuple[str, type[Flaky]], tmp_path: Path) -> None:
+    program = as_on(WINDOWS, "service")
+    output, _ = end(start(*program, "fetch-dataset", flaky[0], "--out", str(tmp_path)))
+    assert Path(output.strip()).read_bytes() == Flaky.content
 
 
 def test_a_folder_that_takes_no_more_bytes_is_named(
