@@ -43,11 +43,9 @@ class Commands(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Prepare output and threads, and replace renamed commands and options."""
         if isinstance(sys.stdout, io.TextIOWrapper):
-            # As stderr is: a class may have a name that the encoding of a pipe or log file lacks.
+            # As stderr is: the encoding of a pipe or log file may lack letters of a class or path.
             sys.stdout.reconfigure(errors="backslashreplace")
         limit_threads()
-        if isinstance(sys.stdout, io.TextIOWrapper):  # paths need not be text, nor terminals UTF-8
-            sys.stdout.reconfigure(errors="backslashreplace")
         logger.setLevel(logging.INFO)
         logger.handlers = [_TerminalHandler()]
         command = [_current_name(RENAMED_COMMANDS, name) for name in args[:1]]

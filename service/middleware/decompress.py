@@ -19,9 +19,7 @@ class DecompressMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on without its Content-Encoding, or answer 413, 415 or 422."""
-        if scope["type"] != "http" or all(
-            name != b"content-encoding" for name, _ in scope["headers"]
-        ):
+        if scope["type"] != "http" or all(name != _NAME for name, _ in scope["headers"]):
             await self._app(scope, receive, send)
             return
         request = Request(scope, receive)

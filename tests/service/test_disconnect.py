@@ -4,21 +4,18 @@ import gc
 import logging
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from service.app import create_app
 from service.disconnect import CLIENT, Client, client_of
-from service.inference.latents import RowOptions
 from service.inference.repository import Model, ModelRepository
 from service.settings import Settings
 from tests.support.clients import metric
-from tests.support.engines import EngineStub, GatedEngine
+from tests.support.engines import GatedEngine
 from tests.support.serving import serving
 from tests.support.wire import wait_until
 from training.artifact import Artifact
@@ -47,23 +44,6 @@ FORMATS = ("zip", "webdataset", "idx", "npz")
 FIN, RST = b"", struct.pack("ii", 1, 0)  # of SO_LINGER
 
 
-class HeldEngine(GatedEngine):
-    """Waits for its gate only before images from an index on."""
-
-    held_from = 0
-
-    def __call__(
-        self,
-        seeds: NDArray[np.uint64],
-        indices: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        row_options: Sequence[RowOptions] = (),
-    ) -> NDArray[np.uint8]:
-        if indices.max() < self.held_from:
-            return EngineStub.__call__(self, seeds, indices, labels, row_options)
-        return super().__call__(seeds, indices, labels, row_options)
-
-
 class Log(logging.Handler):
     """Keeps the records of this process."""
 
@@ -88,7 +68,7 @@ class Watched:
     """A service whose engine can be held, and its log."""
 
     client: httpx.Client
-    engine: HeldEngine
+    engine: GatedEngine
     log: Log
 
     def count(self) -> float:
@@ -101,7 +81,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def server(small_artifact: Artifact) -> Iterator[Watched]:
-    engine, log, root = HeldEngine(small_artifact), Log(), logging.getLogger()
+    engine, log, root = GatedEngine(small_artifact), Log(), logging.getLogger()
     settings = Settings(timeout_s=60, self_test_interval_s=3600.0)
     app = create_app(settings, ModelRepository([Model("small", engine)], "small"))
     level = root.level

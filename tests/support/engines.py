@@ -81,7 +81,9 @@ def paint_indices(
 
 
 class GatedEngine(EngineStub):
-    """Paints each image with its index; waits for `gate` before each batch."""
+    """Paints each image with its index; waits for `gate` before batches of large enough indices."""
+
+    held_from = 0  # the least index that a batch waits for
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(8, paint_indices, artifact)
@@ -96,8 +98,9 @@ class GatedEngine(EngineStub):
         labels: NDArray[np.int64],
         row_options: Sequence[RowOptions] = (),
     ) -> NDArray[np.uint8]:
-        self.started.release()
-        assert self.gate.wait(60)
+        if indices.max() >= self.held_from:
+            self.started.release()
+            assert self.gate.wait(60)
         if self.failure is not None:
             raise self.failure
         return super().__call__(seeds, indices, labels, row_options)
