@@ -13,6 +13,7 @@ from training.artifact import Artifact, ArtifactInfo, list_names, printable
 from training.images import class_grid, grid
 from training.networks import count_parameters
 from training.quality.certificate import read_certificate
+from training.quality.estimate import Estimate, describe, read_estimate
 from training.quality.report import render_table
 
 _PER_LINE = 5  # classes per line of the picture
@@ -67,7 +68,18 @@ def _certificate(info: ArtifactInfo) -> str:
     except ValidationError:
         stored = json.dumps(info.certificate, ensure_ascii=False, indent=2)
         return f"Certified by another version of this code:\n{stored}"
-    return "Not certified." if certificate is None else render_table(certificate, info.class_names)
+    if certificate is not None:
+        return render_table(certificate, info.class_names)
+    estimate = read_estimate(info)
+    return "\n".join(["Not certified.", *([_render_estimate(info, estimate)] if estimate else [])])
+
+
+def _render_estimate(info: ArtifactInfo, estimate: Estimate) -> str:
+    return (
+        f"Estimated during training, from {estimate.images:,} images against training images: "
+        f"{describe(estimate, info.network.num_classes)}, Fréchet distance "
+        f"{estimate.frechet_distance:.2f}."
+    )
 
 
 def render_picture(artifact: Artifact, columns: int) -> str:

@@ -26,6 +26,7 @@ from training.loop import (
     recompute_batch_norm,
     train,
 )
+from training.quality.estimate import KEY, Estimate
 from training.quality.evaluator import QuickMetrics
 from training.run_log import RunFolder, RunLogger, open_run_log
 from training.state import TrainState
@@ -251,6 +252,7 @@ class Run:
                 "device": state.rng.device.type,
                 "torch": torch.__version__,
                 "config": dataclasses.asdict(metadata.config),
+                KEY: dataclasses.asdict(Estimate.of(best.metrics)),
             },
             images_seen=best.contents["images_seen"],
             source_commit=source_commit(),

@@ -106,6 +106,22 @@ def test_the_certificate_is_shown_as_its_table(bundled: Path) -> None:
     assert render_summary(artifact).endswith(render_table(certificate, artifact.info.class_names))
 
 
+ESTIMATE = {"gan_test": 0.95, "coverage": 0.1, "frechet_distance": 2.345, "images": 3000}
+
+
+def test_without_a_certificate_the_estimate_of_the_run_is_shown_in_words(path: Path) -> None:
+    assert described(path, training={"quick_metrics": ESTIMATE}).endswith(
+        "\n\nNot certified.\nEstimated during training, from 3,000 images against training images: "
+        "legible, but repeats itself: GAN-test 95.0 %, coverage 0.10, Fréchet distance 2.35."
+    )
+
+
+@pytest.mark.parametrize("stored", [None, 3, {"gan_test": 0.5}, {**ESTIMATE, "images": "many"}])
+def test_an_estimate_that_this_version_cannot_read_is_left_out(path: Path, stored: object) -> None:
+    text = described(path, training={"quick_metrics": stored})
+    assert text.endswith("\n\nNot certified.")
+
+
 def test_a_certificate_of_another_version_is_shown_as_it_is(path: Path) -> None:
     text = described(path, certificate={"beauty": 0.5})
     assert 'Certified by another version of this code:\n{\n  "beauty": 0.5\n}' in text

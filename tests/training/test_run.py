@@ -34,7 +34,8 @@ from training.gamma_search import EvaluateFn
 from training.loop import DivergedError, StepFn, make_eager_step
 from training.networks import Generator
 from training.prepare import resume
-from training.quality.evaluator import Evaluator, QuickMetrics
+from training.quality.estimate import Estimate, read_estimate
+from training.quality.evaluator import QUICK_IMAGES, Evaluator, QuickMetrics
 from training.run import (
     EVALUATION_BUDGET,
     EVALUATIONS,
@@ -214,6 +215,9 @@ def test_the_artifact_is_the_averaged_generator_with_its_circumstances(folder: R
     assert (recorded["dataset"], recorded["preset"], recorded["seed"]) == ("tiny", "mlp", 3)
     assert (recorded["dataset_sha256"], recorded["device"]) == (DATA.digest, "cpu")
     assert (recorded["gamma_scores"], recorded["processes"]) == ({"1": 0.5}, 1)
+    assert read_estimate(info) == Estimate(
+        gan_test=1.0, coverage=0.4, frechet_distance=1.0, images=QUICK_IMAGES
+    )
     averages = run.state.ema.parameters()
     for stored, averaged in zip(loaded.generator.parameters(), averages, strict=True):
         assert torch.equal(stored, averaged)
