@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from service.api.bodies import refuse_forms
@@ -18,6 +18,19 @@ from service.encoding.verification import (
 )
 from service.errors import GENERATION_ERRORS, error_responses
 from service.inference.repository import Model
+
+
+class QuickMetrics(BaseModel):
+    """Metrics of few images, compared with training images; less exact than a certificate."""
+
+    gan_test: float = Field(
+        description="share of generated images that a classifier of real images gives their label"
+    )
+    coverage: float = Field(
+        description="share of training images with a generated image as a near neighbour"
+    )
+    frechet_distance: float
+    images: int = Field(description="generated images that were measured")
 
 
 class ModelEntry(BaseModel):
@@ -41,6 +54,9 @@ class ModelEntry(BaseModel):
     training: dict[str, Any]
     certificate: dict[str, Any] | None = Field(
         description="evaluation report, stored inside the artifact"
+    )
+    quick_metrics: QuickMetrics | None = Field(
+        description="estimate made during training; not a certificate"
     )
 
 
@@ -131,4 +147,12 @@ def _entry(model: Model, default: bool) -> ModelEntry:
         network=asdict(info.network),
         training=info.training,
         certificate=info.certificate,
+        quick_metrics=_quick_metrics(info.training),
     )
+
+
+def _quick_metrics(training: dict[str, Any]) -> QuickMetrics | None:
+    try:
+        return QuickMetrics.model_validate(training.get("quick_metrics"))
+    except ValidationError:
+        return None  # earlier releases did not record them

@@ -91,7 +91,7 @@ function write(query) {
   const name = query.get("model");
   if (models.some((each) => each.name === name)) $("model").value = name;
   fillClasses();
-  showCertificate();
+  showQuality();
   const mix = query.getAll("mix").map(splitPart);
   form.elements.mode.value = mix.length ? "mix" : query.has("to_seed") ? "interpolate" : "classes";
   if (mix.length) {
@@ -275,7 +275,7 @@ async function copy(id) {
   }
 }
 
-// The certificate -----------------------------------------------------------------------------
+// The certificate, or the estimate of the run that trained the model ---------------------------
 
 const METRICS = [
   ["Recognised as their class (GAN-test)", "gan_test", (value) => `${(100 * value).toFixed(1)} %`],
@@ -286,25 +286,33 @@ const METRICS = [
   ["Fréchet distance", "frechet_distance", (value) => value.toFixed(3)],
 ];
 
-function showCertificate() {
-  const { certificate, classes, name, images_seen: seen } = model();
-  $("certificate").hidden = !certificate;
-  if (!certificate) return;
-  const { generated, real, gan_train: train, dataset, images } = certificate;
-  $("about").textContent =
-    `${name} has seen ${seen.toLocaleString("en")} real images of ${dataset}; ${images.toLocaleString("en")} generated images were evaluated.`;
-  const row = (...cells) =>
-    make("tr", {}, make("th", { scope: "row", textContent: cells[0] }), ...cells.slice(1).map((text) => make("td", { textContent: text })));
-  const rows = METRICS.filter(([, key]) => key in generated).map(([words, key, format]) => row(words, format(generated[key]), format(real[key])));
-  if (train) {
-    const mean = train.accuracies.reduce((sum, each) => sum + each, 0) / train.accuracies.length;
-    rows.unshift(row("Classifier trained on generated images only (GAN-train)", `${(100 * mean).toFixed(1)} %`, `${(100 * train.real).toFixed(1)} %`));
+const row = (...cells) =>
+  make("tr", {}, make("th", { scope: "row", textContent: cells[0] }), ...cells.slice(1).map((text) => make("td", { textContent: text })));
+
+function showQuality() {
+  const { certificate, quick_metrics: estimate, classes, name, images_seen: seen, training } = model();
+  $("certificate").hidden = !certificate && !estimate;
+  if (!certificate && !estimate) return;
+  const trained = `${name} has seen ${seen.toLocaleString("en")} real images of ${(certificate ?? training).dataset}`;
+  const count = (certificate ?? estimate).images.toLocaleString("en");
+  $("about").textContent = certificate
+    ? `${trained}; ${count} generated images were evaluated.`
+    : `${trained}. Estimated during training, from ${count} generated images against training images; not a certificate.`;
+  const generated = certificate?.generated ?? estimate;
+  const rows = METRICS.filter(([, key]) => key in generated).map(([words, key, format]) =>
+    row(words, format(generated[key]), ...(certificate ? [format(certificate.real[key])] : [])),
+  );
+  if (certificate?.gan_train) {
+    const { accuracies, real } = certificate.gan_train;
+    const mean = accuracies.reduce((sum, each) => sum + each, 0) / accuracies.length;
+    rows.unshift(row("Classifier trained on generated images only (GAN-train)", `${(100 * mean).toFixed(1)} %`, `${(100 * real).toFixed(1)} %`));
   }
+  $("real-images").hidden = $("recognised").hidden = !certificate;
   $("metrics").tBodies[0].replaceChildren(...rows);
   $("per-class").tBodies[0].replaceChildren(
     ...classes.map((each, label) => {
       const recognised = generated.gan_test_per_class?.[label];
-      const line = row(each, recognised === undefined ? "" : `${(100 * recognised).toFixed(1)} %`);
+      const line = certificate ? row(each, recognised == null ? "" : `${(100 * recognised).toFixed(1)} %`) : row(each);
       line.append(make("td", {}, make("div", { className: "samples" })));
       return line;
     }),
@@ -343,7 +351,7 @@ for (const radio of form.elements.mode) radio.addEventListener("change", showMod
 $("model").addEventListener("change", () => {
   fillClasses();
   for (const chip of form.querySelectorAll("input[name=label]")) chip.checked = true;
-  showCertificate();
+  showQuality();
 });
 $("keep").addEventListener("click", () => {
   $("seed").value = shown.seed;

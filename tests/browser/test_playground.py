@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +16,8 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 from tests.support.numbered import serve_numbered_classes
 from tests.support.proxy import prefixed
-from tests.support.serving import LocalService, ServiceProcess
+from tests.support.serving import LocalService, ServiceProcess, serve_here
+from tests.support.tiny_training import artifact_file
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECRET = "a-secret-of-16-characters"  # of the service that these tests start
@@ -256,6 +258,35 @@ def test_it_shows_the_certificate_with_samples_of_each_class(
     share = 100 * certificate["generated"]["gan_test_per_class"][7]
     expect(table.nth(7)).to_contain_text(f"{share:.1f} %")
     expect(page.locator("#metrics")).to_contain_text(f"{certificate['generated']['coverage']:.3f}")
+
+
+def test_without_a_certificate_it_shows_the_estimate_of_the_run(
+    visit: Open, tmp_path: Path
+) -> None:
+    estimate = {"gan_test": 0.953, "coverage": 0.104, "frechet_distance": 2.3, "images": 3000}
+    training = {"dataset": "letters", "quick_metrics": estimate}
+    artifact_file(tmp_path / "a.safetensors", training=training, images_seen=12_800)
+    with serve_here("--models", str(tmp_path)) as service:
+        page = visit(at=str(service.client.base_url))
+        expect(page.locator("#about")).to_have_text(
+            "a has seen 12,800 real images of letters. Estimated during training, from 3,000 "
+            "generated images against training images; not a certificate."
+        )
+        for table, columns in (("metrics", 2), ("per-class", 2)):
+            expect(page.locator(f"#{table} thead th:visible")).to_have_count(columns)
+            expect(page.locator(f"#{table} tbody tr").first.locator("th, td")).to_have_count(
+                columns
+            )
+        expect(page.locator("#metrics tbody")).to_contain_text("(GAN-test)95.3 %Coverage0.104")
+        expect(page.locator("#per-class tbody tr").nth(1).locator("img")).to_have_count(12)
+
+
+def test_a_model_without_any_measurement_has_no_section_on_quality(
+    visit: Open, numbered: LocalService
+) -> None:
+    page = visit(at=str(numbered.client.base_url))
+    expect(images(page)).not_to_have_count(0)
+    expect(page.locator("#certificate")).to_be_hidden()
 
 
 def test_it_can_be_used_by_keyboard_alone(visit: Open) -> None:
