@@ -99,26 +99,6 @@ def check(truth: dict[bytes, int]) -> Check:
     return run
 
 
-@pytest.fixture(scope="module")
-def torchvision() -> Iterator[Any]:
-    """torchvision, also beside PyTorch for the CPU, where the operators of PyPI's do not load.
-
-    They are declared in their place, as it cannot be imported otherwise; no reader calls them.
-    """
-    library = pytest.importorskip("torch.library").Library("torchvision", "FRAGMENT")
-    try:
-        import torchvision.datasets  # noqa: PLC0415
-    except RuntimeError:
-        boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        library.define(f"nms{boxes}")
-        library.define(f"qnms{boxes}")
-    except ImportError:
-        pytest.skip("needs torchvision")
-    import torchvision.datasets  # noqa: PLC0415
-
-    yield torchvision  # noqa: PT022  (operators last as long as the library)
-
-
 def serve_shards(client: httpx.Client, count: int = 2) -> list[str]:
     return [
         f"{client.base_url}{query('webdataset', shard=f'{number}of{count}')}"
