@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,16 +25,17 @@ from training.artifact import (
 )
 from training.cli import Commands
 from training.config import PRESETS, TrainingConfig
-from training.data.folder import check_outside, is_folder
+from training.data.folder import check_outside
 from training.data.image_file import MAX_SIZE, MIN_SIZE
 from training.data.named import DATASETS, DataError
 from training.distributed import init_distributed
 from training.evaluation import certify_artifact, image_shape
-from training.files import check_folder, prepare_folder, write_atomically
+from training.files import check_folder, prepare_folder
 from training.gamma_search import DEFAULT_GAMMA
 from training.images import class_grid, grid, save_png
 from training.importing import ForeignCheckpointError, load_foreign, read_class_names
 from training.inspection import render_picture, render_summary, summary
+from training.outcome import report_finished, report_stopped
 from training.plan import render_plan
 from training.prepare import SMALL_DATASET, load_splits, prepare_run, select_device
 from training.quality.certificate import with_certificate
@@ -46,9 +46,8 @@ from training.quality.classifier import (
     save_classifier,
     train_classifier,
 )
-from training.quality.evaluator import Evaluator
 from training.quality.report import render_table, write_report
-from training.run import Run, StopFlag
+from training.run import StopFlag
 from training.sampling import generate
 from training.settings import DEFAULT_PRESET, TrainSettings
 
@@ -191,34 +190,14 @@ def train_command(**options: Any) -> None:
             plan = render_plan(prepared.run, prepared.overhead)  # every process takes part
             click.echo(plan if world.is_main_process else "", nl=world.is_main_process)
             return
-        finished = not stop() and prepared.run.finish(stop)
-        if prepared.evaluator is not None:
-            _report(prepared.run, prepared.evaluator, settings, stop, finished=finished)
-
-
-def _report(
-    run: Run, evaluator: Evaluator, settings: TrainSettings, stop: StopFlag, *, finished: bool
-) -> None:
-    """Report the end of a run; evaluate and export the generator if the settings ask for it."""
-    artifact, images = run.folder.artifact, run.state.images_seen
-    if not finished:
-        click.echo(f"Stopped after {images:,} images; continue with --resume.", err=True)
+        started = not world.any(stop())
+        if started and prepared.run.finish(stop):
+            if prepared.evaluator is not None:
+                report_finished(prepared.run, prepared.evaluator, settings)
+            return
+        if world.is_main_process:
+            report_stopped(prepared.run if started else None, settings)
         sys.exit(128 + (stop.signal or 0))
-    click.echo(f"{artifact}: the best generator of {images:,} images")
-    if settings.certify:
-        loaded = load_artifact(artifact)
-        generator = loaded.generator.to(run.dataset.labels.device)
-        certificate = evaluator.certify(generator)
-        save_artifact(artifact, generator, with_certificate(loaded.info, certificate))
-        click.echo(render_table(certificate, loaded.info.class_names))
-    if settings.export_to is not None:
-        write_atomically(settings.export_to, artifact.read_bytes())
-        click.echo(f"{settings.export_to}: a copy")
-    if not settings.certify:
-        command = ["python", "-m", "training", "evaluate", str(artifact)]
-        if is_folder(settings.dataset):  # the artifact contains its name, but not its path
-            command += ["--dataset", settings.dataset]
-        click.echo(f"Evaluate it: {shlex.join(command)}")
 
 
 @main.command("evaluate")

@@ -1,6 +1,7 @@
 """A training run: training, evaluation, rollback, checkpoints and export."""
 
 import dataclasses
+import logging
 import signal
 import subprocess
 import time
@@ -39,6 +40,8 @@ COLLAPSE_RATIO = 0.5  # of the best coverage so far
 MAX_ROLLBACKS = 3
 CHECKPOINT_EVERY_S = 120.0
 
+logger = logging.getLogger(__name__)
+
 
 class StopFlag:
     """A flag that the first SIGINT or SIGTERM after `listen` sets; a second one acts as before.
@@ -72,11 +75,17 @@ class StopFlag:
 
 
 @dataclass(frozen=True)
-class BestSnapshot:
-    """The best metrics of a run and the training state that they measure."""
+class Snapshot:
+    """Metrics and the training state that they measure."""
 
     metrics: QuickMetrics
     contents: dict[str, Any]
+
+    @property
+    def images_seen(self) -> int:
+        """Real images that the generator has seen."""
+        seen: int = self.contents["images_seen"]
+        return seen
 
 
 class Run:
@@ -84,10 +93,11 @@ class Run:
 
     The averaged generator is evaluated at regular intervals. The best one is exported at once, so
     that there is always a file to serve. If coverage falls to half of the best, or a loss is not
-    finite, the run continues from the best state at half the learning rate. Only the main process
-    writes files.
+    finite, the run continues from the best state at half the learning rate. A run that is stopped
+    exports the newest generator if it is better. Only the main process writes files.
 
     Attributes:
+        exported: the generator in the artifact, if this process has written it.
         last_evaluation: index of the last evaluation, of `EVALUATIONS`; -1 before the first.
     """
 
@@ -103,20 +113,21 @@ class Run:
     ) -> None:
         self.folder, self.state, self.dataset, self.metadata = folder, state, dataset, metadata
         self.evaluate = evaluate
-        self.best: BestSnapshot | None = None
+        self.best: Snapshot | None = None
+        self.exported: Snapshot | None = None
         self.last_evaluation = -1
         if best is not None:
-            self.best = BestSnapshot(QuickMetrics(**best["metrics"]), best["contents"])
+            self.best = Snapshot(QuickMetrics(**best["metrics"]), best["contents"])
             self.last_evaluation = best["last_evaluation"]
         self._last_grid = self._interval(SAMPLE_GRIDS)
         self._evaluation_s, self._evaluated_at = 0.0, state.elapsed_s
         self._log: RunLogger | None = None
 
     def finish(self, stop: Callable[[], bool]) -> bool:
-        """Train until the budget is used or `stop` returns True, then export or save a checkpoint.
+        """Train until the budget is used or `stop` returns True, then save and export.
 
         Returns:
-            True if the run is complete and its artifact written.
+            True if the run is complete.
 
         Raises:
             CheckpointError: a checkpoint cannot be written; the previous one is intact.
@@ -133,8 +144,10 @@ class Run:
                     break
                 except DivergedError as error:
                     self._roll_back(str(error))
-        if finished:
-            self._export_best(batches=50)
+        if not finished:
+            self._export_better()
+        elif self.best is not None:
+            self._export(self.best, batches=50)
         return finished
 
     def _train(self, step: StepFn, stop: Callable[[], bool]) -> bool:
@@ -201,8 +214,8 @@ class Run:
                 f"{state.images_seen:,} images"
             )
         if best is None or metrics.score >= best.score:
-            self.best = BestSnapshot(metrics, deepcopy(state.state_dict()))
-            self._export_best(batches=20)
+            self.best = Snapshot(metrics, deepcopy(state.state_dict()))
+            self._export(self.best, batches=20)
         self._evaluation_s, self._evaluated_at = state.elapsed_s - began, state.elapsed_s
 
     def _roll_back(self, reason: str) -> None:
@@ -225,16 +238,36 @@ class Run:
                 state, f"{reason}; rolled back to the best state, at {scale:g} of the learning rate"
             )
 
-    def _export_best(self, *, batches: int) -> None:
-        """Write the best generator so far, with batch-norm statistics over `batches` batches."""
-        if self.best is None or not self.state.world.is_main_process:
+    def _export_better(self) -> None:
+        """Export the newest averaged generator of a stopped run, or the best if that is better.
+
+        The checkpoint is written already and knows nothing of this, so that a resumed run ends as
+        an uninterrupted one.
+        """
+        state = self.state
+        if state.images_seen == 0:
+            return
+        logger.info("Stopping: the checkpoint is written; measuring the newest generator …")
+        newest = deepcopy(state.ema)
+        recompute_batch_norm(newest, batches=20)
+        metrics = evaluate_on_main(state.world, self.evaluate, newest)
+        better = Snapshot(metrics, state.state_dict())
+        if self.best is not None and self.best.metrics.score > metrics.score:
+            better = self.best
+        self._export(better, batches=50)
+        state.world.any(False)  # wait: torchrun ends all processes after the first that ends
+
+    def _export(self, snapshot: Snapshot, *, batches: int) -> None:
+        """Write a generator, with batch-norm statistics over `batches` batches."""
+        if not self.state.world.is_main_process:
             return
         generator = deepcopy(self.state.ema)
-        generator.load_state_dict(self.best.contents["ema"])
+        generator.load_state_dict(snapshot.contents["ema"])
         recompute_batch_norm(generator, batches=batches)
-        save_artifact(self.folder.artifact, generator, self._describe(self.best))
+        save_artifact(self.folder.artifact, generator, self._describe(snapshot))
+        self.exported = snapshot
 
-    def _describe(self, best: BestSnapshot) -> ArtifactInfo:
+    def _describe(self, exported: Snapshot) -> ArtifactInfo:
         metadata, state = self.metadata, self.state
         return ArtifactInfo(
             network=state.ema.config,
@@ -252,9 +285,9 @@ class Run:
                 "device": state.rng.device.type,
                 "torch": torch.__version__,
                 "config": dataclasses.asdict(metadata.config),
-                KEY: dataclasses.asdict(Estimate.of(best.metrics)),
+                KEY: dataclasses.asdict(Estimate.of(exported.metrics)),
             },
-            images_seen=best.contents["images_seen"],
+            images_seen=exported.images_seen,
             source_commit=source_commit(),
         )
 

@@ -208,10 +208,11 @@ def test_two_processes_report_the_losses_of_one(single: RunFolder, pair: Ended) 
 def test_a_signal_to_one_process_stops_all_with_one_checkpoint(pair: Ended) -> None:
     images_seen = read_checkpoint(pair.stopped.checkpoint).state["images_seen"]
     assert images_seen == 27 * 16
-    said = f"Stopped after {images_seen:,} images; continue with --resume."
+    said = f"Stopped after {images_seen:,} images."
     assert [said in errors for errors in pair.errors] == [True, False]
     assert pair.statuses[0] == "128"  # the signal was received by the other process
     assert load_artifact(pair.stopped.artifact).info.images_seen <= images_seen
+    assert f"{pair.resumed.artifact}: the " in pair.errors[0]  # the others waited for it
 
 
 def test_two_processes_resume_and_leave_the_files_of_one(single: RunFolder, pair: Ended) -> None:

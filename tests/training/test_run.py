@@ -587,22 +587,52 @@ def test_a_return_survives_a_checkpoint(folder: RunFolder, monkeypatch: pytest.M
 # Interruption
 
 
-def test_a_stopped_run_leaves_a_checkpoint_and_the_best_so_far(folder: RunFolder) -> None:
-    run = fresh(folder)
+@pytest.mark.parametrize(
+    ("coverages", "exported"), [([0.5, 0.6], 208), ([0.5, 0.5], 208), ([0.5, 0.4], 160)]
+)
+def test_a_stopped_run_leaves_a_checkpoint_and_the_better_of_newest_and_best(
+    folder: RunFolder, coverages: list[float], exported: int
+) -> None:
+    evaluate = FakeEvaluator(coverages)
+    run = fresh(folder, evaluate)
     assert not run.finish(StopAfter(14))
-    assert 160 < run.state.images_seen < 320
-    assert load_artifact(folder.artifact).info.images_seen == 160
-    assert resumed(folder).state.images_seen == run.state.images_seen
-    assert log_of(folder)[-1]["images_seen"] == run.state.images_seen
+    assert run.state.images_seen == 208
+    info = load_artifact(folder.artifact).info
+    shown = evaluate.shown[1 if exported == 208 else 0]
+    assert_same_parameters(weights_in(folder.artifact), shown)
+    assert info.images_seen == exported
+    assert info.training["quick_metrics"]["coverage"] == max(coverages)
+    assert resumed(folder).state.images_seen == 208
+    assert log_of(folder)[-1]["images_seen"] == 208
 
 
-def test_a_run_stopped_before_its_first_evaluation_leaves_no_artifact(
+def test_a_run_stopped_before_its_first_evaluation_leaves_its_newest_generator(
     folder: RunFolder,
 ) -> None:
     assert not fresh(folder).finish(StopAfter(4))
-    assert not folder.artifact.exists()
+    assert load_artifact(folder.artifact).info.images_seen == 64
     assert resumed(folder).finish(NEVER)
-    assert folder.artifact.exists()
+    assert load_artifact(folder.artifact).info.images_seen == 640
+
+
+def test_a_run_stopped_before_its_first_step_exports_nothing(folder: RunFolder) -> None:
+    assert not fresh(folder).finish(StopAfter(0))
+    assert not folder.artifact.exists()
+
+
+def test_a_run_that_collapsed_when_it_was_stopped_exports_its_best_and_goes_on(
+    folder: RunFolder,
+) -> None:
+    """An evaluation at an interruption neither goes back nor replaces the best."""
+    assert not fresh(folder, FakeEvaluator([0.8, 0.1])).finish(StopAfter(14))
+    assert load_artifact(folder.artifact).info.images_seen == 160
+    run = resumed(folder, FakeEvaluator([0.7]))
+    assert run.best is not None
+    assert run.best.metrics.coverage == 0.8
+    assert run.state.lr_scale == 1.0
+    assert events_of(folder) == []
+    assert run.finish(NEVER)
+    assert load_artifact(folder.artifact).info.images_seen == 160
 
 
 @pytest.mark.parametrize("questions", [0, *range(9, 16)])
@@ -771,7 +801,7 @@ def test_a_signal_ends_the_command_with_a_checkpoint_and_the_shells_status(
     monkeypatch.setattr(loop, "train_step", step)
     assert command(folder, "--preset", "mlp") == status
     assert read_checkpoint(folder.checkpoint).state["images_seen"] == 336
-    assert load_artifact(folder.artifact).info.images_seen in (160, 320)
+    assert load_artifact(folder.artifact).info.images_seen in (160, 320, 336)
 
 
 KILLED = """

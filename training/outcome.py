@@ -1,0 +1,68 @@
+"""The end of a run: its certificate, its copies, and the commands that come next."""
+
+import shlex
+
+import click
+
+from training.artifact import load_artifact, save_artifact
+from training.data.folder import is_folder
+from training.files import write_atomically
+from training.quality.certificate import with_certificate
+from training.quality.estimate import describe
+from training.quality.evaluator import Evaluator
+from training.quality.report import render_table
+from training.run import Run
+from training.settings import TrainSettings
+
+
+def report_finished(run: Run, evaluator: Evaluator, settings: TrainSettings) -> None:
+    """Report a complete run; evaluate and export the generator if the settings ask for it."""
+    artifact, images = run.folder.artifact, run.state.images_seen
+    click.echo(f"{artifact}: the best generator of {images:,} images; {_describe(run)}")
+    if settings.certify:
+        loaded = load_artifact(artifact)
+        generator = loaded.generator.to(run.dataset.labels.device)
+        certificate = evaluator.certify(generator)
+        save_artifact(artifact, generator, with_certificate(loaded.info, certificate))
+        click.echo(render_table(certificate, loaded.info.class_names))
+    if settings.export_to is not None:
+        write_atomically(settings.export_to, artifact.read_bytes())
+        click.echo(f"{settings.export_to}: a copy")
+    if not settings.certify:
+        # The artifact contains the name of a folder of images, but not its path.
+        named = ["--dataset", settings.dataset] if is_folder(settings.dataset) else []
+        if settings.data_dir is not None:
+            named += ["--data-dir", str(settings.data_dir)]
+        click.echo(f"Evaluate it: {_command(settings, 'evaluate', str(artifact), *named)}")
+
+
+def report_stopped(run: Run | None, settings: TrainSettings) -> None:
+    """Report the file of a run that a signal stopped, and the command that continues it.
+
+    Without a run it was stopped before training.
+    """
+    if run is None:
+        click.echo("Stopped before training; nothing was written.", err=True)
+        return
+    images, exported = run.state.images_seen, run.exported
+    text = f"Stopped after {images:,} images."
+    if exported is not None:
+        newest = exported.images_seen == images
+        kind = "the newest generator" if newest else f"the best, of {exported.images_seen:,} images"
+        text += f" {run.folder.artifact}: {kind}; {_describe(run)}"
+    click.echo(text, err=True)
+    command = _command(
+        settings, "train", settings.dataset, "--resume", "--out", str(run.folder.path)
+    )
+    click.echo(f"Continue it: {command}", err=True)
+
+
+def _describe(run: Run) -> str:
+    assert run.exported is not None
+    return describe(run.exported.metrics, run.dataset.num_classes)
+
+
+def _command(settings: TrainSettings, *arguments: str) -> str:
+    """Return a command line for the device of a run."""
+    device = [] if settings.device == "auto" else ["--device", settings.device]
+    return shlex.join(["python", "-m", "training", *arguments, *device])
