@@ -35,6 +35,7 @@ from training.gamma_search import DEFAULT_GAMMA
 from training.images import class_grid, grid, save_png
 from training.importing import ForeignCheckpointError, load_foreign, read_class_names
 from training.inspection import render_picture, render_summary, summary
+from training.origin import find_data
 from training.outcome import report_finished, report_stopped
 from training.plan import render_plan
 from training.prepare import SMALL_DATASET, load_splits, prepare_run, select_device
@@ -92,7 +93,7 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
 
 
 @main.command("train")
-@dataset_argument
+@click.argument("dataset", required=False)
 @click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
@@ -170,8 +171,8 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue the run in --out exactly where it stopped, with its options; a larger --images "
-    "or --minutes continues a complete one.",
+    help="Continue the run in --out exactly where it stopped, with its options and, if DATASET is "
+    "left out, its images; a larger --images or --minutes continues a complete one.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the configuration and the estimated time.")
 def train_command(**options: Any) -> None:
@@ -181,7 +182,7 @@ def train_command(**options: Any) -> None:
     DIR/CLASS/1.png, or DIR/train/CLASS/1.png with DIR/test/CLASS/2.png.
     With several GPUs: torchrun --nproc-per-node N -m training train …
     """
-    settings = TrainSettings(**options)
+    settings = TrainSettings(**(options if options["dataset"] else find_data(options)))
     with init_distributed() as world, StopFlag() as stop:
         if not world.is_main_process:
             logger.setLevel(logging.CRITICAL)

@@ -54,6 +54,9 @@ class RunMetadata:
     network: GeneratorConfig | None = None  # None in a checkpoint of an earlier release
     gamma_scores: dict[str, float] | None = None  # gamma -> score, if there was a search
     initialised_from: dict[str, Any] | None = None  # metadata of the run with the first networks
+    # Absolute path of a folder of images, or of the files of a named data set; None for their
+    # default place, and in a checkpoint of an earlier release.
+    data_path: str | None = None
 
 
 def save_checkpoint(

@@ -3,10 +3,12 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from training.checkpoint import Checkpoint, CheckpointError, RunMetadata, read_checkpoint
 from training.config import PRESETS
 from training.data.folder import folder_name, is_folder, is_inside
+from training.data.named import DATASETS
 from training.run_log import RunFolder
 from training.settings import DEFAULT_PRESET, SettingsError, TrainSettings
 from training.transfer import Source, read_source
@@ -52,6 +54,40 @@ def find_origin(settings: TrainSettings) -> Origin:
     return Origin(run, preset, source=source)
 
 
+def find_data(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `train` without DATASET, with the data of the run to resume.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or not valid, or its images are not found.
+        SettingsError: no run to resume is given.
+    """
+    out = options["out"]
+    if out is None or not options["resume"]:
+        raise SettingsError(
+            f"DATASET is missing; give {', '.join(DATASETS)} or a folder of images, or continue a "
+            "run with --resume --out FOLDER"
+        )
+    checkpoint = read_checkpoint(RunFolder(out).checkpoint)
+    name, stored = checkpoint.metadata.dataset, checkpoint.metadata.data_path
+    if not is_folder(name):
+        data_dir = options["data_dir"] or (stored and Path(stored))
+        return {**options, "dataset": name, "data_dir": data_dir}
+    if stored is not None and Path(stored).is_dir():
+        return {**options, "dataset": stored}
+    cause = f"the folder of its images, {stored}, does not exist any more"
+    if stored is None:
+        cause = f"it has the name of its images, {name}, but not their folder"
+    raise CheckpointError(
+        checkpoint.path, f"{cause}; give the folder: train DATASET --resume --out {out}"
+    )
+
+
+def data_path(settings: TrainSettings) -> str | None:
+    """Return the path of the data for a checkpoint; None for the default place of a named set."""
+    given = Path(settings.dataset) if is_folder(settings.dataset) else settings.data_dir
+    return None if given is None else str(given.resolve())
+
+
 def _default_out(dataset: str, name: str) -> Path:
     """Return the folder of a run: in `runs`, which are beside the images instead of inside."""
     out = Path("runs") / name
@@ -88,7 +124,9 @@ def _read_resumed(folder: RunFolder, dataset: str, settings: TrainSettings) -> C
                 f"{option} of this run is {'not set' if had[name] is None else repr(had[name])}, "
                 f"but {want!r} was given; leave it out, or start a new run in another --out",
             )
-    return dataclasses.replace(checkpoint, metadata=_extend(checkpoint, settings))
+    metadata = _extend(checkpoint, settings)
+    metadata = dataclasses.replace(metadata, data_path=data_path(settings) or stored.data_path)
+    return dataclasses.replace(checkpoint, metadata=metadata)
 
 
 def _extend(checkpoint: Checkpoint, settings: TrainSettings) -> RunMetadata:

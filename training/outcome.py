@@ -51,9 +51,7 @@ def report_stopped(run: Run | None, settings: TrainSettings) -> None:
         kind = "the newest generator" if newest else f"the best, of {exported.images_seen:,} images"
         text += f" {run.folder.artifact}: {kind}; {_describe(run)}"
     click.echo(text, err=True)
-    command = _command(
-        settings, "train", settings.dataset, "--resume", "--out", str(run.folder.path)
-    )
+    command = _command(settings, "train", "--resume", "--out", str(run.folder.path))
     click.echo(f"Continue it: {command}", err=True)
 
 

@@ -19,7 +19,7 @@ from training.files import check_folder, prepare_folder
 from training.gamma_search import DEFAULT_GAMMA, EvaluateFn, choose_gamma, is_worthwhile
 from training.loop import measure_progress
 from training.networks import build_generator
-from training.origin import find_origin
+from training.origin import data_path, find_origin
 from training.quality.evaluator import (
     MIN_TRAINING_SHARE,
     Evaluator,
@@ -172,6 +172,7 @@ def _describe(
         config=config,
         minutes=settings.minutes,
         network=generator_config(config, dataset),
+        data_path=data_path(settings),
     )
 
 

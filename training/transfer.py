@@ -124,13 +124,15 @@ def read_source(path: Path, preset: str | None = None, image_size: int | None = 
 def _read_checkpoint(folder: Path) -> Source:
     checkpoint = read_checkpoint(RunFolder(folder).checkpoint)
     metadata = checkpoint.metadata
+    origin = {**asdict(metadata), "images_seen": checkpoint.state["images_seen"]}
+    del origin["data_path"]  # the artifact of the new run is public
     return Source(
         path=checkpoint.path,
         preset=metadata.preset,
         network=metadata.network,
         r1_gamma=metadata.config.r1_gamma,
         contents=checkpoint.state,
-        origin={**asdict(metadata), "images_seen": checkpoint.state["images_seen"]},
+        origin=origin,
     )
 
 
