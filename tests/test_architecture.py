@@ -148,7 +148,7 @@ def test_what_trains_does_not_know_what_watches_it() -> None:
     for name in (*foundation, "training.distributed", "training.files", "training.devices"):
         assert graph[name] == set(), name
     stepping = foundation | {"training.config", "training.data.named", "training.distributed"}
-    stepping |= {"training.files", "training.state"}
+    stepping |= {"training.data.cifar", "training.files", "training.state"}
     assert known("training.loop") <= stepping
     stepping |= {"training.loop"}
     assert known("training.cuda_graph") <= stepping

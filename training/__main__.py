@@ -178,7 +178,7 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
 def train_command(**options: Any) -> None:
     """Train a generator on DATASET and export it.
 
-    DATASET is mnist, fashion-mnist, or a folder with one sub-folder of images per class:
+    DATASET is mnist, fashion-mnist, cifar-10, or a folder with one sub-folder of images per class:
     DIR/CLASS/1.png, or DIR/train/CLASS/1.png with DIR/test/CLASS/2.png.
     With several GPUs: torchrun --nproc-per-node N -m training train …
     """

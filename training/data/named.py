@@ -1,6 +1,6 @@
 """Named data sets as uint8 tensors: read from disk or downloaded, verified, parsed.
 
-Files are verified by the SHA-256 of their decompressed content, since the gzip data differ between
+Files are verified by the SHA-256 of their decompressed content, since the archives differ between
 mirrors.
 """
 
@@ -11,10 +11,10 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,13 @@ import pooch  # type: ignore[import-untyped]
 import torch
 from tqdm import tqdm
 
+from training.data.cifar import parse_records, read_members
 from training.files import prepare_folder, write_atomically
 
 DATA_DIR_VARIABLE = "CGAN_DATA_DIR"
 
 Split = Literal["train", "test"]
+Content = TypeVar("Content")
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _IDX_UINT8 = 0x08
@@ -47,7 +49,7 @@ class Dataset:
     images: torch.Tensor = field(repr=False)  # (N, C, H, W) uint8 in [0, 255], H == W
     labels: torch.Tensor = field(repr=False)  # (N,) int64 in [0, num_classes)
     class_names: tuple[str, ...]  # one per label
-    digest: str  # SHA-256 (hex) of the decompressed bytes, images before labels
+    digest: str  # SHA-256 (hex) of the decompressed files, in the order of `FILES`
 
     @property
     def num_classes(self) -> int:
@@ -69,6 +71,20 @@ class Dataset:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
+# Names of the files of the MNIST family, without ``.gz``: images before labels.
+TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+FILES: Mapping[Split, tuple[str, ...]] = {
+    "train": (TRAIN_IMAGES, TRAIN_LABELS),
+    "test": (TEST_IMAGES, TEST_LABELS),
+}
+CIFAR_FOLDER = "cifar-10-batches-bin"  # of its archive, extracted
+CIFAR_FILES: Mapping[Split, tuple[str, ...]] = {
+    "train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
+    "test": ("test_batch.bin",),
+}
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
     """The classes and the files of a data set."""
@@ -76,15 +92,9 @@ class DatasetSpec:
     class_names: tuple[str, ...]  # one per label
     mirrors: tuple[str, ...]  # base URLs, tried in this order
     sha256: Mapping[str, str]  # file without ``.gz`` -> digest (hex) of its decompressed content
+    files: Mapping[Split, tuple[str, ...]] = field(default_factory=lambda: FILES)
+    archive: str | None = None  # holds the files, of records; without it they are IDX, each zipped
 
-
-# Names of the files, without ``.gz``; the same for every data set.
-TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
-TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
-FILES: Mapping[Split, tuple[str, str]] = {
-    "train": (TRAIN_IMAGES, TRAIN_LABELS),
-    "test": (TEST_IMAGES, TEST_LABELS),
-}
 
 DATASETS: Mapping[str, DatasetSpec] = {
     "mnist": DatasetSpec(
@@ -119,6 +129,27 @@ DATASETS: Mapping[str, DatasetSpec] = {
             TEST_LABELS: "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         },
     ),
+    "cifar-10": DatasetSpec(
+        class_names=(
+            *("airplane", "automobile", "bird", "cat", "deer"),
+            *("dog", "frog", "horse", "ship", "truck"),
+        ),
+        mirrors=(
+            "https://www.cs.toronto.edu/~kriz/",
+            "https://apache-mxnet.s3-accelerate.dualstack.amazonaws.com/gluon/dataset/cifar10/",
+        ),
+        # As published in torchvision for Ruby, github.com/ankane/torchvision-ruby.
+        sha256={
+            "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+            "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+            "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+            "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+            "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+            "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+        },
+        files=CIFAR_FILES,
+        archive="cifar-10-binary.tar.gz",
+    ),
 }
 
 
@@ -143,7 +174,8 @@ def load_dataset(
     Args:
         name: a key of ``DATASETS``.
         split: ``train`` or ``test``.
-        data_dir: the files are in ``<data_dir>/<name>/``, with or without ``.gz``.
+        data_dir: the files are in ``<data_dir>/<name>/``, each with or without ``.gz``, or in one
+            archive, extracted or not.
         mirrors: base URLs instead of the data set's own; an empty sequence disables downloads.
 
     Returns:
@@ -156,24 +188,31 @@ def load_dataset(
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}; expected {', '.join(DATASETS)}")
     spec = DATASETS[name]
-    if split not in FILES:
-        raise DataError(f"unknown split {split!r} of {name}; expected {', '.join(FILES)}")
+    if split not in spec.files:
+        raise DataError(f"unknown split {split!r} of {name}; expected {', '.join(spec.files)}")
     folder = data_dir / name
     mirrors = spec.mirrors if mirrors is None else mirrors
-    raw_images, raw_labels = (
-        _content(folder, file, spec.sha256[file], mirrors) for file in FILES[split]
-    )
+    sha256 = {file: spec.sha256[file] for file in spec.files[split]}
     try:
-        images, labels = _parse(raw_images, raw_labels, len(spec.class_names))
-    except ValueError as error:  # though both files have the SHA-256 of the description
-        names = " and ".join(FILES[split])
+        if spec.archive is None:
+            contents = [_content(folder, *file, mirrors) for file in sha256.items()]
+            images, labels = _parse_pair(*contents)
+        else:
+            contents = _archived(folder, spec.archive, sha256, mirrors)
+            images, labels = parse_records(b"".join(contents))
+        if labels.max(initial=0) >= len(spec.class_names):
+            raise ValueError(  # noqa: TRY301
+                f"there is a label {labels.max()} but only {len(spec.class_names)} classes"
+            )
+    except ValueError as error:  # though the files have the SHA-256 of the description
+        names = " and ".join(sha256)
         raise DataError(f"{folder}: {error} in {names}; fix the description of {name}") from error
     return Dataset(
         name=name,
-        images=torch.from_numpy(images).unsqueeze(1),  # (N, H, W) -> (N, 1, H, W)
+        images=torch.from_numpy(images),
         labels=torch.from_numpy(labels.astype(np.int64)),
         class_names=spec.class_names,
-        digest=hashlib.sha256(raw_images + raw_labels).hexdigest(),
+        digest=hashlib.sha256(b"".join(contents)).hexdigest(),
     )
 
 
@@ -208,10 +247,10 @@ def parse_idx(data: bytes) -> npt.NDArray[np.uint8]:
     return np.frombuffer(data, np.uint8, offset=header_bytes).reshape(shape).copy()
 
 
-def _parse(
-    images_idx: bytes, labels_idx: bytes, num_classes: int
+def _parse_pair(
+    images_idx: bytes, labels_idx: bytes
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Parse images (N, H, H) and labels (N,); raise ValueError unless they fit each other."""
+    """Parse images (N, 1, H, H) and labels (N,); raise ValueError unless they fit each other."""
     images, labels = parse_idx(images_idx), parse_idx(labels_idx)
     if images.ndim != 3 or images.shape[1] != images.shape[2] or labels.ndim != 1:
         raise ValueError(
@@ -219,20 +258,71 @@ def _parse(
         )
     if len(images) != len(labels):
         raise ValueError(f"there are {len(images)} images but {len(labels)} labels")
-    if labels.max(initial=0) >= num_classes:
-        raise ValueError(f"there is a label {labels.max()} but only {num_classes} classes")
-    return images, labels
+    return images[:, None], labels
 
 
 def _content(folder: Path, name: str, sha256: str, mirrors: Sequence[str]) -> bytes:
     """Return the verified content of a file; download it if it is missing or damaged."""
+
+    def verify(raw: bytes) -> bytes:
+        return _verify(raw, sha256)
+
+    return _load(
+        folder,
+        f"{name}.gz",
+        verify,
+        mirrors,
+        others={folder / name: lambda path: verify(path.read_bytes())},
+        wanted=f"{name}, with or without .gz",
+        hint=f"the SHA-256 of its decompressed content is {sha256}",
+    )
+
+
+def _archived(
+    folder: Path, archive: str, sha256: Mapping[str, str], mirrors: Sequence[str]
+) -> list[bytes]:
+    """Return the verified files of an archive; download it if it is missing or damaged."""
+
+    def verify(contents: Mapping[str, bytes]) -> list[bytes]:
+        for name, digest in sha256.items():
+            _check_digest(contents[name], digest, f"other content in {name}")
+        return [contents[name] for name in sha256]
+
+    def read_extracted(path: Path) -> list[bytes]:
+        missing = [name for name in sha256 if not (path / name).is_file()]
+        if missing:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        return verify({name: (path / name).read_bytes() for name in sha256})
+
+    return _load(
+        folder,
+        archive,
+        lambda raw: verify(read_members(raw, sha256)),
+        mirrors,
+        others={folder / CIFAR_FOLDER: read_extracted},
+        wanted=f"{archive} or {CIFAR_FOLDER}",
+        hint=f"its folder {CIFAR_FOLDER} will do as well",
+    )
+
+
+def _load(
+    folder: Path,
+    archive: str,
+    verify: Callable[[bytes], Content],
+    mirrors: Sequence[str],
+    *,
+    others: Mapping[Path, Callable[[Path], Content]],
+    wanted: str,
+    hint: str,
+) -> Content:
+    """Return the content of the first good source: the archive, others on disk, the mirrors."""
     failures: list[str] = []
-    archive = f"{name}.gz"
-    for path in (folder / archive, folder / name):
+    readers = {folder / archive: lambda path: verify(path.read_bytes()), **others}
+    for path, read in readers.items():
         if not os.path.lexists(path):  # true for a link whose target is missing
             continue
         try:
-            return _verify(path.read_bytes(), sha256)
+            return read(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
         except ValueError as error:
@@ -242,7 +332,7 @@ def _content(folder: Path, name: str, sha256: str, mirrors: Sequence[str]) -> by
         url = f"{mirror.rstrip('/')}/{archive}"
         try:
             raw = _get(url)
-            content = _verify(raw, sha256)
+            content = verify(raw)
         except OSError as error:  # includes all exceptions of requests
             failures.append(f"{url}: {_root_cause(error)}")
         except ValueError as error:
@@ -253,10 +343,9 @@ def _content(folder: Path, name: str, sha256: str, mirrors: Sequence[str]) -> by
     raise DataError(
         "\n".join(
             [
-                f"{folder}: cannot load {name}, with or without .gz:",
+                f"{folder}: cannot load {wanted}:",
                 *(f"  {failure}" for failure in failures or ["missing, and downloads are off"]),
-                f"Connect to a network, or put {archive} into this folder; the SHA-256 of its "
-                f"decompressed content is {sha256}.",
+                f"Connect to a network, or put {archive} into this folder; {hint}.",
             ]
         )
     )
@@ -271,9 +360,14 @@ def _verify(raw: bytes, sha256: str) -> bytes:
         raise ValueError(f"truncated gzip data ({len(raw)} bytes)") from None
     except (OSError, zlib.error) as error:
         raise ValueError(f"corrupt gzip data ({error})") from error
+    kind = "other content" if zipped else f"{len(raw)} bytes that are not gzip data"
+    return _check_digest(content, sha256, kind)
+
+
+def _check_digest(content: bytes, sha256: str, kind: str) -> bytes:
+    """Return the content; raise ValueError, which begins with `kind`, for another digest."""
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        kind = "other content" if zipped else f"{len(raw)} bytes that are not gzip data"
         raise ValueError(f"{kind} (SHA-256 {found[:12]}, expected {sha256[:12]})")
     return content
 

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +26,8 @@ from tqdm import tqdm
 
 from training.data import named as data
 from training.data.named import (
+    CIFAR_FILES,
+    CIFAR_FOLDER,
     DATASETS,
     FILES,
     DataError,
@@ -549,12 +552,107 @@ def test_a_download_writes_nothing_into_a_log(
     assert capfd.readouterr() == ("", "")
 
 
+# CIFAR-10, whose files are in one archive
+
+RECORDS = {
+    name: b"".join(bytes([label]) + bytes([label + shade]) * 3072 for label in (0, 2, 1))
+    for shade, name in enumerate((*CIFAR_FILES["train"], *CIFAR_FILES["test"]))
+}
+ARCHIVE = "cifar-10-binary.tar.gz"
+
+
+def records_archive(records: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name, content in records.items():
+            member = tarfile.TarInfo(f"{CIFAR_FOLDER}/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let "tiny" be a data set of the layout of CIFAR-10."""
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in RECORDS.items()}
+    names = ("red", "green", "blue")
+    spec = DatasetSpec(names, (), sha256, files=CIFAR_FILES, archive=ARCHIVE)
+    monkeypatch.setattr(data, "DATASETS", {"tiny": spec})
+
+
+@pytest.mark.usefixtures("records")
+@pytest.mark.parametrize("kind", ["archive", "extracted"])
+def test_both_splits_are_read_from_an_archive_or_its_folder(
+    tmp_path: Path, folder: Path, kind: str
+) -> None:
+    if kind == "archive":
+        put(folder, {ARCHIVE: records_archive(RECORDS)})
+    else:
+        put(folder / CIFAR_FOLDER, RECORDS)
+
+    train, test = (load_dataset("tiny", split, tmp_path) for split in CIFAR_FILES)
+
+    assert train.images.shape == (15, 3, 32, 32)
+    assert train.images[:, 0, 0, 0].tolist() == [n + i for i in range(5) for n in (0, 2, 1)]
+    assert train.labels.tolist() == [0, 2, 1] * 5
+    assert test.images[:, 2, 31, 31].tolist() == [5, 7, 6]
+    assert test.labels.tolist() == [0, 2, 1]
+    assert (test.channels, test.image_size) == (3, 32)
+    assert test.digest == hashlib.sha256(RECORDS["test_batch.bin"]).hexdigest()
+
+
+@pytest.mark.usefixtures("records")
+def test_an_archive_is_downloaded_once_for_both_splits(
+    tmp_path: Path, folder: Path, serve: Serve
+) -> None:
+    mirror = serve(Mirror({ARCHIVE: records_archive(RECORDS)}))
+
+    for split in CIFAR_FILES:
+        load_dataset("tiny", split, tmp_path, mirrors=[mirror.url])
+
+    assert mirror.asked == [ARCHIVE]
+    assert names_in(folder) == [ARCHIVE]
+
+
+@pytest.mark.usefixtures("records")
+def test_a_file_of_an_archive_with_other_content_is_named_with_what_to_do(
+    tmp_path: Path, folder: Path, serve: Serve
+) -> None:
+    other = {**RECORDS, "data_batch_3.bin": RECORDS["data_batch_2.bin"]}
+    put(folder, {ARCHIVE: records_archive(other)})
+    put(folder / CIFAR_FOLDER, {"data_batch_1.bin": RECORDS["data_batch_1.bin"]})
+    mirror = serve(Mirror({ARCHIVE: b"<html>"}))
+
+    lines = failure_to_load(tmp_path, mirror.url).splitlines()
+
+    assert lines[0] == f"{folder}: cannot load {ARCHIVE} or {CIFAR_FOLDER}:"
+    assert lines[1].startswith(f"  {folder / ARCHIVE}: other content in data_batch_3.bin (SHA-256 ")
+    assert lines[2].startswith(f"  {folder / CIFAR_FOLDER}: lacks data_batch_2.bin, data_batch_3")
+    assert lines[3] == f"  {mirror.url}{ARCHIVE}: 6 bytes that are not a whole tar archive"
+    assert lines[4] == (
+        f"Connect to a network, or put {ARCHIVE} into this folder; "
+        f"its folder {CIFAR_FOLDER} will do as well."
+    )
+    assert len(lines) == 5
+
+
+@pytest.mark.usefixtures("records")
+def test_a_damaged_archive_is_replaced(tmp_path: Path, folder: Path, serve: Serve) -> None:
+    put(folder, {ARCHIVE: records_archive(RECORDS)[:-30]})
+    mirror = serve(Mirror({ARCHIVE: records_archive(RECORDS)}))
+
+    test = load_dataset("tiny", "test", tmp_path, mirrors=[mirror.url])
+
+    assert len(test.labels) == 3
+    assert (folder / ARCHIVE).read_bytes() == mirror.files[ARCHIVE]
+
+
 # Names and places
 
 
 def test_an_unknown_name_is_answered_with_the_names_there_are(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"unknown data set 'mnits'; expected mnist, fashion-mnist, tiny"
+        DataError, match=r"unknown data set 'mnits'; expected mnist, fashion-mnist, cifar-10, tiny"
     ):
         load_dataset("mnits", "train", tmp_path)
 
@@ -583,14 +681,15 @@ def test_the_data_directory_is_the_users_cache_otherwise(monkeypatch: pytest.Mon
     assert default_data_dir() == pooch.os_cache("cgan-service")
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar-10"])
 def test_a_published_data_set_is_described_completely(name: str) -> None:
     spec = DATASETS[name]
 
     assert len(set(spec.class_names)) == 10
     assert len(spec.mirrors) == 2
     digests = list(spec.sha256.values())
-    assert len(set(digests)) == 4
+    assert spec.sha256.keys() == {file for files in spec.files.values() for file in files}
+    assert len(set(digests)) == len(digests)
     assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
 
 
