@@ -153,7 +153,13 @@ class Run:
     def _train(self, step: StepFn, stop: Callable[[], bool]) -> bool:
         writes = self.state.world.is_main_process
         last_checkpoint, saved_at = time.monotonic(), -1
-        for point in train(self.state, step, log_every=LOG_EVERY_IMAGES, stop=stop):
+
+        def show_and_stop() -> bool:
+            if self._log is not None:
+                self._log.advance(self.state)
+            return stop()
+
+        for point in train(self.state, step, log_every=LOG_EVERY_IMAGES, stop=show_and_stop):
             self._record(point)
             if point.losses is not None and self._evaluation_is_due(point):
                 self._evaluate()

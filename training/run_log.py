@@ -3,18 +3,25 @@
 import dataclasses
 import json
 import logging
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Never, TextIO
+from typing import Never, Self, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.images import class_grid, save_png
 from training.loop import LogPoint, recompute_batch_norm
+from training.quality.estimate import describe, judge, render_forecast
 from training.quality.evaluator import QuickMetrics
 from training.state import TrainState
+
+REFRESH_S = 0.25  # of the progress bar, in a terminal
+REFRESH_FILE_S = 60.0
+TIMED_FORMAT = "{percentage:3.0f}%|{bar}| {desc}"
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +38,78 @@ class RunFolder:
         self.samples = path / "samples"  # grids of samples, named by images seen
 
 
+class ProgressBar:
+    """A bar over the images of a run, or over the seconds of its time budget."""
+
+    def __init__(self, state: TrainState, file: TextIO) -> None:
+        timed = state.budget_s is not None
+        self._bar: tqdm[Never] = tqdm(
+            total=state.budget_s if timed else state.config.images,
+            initial=self._position(state),
+            file=file,
+            unit="img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            bar_format=TIMED_FORMAT if timed else None,
+        )
+        # A file keeps every state of the bar.
+        self._interval_s = REFRESH_S if file.isatty() else REFRESH_FILE_S
+        self._next_at = 0.0
+        self._opened_at, self._images_before = time.monotonic(), state.images_seen
+        self.images_per_s: float | None = None  # measured at the last log point
+        self.metrics: QuickMetrics | None = None  # the last ones
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._bar.close()
+
+    def advance(self, state: TrainState, *, at_once: bool = False) -> None:
+        """Show the progress, a few times a second at most or `at_once`."""
+        now = time.monotonic()
+        if at_once or now >= self._next_at:
+            self._next_at = now + self._interval_s
+            self._show(state, now)
+
+    def _show(self, state: TrainState, now: float) -> None:
+        quality = []
+        if self.metrics is not None:
+            quality = [
+                f"GAN-test {self.metrics.gan_test:.1%}, coverage {self.metrics.coverage:.2f}"
+            ]
+        if state.budget_s is not None:
+            speed = self.images_per_s
+            if speed is None:  # before the first log point
+                speed = (state.images_seen - self._images_before) / (now - self._opened_at + 1e-9)
+            left = tqdm.format_interval(max(0.0, state.budget_s - state.elapsed_s))
+            notes = [f"{left} left", f"{state.images_seen:,} images", f"{speed:,.0f}/s", *quality]
+            self._bar.set_description_str(", ".join(notes), refresh=False)
+        else:
+            self._bar.set_postfix_str(", ".join(quality), refresh=False)
+        self._bar.n = self._position(state)
+        self._bar.refresh()
+
+    def _position(self, state: TrainState) -> float:
+        """Return the images seen or the seconds passed; a last step may exceed the total."""
+        if state.budget_s is not None:
+            return min(state.elapsed_s, state.budget_s)
+        return min(state.images_seen, state.config.images)
+
+
 class RunLogger:
     """Writes the records of a run; only the main process has one."""
 
     def __init__(
-        self, folder: RunFolder, bar: "tqdm[Never]", log: TextIO, writer: SummaryWriter
+        self, folder: RunFolder, bar: ProgressBar, log: TextIO, writer: SummaryWriter
     ) -> None:
         self._folder, self._bar, self._log, self._writer = folder, bar, log, writer
+        self._history: list[tuple[float, float]] = []  # elapsed seconds and coverage
+        self._said: set[tuple[str, bool]] = set()
+
+    def advance(self, state: TrainState) -> None:
+        """Move the progress bar before a step; waits for no device."""
+        self._bar.advance(state)
 
     def losses(self, state: TrainState, point: LogPoint) -> None:
         """Record the losses of a log point."""
@@ -47,9 +119,8 @@ class RunLogger:
         for name, value in losses.items():
             self._writer.add_scalar(f"losses/{name}", value, state.images_seen)
         self._writer.add_scalar("images_per_s", point.images_per_s, state.images_seen)
-        if point.progress > 0:  # a run with a time budget shows its expected number of images
-            self._bar.total = round(state.images_seen / point.progress)
-        self._bar.update(state.images_seen - self._bar.n)
+        self._bar.images_per_s = point.images_per_s
+        self._bar.advance(state, at_once=point.finished)
 
     def metrics(self, state: TrainState, metrics: QuickMetrics) -> None:
         """Record the metrics of the averaged generator."""
@@ -57,9 +128,22 @@ class RunLogger:
         self._write_line(state, **values)
         for name, value in values.items():
             self._writer.add_scalar(f"quality/{name}", value, state.images_seen)
-        self._bar.set_postfix_str(
-            f"GAN-test {metrics.gan_test:.1%}, coverage {metrics.coverage:.2f}", refresh=False
-        )
+        self._bar.metrics = metrics
+        self._describe(state, metrics)
+
+    def _describe(self, state: TrainState, metrics: QuickMetrics) -> None:
+        """Print the meaning of the metrics, each one once, and once more with a forecast."""
+        elapsed_s, classes = state.elapsed_s, state.ema.config.num_classes
+        self._history.append((elapsed_s, metrics.coverage))
+        end_s = state.budget_s
+        if end_s is None:
+            end_s = elapsed_s * state.config.images / state.images_seen
+        forecast = render_forecast(self._history, end_s)
+        meaning = judge(metrics, classes), bool(forecast)
+        if meaning not in self._said:
+            self._said.add(meaning)
+            moment = f"After {elapsed_s / 60:.1f} minutes and {state.images_seen:,} images"
+            logger.info("%s: %s%s", moment, describe(metrics, classes), forecast)
 
     def event(self, state: TrainState, text: str) -> None:
         """Record a rollback, and warn of it."""
@@ -87,17 +171,13 @@ def open_run_log(folder: RunFolder, state: TrainState) -> Iterator[RunLogger | N
         return
     folder.samples.mkdir(parents=True, exist_ok=True)
     _truncate_log(folder.log, state.images_seen)
-    bar = tqdm(
-        total=state.config.images,
-        initial=state.images_seen,
-        unit="img",
-        unit_scale=True,
-        dynamic_ncols=True,
-        smoothing=0.1,
-    )
     # Purging starts at this step; the last point before the checkpoint must remain.
     writer = SummaryWriter(str(folder.tensorboard), purge_step=state.images_seen + 1)
-    with folder.log.open("a", encoding="utf-8") as log, writer, bar:
+    with (
+        folder.log.open("a", encoding="utf-8") as log,
+        writer,
+        ProgressBar(state, sys.stderr) as bar,
+    ):
         yield RunLogger(folder, bar, log, writer)
 
 

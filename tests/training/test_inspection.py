@@ -112,7 +112,7 @@ ESTIMATE = {"gan_test": 0.95, "coverage": 0.1, "frechet_distance": 2.345, "image
 def test_without_a_certificate_the_estimate_of_the_run_is_shown_in_words(path: Path) -> None:
     assert described(path, training={"quick_metrics": ESTIMATE}).endswith(
         "\n\nNot certified.\nEstimated during training, from 3,000 images against training images: "
-        "legible, but repeats itself: GAN-test 95.0 %, coverage 0.10, Fréchet distance 2.35."
+        "legible, but repeats itself: GAN-test 95.0%, coverage 0.10, Fréchet distance 2.35."
     )
 
 

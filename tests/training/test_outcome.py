@@ -22,7 +22,7 @@ from training.state import TrainState, generator_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WORDS = r"[a-z, ]+: GAN-test \d+\.\d %, coverage \d\.\d\d"
+WORDS = r"[a-z, ]+: GAN-test \d+\.\d%, coverage \d\.\d\d"
 
 
 @pytest.fixture(autouse=True)

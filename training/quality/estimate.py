@@ -75,9 +75,9 @@ def read_estimate(info: ArtifactInfo) -> Estimate | None:
 
 
 def describe(metrics: QuickMetrics | Estimate, num_classes: int) -> str:
-    """Return the meaning of metrics: 'legible, but repeats itself: GAN-test 95.0 %, …'."""
+    """Return the meaning of metrics: 'legible, but repeats itself: GAN-test 95.0%, …'."""
     words = judge(metrics, num_classes)
-    return f"{words}: GAN-test {100 * metrics.gan_test:.1f} %, coverage {metrics.coverage:.2f}"
+    return f"{words}: GAN-test {metrics.gan_test:.1%}, coverage {metrics.coverage:.2f}"
 
 
 def judge(metrics: QuickMetrics | Estimate, num_classes: int) -> str:
@@ -106,3 +106,15 @@ def forecast_varied_s(history: Sequence[tuple[float, float]]) -> float | None:
     slope = (coverage - first) / math.log(last_s / first_s)
     growth = (VARIED - coverage) / slope  # the logarithm of a factor of time
     return last_s * math.exp(growth) if growth <= math.log(FORECAST_FACTOR) else None
+
+
+def render_forecast(history: Sequence[tuple[float, float]], end_s: float) -> str:
+    """Return the forecast of a run that ends at `end_s`, as the end of a sentence, or nothing."""
+    varied_s = forecast_varied_s(history)
+    if varied_s is None:
+        return ""
+    minutes = math.ceil(varied_s / 60)
+    shown = f"{minutes} minute" if minutes == 1 else f"{minutes} minutes"
+    if varied_s > end_s:
+        return f"; varied images would take about {shown}, more than this run has"
+    return f"; expect varied images from about {shown} on"

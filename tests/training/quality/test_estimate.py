@@ -19,7 +19,7 @@ def metrics(gan_test: float, coverage: float) -> QuickMetrics:
 
 def test_one_image_per_class_is_named_and_given_with_its_figures() -> None:
     assert describe(metrics(0.95, 0.1), 26) == (
-        "legible, but repeats itself: GAN-test 95.0 %, coverage 0.10"
+        "legible, but repeats itself: GAN-test 95.0%, coverage 0.10"
     )
 
 
