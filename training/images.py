@@ -46,7 +46,6 @@ def save_png(path: Path, pixels: Tensor, *, scale: int = 1) -> None:
     """
     array = pixels.cpu().numpy().repeat(scale, axis=0).repeat(scale, axis=1)
     buffer = io.BytesIO()
-    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(
-        buffer, format="PNG", optimize=True
-    )
+    picture = Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+    picture.save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())

@@ -33,7 +33,7 @@ from training.run_log import RunFolder, RunLogger, open_run_log
 from training.state import TrainState
 
 LOG_EVERY_IMAGES = 12_800
-SAMPLE_GRIDS = 40  # per run
+SAMPLE_SHEETS = 40  # per run
 EVALUATIONS = 20  # per run
 EVALUATION_BUDGET = 0.05  # of the time since the last evaluation, in a run with a time budget
 COLLAPSE_RATIO = 0.5  # of the best coverage so far
@@ -119,7 +119,7 @@ class Run:
         if best is not None:
             self.best = Snapshot(QuickMetrics(**best["metrics"]), best["contents"])
             self.last_evaluation = best["last_evaluation"]
-        self._last_grid = self._interval(SAMPLE_GRIDS)
+        self._last_sheet = self._interval(SAMPLE_SHEETS)
         self._evaluation_s, self._evaluated_at = 0.0, state.elapsed_s
         self._log: RunLogger | None = None
 
@@ -135,7 +135,8 @@ class Run:
                 artifact so far remains.
             OSError: another file of the run cannot be written.
         """
-        with open_run_log(self.folder, self.state) as self._log:
+        names = self.dataset.class_names
+        with open_run_log(self.folder, self.state, names) as self._log:
             while True:
                 # Made again after every rollback, which replaces tensors that a graph has captured.
                 step = make_step(self.state, self.dataset)
@@ -187,9 +188,9 @@ class Run:
         if self._log is None or point.losses is None:
             return
         self._log.losses(self.state, point)
-        interval = int(point.progress * SAMPLE_GRIDS)
-        if interval != self._last_grid or point.finished:
-            self._last_grid = interval
+        interval = int(point.progress * SAMPLE_SHEETS)
+        if interval != self._last_sheet or point.finished:
+            self._last_sheet = interval
             self._log.samples(self.state)
 
     def _evaluation_is_due(self, point: LogPoint) -> bool:

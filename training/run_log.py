@@ -1,4 +1,4 @@
-"""The records of a run: progress bar, JSON lines, TensorBoard events and sample grids."""
+"""The records of a run: progress bar, JSON lines, TensorBoard events and sheets of samples."""
 
 import dataclasses
 import json
@@ -13,10 +13,11 @@ from typing import Never, Self, TextIO
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training.images import class_grid, save_png
+from training.images import save_png
 from training.loop import LogPoint, recompute_batch_norm
 from training.quality.estimate import describe, judge, render_forecast
 from training.quality.evaluator import QuickMetrics
+from training.sheet import class_sheet
 from training.state import TrainState
 
 REFRESH_S = 0.25  # of the progress bar, in a terminal
@@ -35,7 +36,7 @@ class RunFolder:
         self.artifact = path / "generator.safetensors"  # the best generator so far
         self.log = path / "log.jsonl"  # one JSON object per line, one line per log point
         self.tensorboard = path / "tensorboard"  # its event files
-        self.samples = path / "samples"  # grids of samples, named by images seen
+        self.samples = path / "samples"  # sheets of samples, named by images seen
 
 
 class ProgressBar:
@@ -101,9 +102,15 @@ class RunLogger:
     """Writes the records of a run; only the main process has one."""
 
     def __init__(
-        self, folder: RunFolder, bar: ProgressBar, log: TextIO, writer: SummaryWriter
+        self,
+        folder: RunFolder,
+        class_names: tuple[str, ...],
+        bar: ProgressBar,
+        log: TextIO,
+        writer: SummaryWriter,
     ) -> None:
-        self._folder, self._bar, self._log, self._writer = folder, bar, log, writer
+        self._folder, self._class_names = folder, class_names
+        self._bar, self._log, self._writer = bar, log, writer
         self._history: list[tuple[float, float]] = []  # elapsed seconds and coverage
         self._said: set[tuple[str, bool]] = set()
 
@@ -151,10 +158,10 @@ class RunLogger:
         logger.warning("%s", text)
 
     def samples(self, state: TrainState) -> None:
-        """Write a grid of samples of the averaged generator."""
+        """Write a sheet of samples of the averaged generator."""
         recompute_batch_norm(state.ema, batches=20)
-        pixels = class_grid(state.ema, columns=10)
-        save_png(self._folder.samples / f"{state.images_seen:010d}.png", pixels, scale=2)
+        pixels = class_sheet(state.ema, self._class_names)
+        save_png(self._folder.samples / f"{state.images_seen:010d}.png", pixels)
         self._writer.add_image("samples", pixels, state.images_seen, dataformats="HWC")
 
     def _write_line(self, state: TrainState, **values: float | str) -> None:
@@ -164,7 +171,9 @@ class RunLogger:
 
 
 @contextmanager
-def open_run_log(folder: RunFolder, state: TrainState) -> Iterator[RunLogger | None]:
+def open_run_log(
+    folder: RunFolder, state: TrainState, class_names: tuple[str, ...]
+) -> Iterator[RunLogger | None]:
     """Open the records of a run in the main process; yield None in the others."""
     if not state.world.is_main_process:
         yield None
@@ -178,7 +187,7 @@ def open_run_log(folder: RunFolder, state: TrainState) -> Iterator[RunLogger | N
         writer,
         ProgressBar(state, sys.stderr) as bar,
     ):
-        yield RunLogger(folder, bar, log, writer)
+        yield RunLogger(folder, class_names, bar, log, writer)
 
 
 def _truncate_log(path: Path, images_seen: int) -> None:

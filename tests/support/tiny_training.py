@@ -165,7 +165,7 @@ def install(patch: pytest.MonkeyPatch, folder: Path, *, images: int = CONFIG.ima
     patch.setitem(config.PRESETS, "conv", replace(CONV, images=images))
     patch.setitem(config.PRESETS, "paper", replace(PAPER, images=images))
     patch.setattr("training.run.LOG_EVERY_IMAGES", 160)
-    patch.setattr("training.run.SAMPLE_GRIDS", 2)
+    patch.setattr("training.run.SAMPLE_SHEETS", 2)
     patch.setattr("training.quality.evaluator.QUICK_IMAGES", 100)
     patch.setattr("training.quality.evaluator.get_classifier", feature_classifier)
     patch.setattr("training.quality.evaluator.estimate_classifier_s", lambda *_a, **_k: 0.0)

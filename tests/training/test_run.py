@@ -53,13 +53,15 @@ DATA = tiny.dataset()
 METADATA = RunMetadata(
     dataset="tiny", dataset_digest="ab", preset="mlp", seed=3, config=tiny.CONFIG, minutes=None
 )
+# Two classes down, ten latents along, 8 pixels each, twice as large, beside the longer name.
+SHEET = (38 + 10 * 8 * 2, 2 * 8 * 2)
 LOSSES = ("discriminator", "generator", "real_logit", "fake_logit", "penalty")
 
 
 @pytest.fixture(autouse=True)
 def _small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "LOG_EVERY_IMAGES", 160)
-    monkeypatch.setattr(run_module, "SAMPLE_GRIDS", 2)
+    monkeypatch.setattr(run_module, "SAMPLE_SHEETS", 2)
     monkeypatch.setattr("training.prepare.generator_config", tiny.network_of)
     monkeypatch.setattr("training.quality.evaluator.QUICK_IMAGES", 100)
 
@@ -231,8 +233,7 @@ def test_pictures_are_readable_and_named_by_progress(folder: RunFolder) -> None:
     pictures = sorted((folder.path / "samples").iterdir())
     assert [picture.name for picture in pictures] == ["0000000320.png", "0000000640.png"]
     with Image.open(pictures[0]) as picture:
-        # Two classes down, ten latents along, 8 pixels each, twice as large.
-        assert (picture.mode, picture.size) == ("L", (10 * 8 * 2, 2 * 8 * 2))
+        assert (picture.mode, picture.size) == ("L", SHEET)
 
 
 def test_tensorboard_shows_what_the_log_says_and_the_pictures(folder: RunFolder) -> None:
@@ -252,7 +253,7 @@ def test_tensorboard_shows_what_the_log_says_and_the_pictures(folder: RunFolder)
         assert [value for _, value in points] == pytest.approx(logged, rel=1e-5)
     pictures = board.Images("samples")
     assert [picture.step for picture in pictures] == [320, 640]
-    assert (pictures[0].width, pictures[0].height) == (80, 16)
+    assert (pictures[0].width, pictures[0].height) == SHEET
 
 
 # The best so far

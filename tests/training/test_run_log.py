@@ -133,7 +133,7 @@ def log(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[RunLogger, TrainState]]:
     state = begun(clock, budget_s=6000.0)
-    with open_run_log(RunFolder(tmp_path / "run"), state) as opened:
+    with open_run_log(RunFolder(tmp_path / "run"), state, tiny.CLASS_NAMES) as opened:
         assert opened is not None
         yield opened, state
 
