@@ -4,14 +4,29 @@ Real test images give the scale, since the generator never saw them. A generator
 closer than they are. Shifted or mirrored copies are not detected.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from training.quality.spread import binomial, bootstrap
+
 IMAGES = 2000
 CHUNK_IMAGES = 10_000  # training images at a time: all as float32 take four times their memory
 _BATCH = 500  # bounds the matrix of distances
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorisationSpread:
+    """Standard errors of the distances of a few images, generated and real test images."""
+
+    images: int  # of each kind, at most
+    median: float
+    first_percentile: float
+    test_median: float
+    test_first_percentile: float
+    close: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +42,48 @@ class Memorisation:
     test_median: float
     test_first_percentile: float
     close: float
+    spread: MemorisationSpread | None = None  # in a brief certificate
 
 
-def memorisation(generated: Tensor, train: Tensor, test: Tensor) -> Memorisation:
-    """Compare up to `IMAGES` generated and as many test images with all training images.
+def memorisation(
+    generated: Tensor, train: Tensor, test: Tensor, *, images: int = IMAGES, spread: bool = False
+) -> Memorisation:
+    """Compare up to `images` generated and as many test images with all training images.
 
-    All are (…, C, H, W) uint8; none of the test images is in train.
+    All are (…, C, H, W) uint8; none of the test images is in train. With fewer training images the
+    distances would be larger, so there are always all of them.
     """
-    fake, real = (nearest_distances(images[:IMAGES], train) for images in (generated, test))
-    threshold = real.quantile(0.01)
-    return Memorisation(
-        median=fake.median().item(),
-        first_percentile=fake.quantile(0.01).item(),
-        test_median=real.median().item(),
-        test_first_percentile=threshold.item(),
-        close=(fake < threshold).float().mean().item(),
+    fake, real = (nearest_distances(each[:images], train) for each in (generated, test))
+    found = Memorisation(
+        median=_median(fake),
+        first_percentile=_first_percentile(fake),
+        test_median=_median(real),
+        test_first_percentile=_first_percentile(real),
+        close=_close(fake, real),
+    )
+    return dataclasses.replace(found, spread=_spread(found, fake, real)) if spread else found
+
+
+def _median(distances: Tensor) -> float:
+    return distances.median().item()
+
+
+def _first_percentile(distances: Tensor) -> float:
+    return distances.quantile(0.01).item()
+
+
+def _close(fake: Tensor, real: Tensor) -> float:
+    return (fake < real.quantile(0.01)).float().mean().item()
+
+
+def _spread(found: Memorisation, fake: Tensor, real: Tensor) -> MemorisationSpread:
+    return MemorisationSpread(
+        images=max(len(fake), len(real)),
+        median=bootstrap(_median, fake),
+        first_percentile=bootstrap(_first_percentile, fake),
+        test_median=bootstrap(_median, real),
+        test_first_percentile=bootstrap(_first_percentile, real),
+        close=max(binomial(found.close, len(fake)), bootstrap(_close, fake, real)),
     )
 
 

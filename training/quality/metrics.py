@@ -6,6 +6,7 @@ distance KID Bińkowski et al. (arXiv 1801.01401).
 """
 
 import statistics
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,31 +16,52 @@ KID_SUBSETS = 50
 KID_SUBSET_SIZE = 1000
 
 
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """The neighbours of N fake and M real features in the balls of the other set.
+
+    A point's ball reaches to its k-th nearest neighbour within its own set.
+    """
+
+    k: int
+    real_balls: Tensor  # (N,) int64, the number of real balls that a fake point lies in
+    in_fake_ball: Tensor  # (M,) bool, of real points
+    covered: Tensor  # (M,) bool, of real points: their ball contains a fake point
+
+    def prdc(self) -> tuple[float, float, float, float]:
+        """Return precision, recall, density and coverage."""
+        return (
+            (self.real_balls > 0).float().mean().item(),
+            self.in_fake_ball.float().mean().item(),
+            int(self.real_balls.sum()) / (self.k * len(self.real_balls)),
+            self.covered.float().mean().item(),
+        )
+
+
 def prdc(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[float, float, float, float]:
     """Return precision, recall, density and coverage of fake (N, D) against real (M, D) features.
 
-    A point's ball reaches to its k-th nearest neighbour within its own set.
+    Raises:
+        ValueError: a set has k points or fewer.
+    """
+    return find_neighbours(real, fake, k).prdc()
+
+
+def find_neighbours(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> Neighbourhoods:
+    """Compare fake (N, D) with real (M, D) features.
 
     Raises:
         ValueError: a set has k points or fewer.
     """
     real_radii, fake_radii = _radii(real, k), _radii(fake, k)
-    inside_any_real = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
-    inside_any_fake, covered = [], []
-    balls = 0
+    real_balls = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)
+    in_fake_ball, covered = [], []
     for rows, radii in zip(real.split(1000), real_radii.split(1000), strict=True):
         distances = torch.cdist(rows, fake)  # (1000, N)
-        inside = distances <= radii[:, None]
-        balls += int(inside.sum())
-        inside_any_real |= inside.any(0)
+        real_balls += (distances <= radii[:, None]).sum(0)
         covered.append(distances.min(1).values <= radii)
-        inside_any_fake.append((distances <= fake_radii[None]).any(1))
-    return (
-        inside_any_real.float().mean().item(),
-        torch.cat(inside_any_fake).float().mean().item(),
-        balls / (k * len(fake)),
-        torch.cat(covered).float().mean().item(),
-    )
+        in_fake_ball.append((distances <= fake_radii[None]).any(1))
+    return Neighbourhoods(k, real_balls, torch.cat(in_fake_ball), torch.cat(covered))
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
@@ -71,7 +93,9 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     return max(0.0, distance)
 
 
-def kid(first: Tensor, second: Tensor, *, seed: int = 0) -> tuple[float, float]:
+def kid(
+    first: Tensor, second: Tensor, *, seed: int = 0, size: int = KID_SUBSET_SIZE
+) -> tuple[float, float]:
     """Return mean and standard deviation of KID over `KID_SUBSETS` random subsets.
 
     KID is the squared maximum mean discrepancy by a cubic kernel. The estimate is unbiased: for
@@ -81,9 +105,10 @@ def kid(first: Tensor, second: Tensor, *, seed: int = 0) -> tuple[float, float]:
         first: (N, D), N at least 2.
         second: (M, D), M at least 2.
         seed: decides the subsets.
+        size: of a subset; at most that of the smaller set. It does not change the expected mean.
     """
     rng = torch.Generator().manual_seed(seed)
-    size = min(KID_SUBSET_SIZE, len(first), len(second))
+    size = min(size, len(first), len(second))
     estimates = []
     for _ in range(KID_SUBSETS):
         x, y = (

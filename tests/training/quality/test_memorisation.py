@@ -51,3 +51,14 @@ def test_new_images_are_as_close_as_test_images() -> None:
     assert metrics.close < 0.05
     assert metrics.median == pytest.approx(metrics.test_median, rel=0.05)
     assert metrics.first_percentile == pytest.approx(metrics.test_first_percentile, rel=0.05)
+
+
+def test_fewer_images_of_both_kinds_have_a_spread() -> None:
+    few = memorisation(noise(200, 2), TRAIN, TEST, images=40, spread=True)
+    assert few.spread is not None
+    assert few.spread.images == 40
+    full = memorisation(noise(200, 2), TRAIN, TEST)
+    assert full.spread is None
+    for name in ("median", "first_percentile", "test_median", "test_first_percentile", "close"):
+        assert 0.0 < getattr(few.spread, name) < 0.1
+    assert few.median == pytest.approx(full.median, abs=4 * few.spread.median)
