@@ -188,13 +188,13 @@ def train_command(**options: Any) -> None:
             logger.setLevel(logging.CRITICAL)
         prepared = prepare_run(settings, world, stop)
         if settings.dry_run:
-            plan = render_plan(prepared.run, prepared.overhead)  # every process takes part
+            plan = render_plan(prepared.run, prepared.plan)  # every process takes part
             click.echo(plan if world.is_main_process else "", nl=world.is_main_process)
             return
         started = not world.any(stop())
         if started and prepared.run.finish(stop):
-            if prepared.evaluator is not None:
-                report_finished(prepared.run, prepared.evaluator, settings)
+            if world.is_main_process:
+                report_finished(prepared, settings)
             return
         if world.is_main_process:
             report_stopped(prepared.run if started else None, settings)

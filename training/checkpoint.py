@@ -52,6 +52,7 @@ class RunMetadata:
     config: TrainingConfig
     minutes: float | None  # the time budget, if the run has one
     network: GeneratorConfig | None = None  # None in a checkpoint of an earlier release
+    prepared_s: float = 0.0  # part of the minutes that was spent before training
     gamma_scores: dict[str, float] | None = None  # gamma -> score, if there was a search
     initialised_from: dict[str, Any] | None = None  # metadata of the run with the first networks
     # Absolute path of a folder of images, or of the files of a named data set; None for their

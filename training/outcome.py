@@ -7,27 +7,33 @@ import click
 from training.artifact import load_artifact, save_artifact
 from training.data.folder import is_folder
 from training.files import write_atomically
+from training.prepare import PreparedRun
 from training.quality.certificate import with_certificate
 from training.quality.estimate import describe
-from training.quality.evaluator import Evaluator
 from training.quality.report import render_table
 from training.run import Run
 from training.settings import TrainSettings
 
 
-def report_finished(run: Run, evaluator: Evaluator, settings: TrainSettings) -> None:
+def report_finished(prepared: PreparedRun, settings: TrainSettings) -> None:
     """Report a complete run; evaluate and export the generator if the settings ask for it."""
+    run, measuring = prepared.run, prepared.plan.measuring
     artifact, images = run.folder.artifact, run.state.images_seen
     click.echo(f"{artifact}: the best generator of {images:,} images; {_describe(run)}")
     if settings.certify:
+        assert prepared.evaluator is not None
         loaded = load_artifact(artifact)
         generator = loaded.generator.to(run.dataset.labels.device)
-        certificate = evaluator.certify(generator)
+        certificate = prepared.evaluator.certify(
+            generator, size=measuring.size, seconds=measuring.certificate_s
+        )
         save_artifact(artifact, generator, with_certificate(loaded.info, certificate))
         click.echo(render_table(certificate, loaded.info.class_names))
     if settings.export_to is not None:
         write_atomically(settings.export_to, artifact.read_bytes())
         click.echo(f"{settings.export_to}: a copy")
+    if excess := prepared.excess:
+        click.echo(excess)
     if not settings.certify:
         # The artifact contains the name of a folder of images, but not its path.
         named = ["--dataset", settings.dataset] if is_folder(settings.dataset) else []

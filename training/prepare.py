@@ -18,14 +18,9 @@ from training.distributed import SINGLE_PROCESS, DistributedContext, local_devic
 from training.files import check_folder, prepare_folder
 from training.gamma_search import DEFAULT_GAMMA, EvaluateFn, choose_gamma, is_worthwhile
 from training.loop import measure_progress
-from training.networks import build_generator
 from training.origin import data_path, find_origin
-from training.quality.evaluator import (
-    MIN_TRAINING_SHARE,
-    Evaluator,
-    Overhead,
-    estimate_overhead,
-)
+from training.plan import RunPlan, plan_run
+from training.quality.evaluator import Evaluator
 from training.run import Run, StopFlag
 from training.settings import SettingsError, TrainSettings
 from training.state import TrainState, create_state, generator_config
@@ -43,22 +38,27 @@ class PreparedRun:
 
     run: Run
     evaluator: Evaluator | None  # of a run that is not dry
-    overhead: Overhead  # of a dry run, or of one with a time budget; else zeros
+    plan: RunPlan  # in other processes than the main one, without limits
+
+    @property
+    def excess(self) -> str | None:
+        """A line that says how much longer than its budget a run took, if it did."""
+        return self.plan.render_excess(self.run.metadata.prepared_s, self.run.state.elapsed_s)
 
 
 def prepare_run(settings: TrainSettings, world: DistributedContext, stop: StopFlag) -> PreparedRun:
     """Start or resume a run; a dry run writes and trains nothing.
 
-    Options that contradict each other or the files of a run are refused before images are read, a
-    time budget that is too short before a classifier is trained. `stop` listens to signals once the
-    slow preparations, which cannot be resumed, are over.
+    Options that contradict each other or the files of a run are refused before images are read.
+    `stop` listens to signals once the slow preparations, which cannot be resumed, are over. The
+    budget of a run in minutes includes them; its schedules begin when they end.
 
     Raises:
         CheckpointError: the checkpoint to resume or to start from does not fit.
         DataError: the data set cannot be loaded.
         DeviceError: the device does not exist.
         OSError: a folder cannot be written.
-        SettingsError: the options do not fit the data set, the device, the folder or the time.
+        SettingsError: the options do not fit the data set, the device or the folder.
         TransferError: the networks to start with do not fit.
     """
     started_at = time.perf_counter()
@@ -80,17 +80,17 @@ def prepare_run(settings: TrainSettings, world: DistributedContext, stop: StopFl
     assert metadata.network is not None
     if source is not None:
         source.check(metadata.network)
-    overhead, seconds = _plan_time(metadata, train_set, test_set, world, settings)
+    plan = _plan(metadata, train_set, test_set, world, settings)
     evaluator = best = None
     if not settings.dry_run:
         for folder in folders:
             prepare_folder(folder)
-        if world.is_main_process:
-            evaluator = Evaluator.create(train_set, test_set, minutes=metadata.minutes)
-        if resumed is None:
-            _check_time_left(metadata, seconds, time.perf_counter() - started_at)
+        evaluator = _create_evaluator(train_set, test_set, plan) if world.is_main_process else None
         stop.listen()
     evaluate = evaluator.evaluate_quick if evaluator else None
+    if resumed is None:
+        metadata = dataclasses.replace(metadata, prepared_s=time.perf_counter() - started_at)
+    seconds = _training_seconds(metadata, plan, world)
     if resumed is not None:
         state, best = resume(resumed, train_set, world, seconds), resumed.best
         _report_progress(state, metadata)
@@ -103,9 +103,8 @@ def prepare_run(settings: TrainSettings, world: DistributedContext, stop: StopFl
             source=source,
             search=not settings.dry_run,
         )
-        state.started_at = started_at
     run = Run(origin.folder, state, train_set, metadata, evaluate=evaluate, best=best)
-    return PreparedRun(run, evaluator, overhead)
+    return PreparedRun(run, evaluator, plan)
 
 
 def select_device(name: str) -> torch.device:
@@ -200,39 +199,43 @@ def _report_progress(state: TrainState, metadata: RunMetadata) -> None:
     logger.info("The run is complete with %s; a larger %s continues it", done, larger)
 
 
-def _plan_time(
+def _plan(
     metadata: RunMetadata,
     train: Dataset,
     test: Dataset,
     world: DistributedContext,
     settings: TrainSettings,
-) -> tuple[Overhead, float | None]:
-    """Estimate all but training, for a dry run or a time budget.
-
-    Returns:
-        the estimate, in the main process, and the part of a time budget for training, in seconds,
-        the same in every process.
-    """
-    if metadata.minutes is None and not settings.dry_run:
-        return Overhead(), None
-    overhead, seconds = Overhead(), 0.0
-    if world.is_main_process:
-        assert metadata.network is not None
-        generator = build_generator(metadata.network).to(train.labels.device).eval()
-        overhead = estimate_overhead(train, test, generator, certified=settings.certify)
-        if metadata.minutes is not None:
-            try:
-                seconds = overhead.seconds_for_training(metadata.minutes)
-            except ValueError as error:
-                raise SettingsError(f"--minutes {error}") from error
-    return overhead, None if metadata.minutes is None else world.broadcast(seconds)[0]
+) -> RunPlan:
+    """Plan a run with a time budget, or a dry run, in the main process; log the former."""
+    if not world.is_main_process or (metadata.minutes is None and not settings.dry_run):
+        return RunPlan()
+    assert metadata.network is not None
+    plan = plan_run(
+        *(metadata.network, train, test), minutes=metadata.minutes, certified=settings.certify
+    )
+    if not settings.dry_run:
+        logger.info("%s", plan.render(plan.durations_s()))
+    return plan
 
 
-def _check_time_left(metadata: RunMetadata, seconds: float | None, spent: float) -> None:
-    if seconds is not None and spent > (1.0 - MIN_TRAINING_SHARE) * seconds:
-        raise SettingsError(
-            f"--minutes {metadata.minutes:g} is too short: preparation took {spent:.1f} s of it"
-        )
+def _create_evaluator(train: Dataset, test: Dataset, plan: RunPlan) -> Evaluator:
+    measuring = plan.measuring
+    return Evaluator.create(
+        *(train, test),
+        epochs=measuring.epochs,
+        seconds=measuring.classifier_s,
+        quick_share=measuring.quick_share,
+    )
+
+
+def _training_seconds(
+    metadata: RunMetadata, plan: RunPlan, world: DistributedContext
+) -> float | None:
+    """Return the part of a time budget for training, the same in every process."""
+    if metadata.minutes is None:
+        return None
+    seconds = plan.training_s(metadata.prepared_s) or 0.0  # 0 in other processes than the main one
+    return world.broadcast(seconds)[0]
 
 
 def start(
@@ -251,6 +254,7 @@ def start(
     An open `r1_gamma` is taken from `source`, or chosen by a search if `search` is set and the run
     is long enough. A run that is stopped during the search cannot be resumed.
     """
+    started_at = time.perf_counter()
     config, shape = metadata.config, generator_config(metadata.config, dataset)
     origin, scores = None, None
 
@@ -270,6 +274,7 @@ def start(
         if config.r1_gamma is None and search:
             config = dataclasses.replace(config, r1_gamma=DEFAULT_GAMMA)
         state = fresh(config)
+    state.started_at = started_at  # a search is part of the run
     return state, dataclasses.replace(
         metadata, config=state.config, gamma_scores=scores, initialised_from=origin
     )

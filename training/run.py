@@ -288,7 +288,7 @@ class Run:
                 "gamma_scores": metadata.gamma_scores,
                 "initialised_from": metadata.initialised_from,
                 "processes": state.world.size,
-                "elapsed_s": round(state.elapsed_s, 1),
+                "elapsed_s": round(metadata.prepared_s + state.elapsed_s, 1),
                 "device": state.rng.device.type,
                 "torch": torch.__version__,
                 "config": dataclasses.asdict(metadata.config),

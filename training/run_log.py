@@ -131,7 +131,8 @@ class RunLogger:
 
     def metrics(self, state: TrainState, metrics: QuickMetrics) -> None:
         """Record the metrics of the averaged generator."""
-        values = dataclasses.asdict(metrics)
+        names = ("gan_test", "coverage", "frechet_distance", "score")
+        values = {name: getattr(metrics, name) for name in names}
         self._write_line(state, **values)
         for name, value in values.items():
             self._writer.add_scalar(f"quality/{name}", value, state.images_seen)

@@ -6,8 +6,9 @@ Its two classes are easy to tell apart: one is bright on the left half, the othe
 import gzip
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from training.networks import (
     MLPGeneratorConfig,
     build_generator,
 )
-from training.quality.certificate import certify
+from training.quality.certificate import CertificateSize
 from training.quality.classifier import FeatureClassifier, train_classifier
 from training.state import TrainState, create_state
 
@@ -76,6 +77,9 @@ PAPER = replace(
     lr_schedule="constant",
     ema_half_life=0.0,
 )
+
+
+CERTIFICATE_SIZE = CertificateSize(images=200, gan_train_images=64)
 
 
 def arrays(count: int, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
@@ -139,6 +143,34 @@ def artifact_file(path: Path, *, network: GeneratorConfig = NETWORK, **described
     return path
 
 
+class FakeClock:
+    """A clock of `time.perf_counter` and `time.monotonic` that only work moves on.
+
+    A look at it takes a nanosecond, because no real clock gives the same time twice.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        self._patch = patch
+        for name in ("perf_counter", "monotonic"):
+            patch.setattr(f"time.{name}", self._look)
+
+    def _look(self) -> float:
+        self.now_s += 1e-9
+        return self.now_s
+
+    def spend(self, name: str, seconds: float | Callable[..., float]) -> None:
+        """Let every call of a function take a time, or one that follows from its arguments."""
+        module, _, attribute = name.rpartition(".")
+        work = getattr(import_module(module), attribute)
+
+        def spending(*given: Any, **options: Any) -> Any:
+            self.now_s += seconds(*given, **options) if callable(seconds) else seconds
+            return work(*given, **options)
+
+        self._patch.setattr(name, spending)
+
+
 def idx(array: npt.NDArray[np.uint8]) -> bytes:
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
@@ -168,9 +200,8 @@ def install(patch: pytest.MonkeyPatch, folder: Path, *, images: int = CONFIG.ima
     patch.setattr("training.run.SAMPLE_SHEETS", 2)
     patch.setattr("training.quality.evaluator.QUICK_IMAGES", 100)
     patch.setattr("training.quality.evaluator.get_classifier", feature_classifier)
-    patch.setattr("training.quality.evaluator.estimate_classifier_s", lambda *_a, **_k: 0.0)
-    patch.setattr("training.quality.evaluator.certify", partial(certify, images=200))
-    patch.setattr("training.quality.certificate.GAN_TRAIN_IMAGES", 64)
-    patch.setattr("training.quality.gan_train.IMAGES", 64)
+    patch.setattr("training.quality.budget.plan_epochs", lambda *_a, **_k: 0.0)
+    for module in ("budget", "certificate", "evaluator"):
+        patch.setattr(f"training.quality.{module}.FULL", CERTIFICATE_SIZE)
     patch.setattr("training.prepare.generator_config", network_of)
     patch.setenv(data.DATA_DIR_VARIABLE, str(folder))

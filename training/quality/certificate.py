@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -22,17 +21,20 @@ from training.artifact import ArtifactInfo
 from training.data.named import Dataset
 from training.networks import Generator
 from training.quality.classifier import FeatureClassifier
+from training.quality.gan_train import EPOCHS as GAN_TRAIN_EPOCHS
 from training.quality.gan_train import IMAGES as GAN_TRAIN_IMAGES
-from training.quality.gan_train import GANTrain, estimate_gan_train_s, gan_train
-from training.quality.memorisation import (
-    CHUNK_IMAGES,
-    Memorisation,
-    memorisation,
-    nearest_distances,
-)
+from training.quality.gan_train import SEEDS, GANTrain, gan_train
 from training.quality.memorisation import IMAGES as MEMORISATION_IMAGES
-from training.quality.metrics import NEIGHBOURS, frechet_distance, kid, prdc
+from training.quality.memorisation import Memorisation, memorisation
+from training.quality.metrics import (
+    KID_SUBSET_SIZE,
+    NEIGHBOURS,
+    find_neighbours,
+    frechet_distance,
+    kid,
+)
 from training.quality.parzen import VALIDATION_IMAGES, Parzen, parzen
+from training.quality.spread import binomial, bootstrap
 from training.sampling import generate
 
 IMAGES = 10_000
@@ -40,6 +42,51 @@ IMAGES = 10_000
 PARZEN_DATASET = "mnist"
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificateSize:
+    """The numbers of images and classifiers that a certificate measures."""
+
+    images: int = IMAGES  # generated, and real training images as the reference
+    gan_train_images: int = GAN_TRAIN_IMAGES  # generated to train classifiers on
+    gan_train_seeds: int = SEEDS
+    memorisation_images: int = MEMORISATION_IMAGES  # generated, and real test images
+
+    def test_images(self, available: int) -> int:
+        """Return the number of real test images to compare with.
+
+        Coverage with k neighbours is about the chance that one of N generated images falls into a
+        ball that holds k of M real ones, so it depends on N / M. A brief certificate has the ratio
+        of a full one: 1 for the 10,000 test images of a named data set. Of fewer test images there
+        are none to leave out: fewer of them would make the balls larger.
+        """
+        ratio = max(1.0, available / FULL.images)
+        return min(available, round(self.images * ratio))
+
+    def __str__(self) -> str:
+        """Return the numbers as text."""
+        seeds = "1 seed" if self.gan_train_seeds == 1 else f"{self.gan_train_seeds} seeds"
+        return (
+            f"{self.images:,} images; GAN-train with {seeds} of {self.gan_train_images:,} images; "
+            f"{self.memorisation_images:,} images compared with the training images"
+        )
+
+
+FULL = CertificateSize()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualitySpread:
+    """Standard errors of the metrics of the same names, over the images of one set."""
+
+    gan_test: float
+    gan_test_per_class: tuple[float | None, ...]
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    frechet_distance: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +102,7 @@ class Quality:
     frechet_distance: float  # of normal distributions fitted to the features; 0 for equal ones
     kid: float  # kernel distance of the features, unbiased; about 0 for equal distributions
     kid_std: Annotated[float, Field(alias="kid_spread")]  # standard deviation over subsets
+    spread: QualitySpread | None = None  # in a brief certificate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +120,10 @@ class Certificate:
     reference: Annotated[Quality, Field(alias="real")]  # of as many real training images
     gan_train: GANTrain
     memorisation: Memorisation
-    parzen: Parzen | None  # for MNIST only
+    parzen: Parzen | None  # for MNIST only, in a full certificate
     parzen_reference: Annotated[Parzen | None, Field(alias="parzen_real")]  # of training images
+    brief: str | None = None  # the smaller numbers of images in it; None in a full certificate
+    test_images: int | None = None  # real ones to compare with; None for all of the data set
 
 
 _CERTIFICATE = TypeAdapter(Certificate)
@@ -85,80 +135,69 @@ def certify(
     *,
     train: Dataset,
     test: Dataset,
-    images: int = IMAGES,
+    size: CertificateSize = FULL,
+    seconds: float = math.inf,
     seed: int = 0,
 ) -> Certificate:
-    """Measure a generator in full, and log the progress.
+    """Measure a generator, and log the progress.
 
     Args:
         generator: in evaluation mode, on the data sets' device.
         classifier: trained on the training images.
         train: the real training images.
         test: the real images to compare with, unseen by generator and classifier.
-        images: number of images to generate, and of real training images to measure as a reference.
-        seed: decides the latents and the choice of training images.
+        size: the numbers of images; fewer than `FULL` make a brief certificate.
+        seconds: limit of the duration; classifiers of GAN-train that would exceed it learn less.
+        seed: decides the latents and the choice of real images.
     """
-    logger.info(
-        "Generating %s images and %s for GAN-train …", f"{images:,}", f"{GAN_TRAIN_IMAGES:,}"
-    )
-    fake = generate_dataset(generator, test, images=images, seed=seed)
-    gan_train_set = generate_dataset(generator, test, images=GAN_TRAIN_IMAGES, seed=seed + 1)
-    rng = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(train.labels), generator=rng)[:images].to(train.labels.device)
-    real = dataclasses.replace(train, images=train.images[chosen], labels=train.labels[chosen])
-    predictions, features = classifier.classify(test.images)
+    ends_at, brief = time.perf_counter() + seconds, size != FULL
+    counts = f"{size.images:,}", f"{size.gan_train_images:,}"
+    logger.info("Generating %s images and %s for GAN-train …", *counts)
+    fake = generate_dataset(generator, test, images=size.images, seed=seed)
+    gan_train_set = generate_dataset(generator, test, images=size.gan_train_images, seed=seed + 1)
+    real, some, tested = _choose(train, size.images, seed), test, test
+    if brief:
+        some = _choose(test, size.test_images(len(test.labels)), seed)
+        tested = _choose(test, GAN_TRAIN_EPOCHS * size.gan_train_images, seed)
+    predictions, features = classifier.classify(some.images)
     logger.info("Comparing them with the test images …")
-    generated, reference = (measure(classifier, each, features) for each in (fake, real))
+    generated, reference = (
+        measure(classifier, each, features, spread=brief) for each in (fake, real)
+    )
     logger.info("Comparing them with the training images …")
-    distances = memorisation(fake.images, train.images, test.images)
-    likelihoods = [_parzen(each, train, test) for each in (fake, real)]
+    compared = fake.images, train.images, some.images
+    distances = memorisation(*compared, images=size.memorisation_images, spread=brief)
+    # The likelihood grows with the number of images, so a brief certificate has none.
+    likelihoods = [None if brief else _parzen(each, train, test) for each in (fake, real)]
+    left_s = ends_at - time.perf_counter()
     return Certificate(
         dataset=test.name,
         dataset_sha256=train.digest,
         classifier_sha256=classifier.digest,
-        classifier_accuracy=(predictions == test.labels).float().mean().item(),
-        images=images,
+        classifier_accuracy=(predictions == some.labels).float().mean().item(),
+        images=size.images,
         neighbours=_neighbours(len(features)),
         seed=seed,
         generated=generated,
         reference=reference,
-        gan_train=gan_train(gan_train_set, train, test),
+        gan_train=gan_train(
+            *(gan_train_set, train, tested, size.gan_train_seeds), seconds=left_s, spread=brief
+        ),
         memorisation=distances,
         parzen=likelihoods[0],
         parzen_reference=likelihoods[1],
+        brief=f"{size}; `training evaluate FILE` completes it" if brief else None,
+        test_images=len(some.labels) if brief else None,
     )
 
 
-def estimate_certification_s(
-    generator: Generator, classifier: FeatureClassifier, *, train: Dataset, test: Dataset
-) -> float:
-    """Estimate the duration of `certify` in seconds by timing a small share of each part."""
-    few = 200
-    sample = generate_dataset(generator, test, images=few, seed=0)
-    _, features = classifier.classify(test.images[:few])
-    wide = features[:1].expand(len(test.labels), -1).contiguous()
-    parts: list[tuple[Callable[[], object], float]] = [
-        (
-            lambda: generate_dataset(generator, test, images=few, seed=0),
-            (IMAGES + GAN_TRAIN_IMAGES) / few,
-        ),
-        (lambda: classifier.classify(sample.images), (2 * IMAGES + 2 * len(test.labels)) / few),
-        # Every set of images is compared with itself and with the test images.
-        (lambda: torch.cdist(features, wide).topk(NEIGHBOURS + 1, largest=False), 6 * IMAGES / few),
-        (
-            lambda: nearest_distances(sample.images, train.images[:CHUNK_IMAGES]),
-            2 * MEMORISATION_IMAGES / few * math.ceil(len(train.labels) / CHUNK_IMAGES),
-        ),
-    ]
-    total = estimate_gan_train_s(train)
-    for work, times in parts:
-        work()  # the first call is slower
-        started = time.perf_counter()
-        work()
-        if features.is_cuda:
-            torch.cuda.synchronize(features.device)
-        total += times * (time.perf_counter() - started)
-    return total
+def _choose(dataset: Dataset, count: int, seed: int) -> Dataset:
+    """Return a random choice of images."""
+    rng = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(dataset.labels), generator=rng)[:count].to(dataset.labels.device)
+    return dataclasses.replace(
+        dataset, images=dataset.images[chosen], labels=dataset.labels[chosen]
+    )
 
 
 def generate_dataset(generator: Generator, like: Dataset, *, images: int, seed: int) -> Dataset:
@@ -172,7 +211,9 @@ def generate_dataset(generator: Generator, like: Dataset, *, images: int, seed: 
     )
 
 
-def measure(classifier: FeatureClassifier, dataset: Dataset, real_features: Tensor) -> Quality:
+def measure(
+    classifier: FeatureClassifier, dataset: Dataset, real_features: Tensor, *, spread: bool = False
+) -> Quality:
     """Measure one set of images against the features (M, D) of the real test images."""
     predictions, features = classifier.classify(dataset.images)
     correct = (predictions == dataset.labels).double()
@@ -180,11 +221,13 @@ def measure(classifier: FeatureClassifier, dataset: Dataset, real_features: Tens
         torch.bincount(dataset.labels, weights=weights, minlength=dataset.num_classes).tolist()
         for weights in (None, correct)
     )
-    precision, recall, density, coverage = prdc(
-        real_features, features, _neighbours(len(real_features))
-    )
-    kid_mean, kid_std = kid(real_features, features)
-    return Quality(
+    neighbours = find_neighbours(real_features, features, _neighbours(len(real_features)))
+    precision, recall, density, coverage = neighbours.prdc()
+    # Subsets of nearly all images would hide how much the estimate varies.
+    halved = max(2, min(len(real_features), len(features)) // 2)
+    subset = min(KID_SUBSET_SIZE, halved) if spread else KID_SUBSET_SIZE
+    kid_mean, kid_std = kid(real_features, features, size=subset)
+    found = Quality(
         gan_test=correct.mean().item(),
         gan_test_per_class=tuple(h / n if n else None for h, n in zip(hits, counts, strict=True)),
         precision=precision,
@@ -195,6 +238,20 @@ def measure(classifier: FeatureClassifier, dataset: Dataset, real_features: Tens
         kid=kid_mean,
         kid_std=kid_std,
     )
+    if not spread:
+        return found
+    real, fake = len(real_features), len(features)
+    classes = zip(found.gan_test_per_class, counts, strict=True)
+    errors = QualitySpread(
+        gan_test=binomial(found.gan_test, fake),
+        gan_test_per_class=tuple(None if h is None else binomial(h, n) for h, n in classes),
+        precision=binomial(precision, fake),
+        recall=binomial(recall, real),
+        density=(neighbours.real_balls.double().std() / neighbours.k / fake**0.5).item(),
+        coverage=binomial(coverage, real),
+        frechet_distance=bootstrap(frechet_distance, real_features, features),
+    )
+    return dataclasses.replace(found, spread=errors)
 
 
 def _neighbours(images: int) -> int:
@@ -223,5 +280,6 @@ def read_certificate(info: ArtifactInfo) -> Certificate | None:
 
 def with_certificate(info: ArtifactInfo, certificate: Certificate) -> ArtifactInfo:
     """Return the same description with this certificate in it."""
-    stored = _CERTIFICATE.dump_python(certificate, by_alias=True)
+    # A full certificate has no fields of brief ones.
+    stored = _CERTIFICATE.dump_python(certificate, by_alias=True, exclude_defaults=True)
     return dataclasses.replace(info, certificate=stored)

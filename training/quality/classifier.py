@@ -8,9 +8,9 @@ import hashlib
 import json
 import logging
 import math
-import statistics
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,10 +27,6 @@ from training.files import FileError, write_atomically
 EPOCHS = 12
 MIN_IMAGES = 200_000  # a small data set is passed more often, until this many images were shown
 BATCH = 128  # images per step, or all images if they are fewer
-
-# `estimate_pass_s` times rounds of this many steps. The first rounds are slower and not counted;
-# the median of the others is robust to processes that take the core for a moment.
-_STEPS, _WARMUP_ROUNDS, _MIN_ROUNDS, _MIN_TIMED_S = 4, 2, 5, 2.0
 
 FOLDER = Path(__file__).parent / "classifiers"
 
@@ -146,7 +142,8 @@ def fit(
     seed: int,
     half: bool = False,
     log_epochs: bool = False,
-) -> None:
+    seconds: float = math.inf,
+) -> float:
     """Train a network in place, on the data set's device, and leave it in evaluation mode.
 
     Adam with decoupled weight decay, one cycle of the learning rate, images augmented by
@@ -159,56 +156,60 @@ def fit(
         seed: decides order and augmentation.
         half: compute in bfloat16.
         log_epochs: log the mean loss of every epoch.
+        seconds: limit of the duration. Where it is too short, the cycle of the learning rate
+            follows the time instead of the steps, so that it still ends at its lowest value.
+
+    Returns:
+        the passes made.
     """
     device = dataset.labels.device
     batch_size = min(BATCH, len(dataset.labels))
-    network.to(device)
-    rng = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2, fused=True)
     steps = len(dataset.labels) // batch_size  # per pass
-    left = max(1, round(epochs * steps))
-    # OneCycleLR fails with very few steps.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 3e-3, total_steps=max(10, left), pct_start=0.2
-    )
-    passes = math.ceil(left / steps)
-    for epoch in range(passes):
-        order = torch.randperm(len(dataset.labels), generator=rng, device=device)
-        total = torch.zeros((), device=device)
-        batches = order[: min(steps, left) * batch_size].view(-1, batch_size)
-        for indices in batches:
-            images = random_affine(to_images(dataset.images[indices]), rng)
-            images = images.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                logits = network(images)
-            loss = F.cross_entropy(logits.float(), dataset.labels[indices])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+    total = max(1, round(epochs * steps))
+    rng = torch.Generator(device).manual_seed(seed)
+    optimizer, schedule = _make_optimizer(network.to(device), total)
+    losses, started = torch.zeros((), device=device), time.perf_counter()
+    for made, indices in enumerate(_draw_batches(dataset, batch_size, rng), 1):
+        images = random_affine(to_images(dataset.images[indices]), rng)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logits = network(images)
+        loss = F.cross_entropy(logits.float(), dataset.labels[indices])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses += loss.detach()
+        spent = (time.perf_counter() - started) / max(seconds, 1e-3)
+        position = min(total, max(made, math.ceil(spent * total)))
+        while schedule.last_epoch < position:
             schedule.step()
-            total += loss.detach()
-        left -= len(batches)
-        if log_epochs:
-            mean = total.item() / len(batches)
-            logger.info("epoch %d of %d: loss %.4f", epoch + 1, passes, mean)
+        finished = position == total
+        if log_epochs and (finished or made % steps == 0):
+            epoch, mean = math.ceil(made / steps), losses.item() / ((made - 1) % steps + 1)
+            logger.info("epoch %d of %d: loss %.4f", epoch, math.ceil(total / steps), mean)
+            losses.zero_()
+        if finished:
+            break
     network.eval().requires_grad_(False)
+    return made / steps
 
 
-def estimate_pass_s(network: nn.Module, dataset: Dataset) -> float:
-    """Estimate the duration of one pass of `fit` in seconds by timing some steps.
+def _make_optimizer(
+    network: nn.Module, steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.OneCycleLR]:
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2, fused=True)
+    # OneCycleLR fails with very few steps.
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, total_steps=max(10, steps), pct_start=0.2
+    )
 
-    The network's weights are useless afterwards.
-    """
-    half = has_native_bfloat16(dataset.labels.device)
-    few = replace(dataset, images=dataset.images[:BATCH], labels=dataset.labels[:BATCH])
-    spent_s: list[float] = []
-    while len(spent_s) < _MIN_ROUNDS or sum(spent_s) < _MIN_TIMED_S:
-        network.train().requires_grad_(True)
-        started = time.perf_counter()
-        fit(network, few, epochs=_STEPS, seed=0, half=half)
-        spent_s.append(time.perf_counter() - started)
-    step_s = statistics.median(spent_s[_WARMUP_ROUNDS:]) / _STEPS
-    return step_s * (len(dataset.labels) // len(few.labels))
+
+def _draw_batches(dataset: Dataset, size: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """Yield indices (size,) without end, in another order in every pass."""
+    count = len(dataset.labels)
+    while True:
+        order = torch.randperm(count, generator=rng, device=dataset.labels.device)
+        yield from order[: count // size * size].view(-1, size)
 
 
 def save_classifier(
@@ -226,52 +227,63 @@ def save_classifier(
 
 
 def get_classifier(
-    train: Dataset, *, cache: Path, seconds: float | None = None
+    train: Dataset, *, cache: Path, epochs: float | None = None, seconds: float = math.inf
 ) -> FeatureClassifier:
     """Return the classifier of a data set, on that data set's device.
 
     It is the bundled one if there is one for exactly these training images, else a cached one, else
-    one that is trained now, within the given time, and cached. A cached one is trained again if it
-    is damaged, or if a time limit shortened its training and there is more time now.
+    one that is trained now and cached. A cached one is trained again if it is damaged, or if a
+    limit shortened its training and there is more time now.
+
+    Args:
+        train: the training images.
+        cache: the folder of cached classifiers.
+        epochs: passes over the training images that there is time for; None for enough.
+        seconds: limit of the training, which shortens it if the passes take longer than expected.
 
     Raises:
         ClassifierError: the bundled file is not the committed one.
         OSError: the cache cannot be written.
     """
-    if _TRAINED_ON.get(train.name) == train.digest:
+    if _is_bundled(train):
         return load_bundled_classifier(train)
     path, full = _cached_path(cache, train), _full_epochs(train)
+    epochs = full if epochs is None else min(full, epochs)
     cached, cached_epochs = _load_cached(path, train)
-    if cached is not None and cached_epochs >= full:
-        return cached
-    pass_s = estimate_pass_s(build(ClassifierNetwork, train, seed=0), train)
-    epochs = full if seconds is None else min(full, seconds / pass_s)
-    # Two estimates of the same machine differ, so half of the epochs counts as enough.
-    if cached is not None and seconds is not None and cached_epochs >= epochs / 2:
+    if cached is not None and _is_enough(cached_epochs, epochs, full):
         return cached
     passes = f"{full:g}" if epochs == full else f"{epochs:.2g} instead of {full:g} (time limit)"
+    limit = "" if seconds == math.inf else f", at most {seconds / 60:.1f} minutes"
     logger.info(
-        "Training a classifier of %s to measure with: %s passes over its training images, "
-        "about %.1f minutes",
-        train.name,
-        passes,
-        epochs * pass_s / 60,
+        "Training a classifier of %s to measure with: %s passes over its training images%s",
+        *(train.name, passes, limit),
     )
-    half = has_native_bfloat16(train.labels.device)
-    network = train_classifier(train, epochs=epochs, seed=0, half=half)
-    save_classifier(path, network, dataset=train.name, epochs=epochs, seed=0)
+    half, network = has_native_bfloat16(train.labels.device), build(ClassifierNetwork, train, 0)
+    made = fit(network, train, epochs=epochs, seed=0, half=half, log_epochs=True, seconds=seconds)
+    save_classifier(path, network, dataset=train.name, epochs=made, seed=0)
     return _parse(path.read_bytes(), train)
 
 
-def estimate_classifier_s(train: Dataset, *, cache: Path) -> float:
-    """Estimate how long `get_classifier` trains without a time limit; 0 if it need not."""
-    if _TRAINED_ON.get(train.name) == train.digest:
+def plan_epochs(train: Dataset, *, cache: Path, affordable: float = math.inf) -> float:
+    """Return the passes that `get_classifier` trains if there is time for `affordable` ones.
+
+    It is 0 if there is a classifier that is good enough.
+    """
+    if _is_bundled(train):
         return 0.0
     full = _full_epochs(train)
+    epochs = min(full, affordable)
     _, cached_epochs = _load_cached(_cached_path(cache, train), train)
-    if cached_epochs >= full:
-        return 0.0
-    return full * estimate_pass_s(build(ClassifierNetwork, train, seed=0), train)
+    return 0.0 if _is_enough(cached_epochs, epochs, full) else epochs
+
+
+def _is_bundled(train: Dataset) -> bool:
+    return _TRAINED_ON.get(train.name) == train.digest
+
+
+def _is_enough(cached: float, wanted: float, full: float) -> bool:
+    # Two estimates of the same machine differ, so half of the epochs counts as enough.
+    return cached >= (full if wanted >= full else wanted / 2)
 
 
 def _cached_path(cache: Path, train: Dataset) -> Path:

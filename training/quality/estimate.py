@@ -9,7 +9,7 @@ from itertools import pairwise
 from pydantic import TypeAdapter, ValidationError
 
 from training.artifact import ArtifactInfo
-from training.quality.evaluator import QUICK_IMAGES, QuickMetrics
+from training.quality.evaluator import QuickMetrics
 
 KEY = "quick_metrics"  # of `ArtifactInfo.training`
 
@@ -59,7 +59,7 @@ class Estimate:
             gan_test=round(metrics.gan_test, 4),
             coverage=round(metrics.coverage, 4),
             frechet_distance=round(metrics.frechet_distance, 4),
-            images=QUICK_IMAGES,
+            images=int(metrics.images),  # a float if other processes sent it
         )
 
 

@@ -4,21 +4,33 @@ It is high only where images match their labels, look real, and are as varied as
 """
 
 import logging
+import math
 import statistics
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from training.data.named import Dataset
 from training.devices import has_native_bfloat16
-from training.quality.classifier import build, estimate_pass_s, fit, to_images
+from training.quality.classifier import build, fit, to_images
+from training.quality.spread import binomial
 
 IMAGES = 60_000
-EPOCHS = 4  # passes over `IMAGES` images
+EPOCHS = 4  # passes over the generated images
 SEEDS = 3
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GANTrainSpread:
+    """Standard errors of the accuracies in a brief certificate, and how it was shortened."""
+
+    shown: int  # images shown to the classifier that saw the fewest, repetitions counted
+    generated: float  # of the mean
+    real: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +40,7 @@ class GANTrain:
     images: int  # number of generated training images
     accuracies: tuple[float, ...]  # of classifiers trained on generated images, one per seed
     real: float  # of one trained as long on the real training images
+    spread: GANTrainSpread | None = None  # in a brief certificate
 
     @property
     def mean(self) -> float:
@@ -36,8 +49,8 @@ class GANTrain:
 
     @property
     def std(self) -> float:
-        """Return the standard deviation over the seeds."""
-        return statistics.stdev(self.accuracies)
+        """Return the standard deviation over the seeds, in a brief certificate the spread."""
+        return self.spread.generated if self.spread else statistics.stdev(self.accuracies)
 
 
 class GanTrainClassifier(nn.Module):
@@ -66,33 +79,60 @@ class GanTrainClassifier(nn.Module):
         return logits
 
 
-def gan_train(generated: Dataset, train: Dataset, test: Dataset) -> GANTrain:
-    """Train classifiers on generated images and one on real images; test all on real images."""
-    accuracies = []
-    for seed in range(SEEDS):
-        accuracies.append(_accuracy(_train(generated, seed), test))
+def gan_train(
+    generated: Dataset,
+    train: Dataset,
+    test: Dataset,
+    seeds: int = SEEDS,
+    *,
+    seconds: float = math.inf,
+    spread: bool = False,
+) -> GANTrain:
+    """Train classifiers on generated images and one on real images; test all on real images.
+
+    Each is shown `EPOCHS` times as many images as were generated, or fewer if there are not enough
+    seconds left; all of them have the same time.
+    """
+    ends_at, accuracies, shown = time.perf_counter() + seconds, [], []
+    count = EPOCHS * len(generated.labels)
+    for seed in range(seeds):
+        limit = (ends_at - time.perf_counter()) / (seeds + 1 - seed)
+        classifier, seen = _train(generated, seed, count, limit)
+        accuracies.append(_accuracy(classifier, test))
+        shown.append(seen)
         logger.info("GAN-train, seed %d: %s", seed, f"{accuracies[-1]:.2%}")
-    real = _accuracy(_train(train, 0), test)
+    classifier, seen = _train(train, 0, min(shown), ends_at - time.perf_counter())
+    real = _accuracy(classifier, test)
     logger.info("The same on real training images: %s", f"{real:.2%}")
-    return GANTrain(images=len(generated.labels), accuracies=tuple(accuracies), real=real)
+    found = GANTrain(images=len(generated.labels), accuracies=tuple(accuracies), real=real)
+    if not spread:
+        return found
+    return replace(found, spread=_spread(found, min(*shown, seen), len(test.labels)))
 
 
-def estimate_gan_train_s(train: Dataset) -> float:
-    """Estimate the duration of `gan_train` in seconds from a few timed steps on real images."""
-    passes = (SEEDS + 1) * EPOCHS * IMAGES / len(train.labels)
-    return passes * estimate_pass_s(_build(train, 0), train)
+def _spread(found: GANTrain, shown: int, test_images: int) -> GANTrainSpread:
+    """Return the errors of few test images, or of few seeds where that is larger."""
+    several = len(found.accuracies) > 1
+    return GANTrainSpread(
+        shown=shown,
+        generated=max(binomial(found.mean, test_images), found.std if several else 0.0),
+        real=binomial(found.real, test_images),
+    )
 
 
-def _train(dataset: Dataset, seed: int) -> GanTrainClassifier:
-    """Train a classifier for about `EPOCHS * IMAGES` images, in whole passes."""
-    classifier = _build(dataset, seed)
-    epochs = max(1, round(EPOCHS * IMAGES / len(dataset.labels)))
+def _train(
+    dataset: Dataset, seed: int, images: int, seconds: float
+) -> tuple[GanTrainClassifier, int]:
+    """Train a classifier on a number of images, repetitions counted; return it and that number."""
+    classifier = build_classifier(dataset, seed)
+    count = len(dataset.labels)
     half = has_native_bfloat16(dataset.labels.device)
-    fit(classifier, dataset, epochs=epochs, seed=seed, half=half)
-    return classifier
+    epochs = fit(classifier, dataset, epochs=images / count, seed=seed, half=half, seconds=seconds)
+    return classifier, round(epochs * count)
 
 
-def _build(dataset: Dataset, seed: int) -> GanTrainClassifier:
+def build_classifier(dataset: Dataset, seed: int) -> GanTrainClassifier:
+    """Return an untrained classifier for a data set."""
     classifier = build(GanTrainClassifier, dataset, seed)
     return classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 

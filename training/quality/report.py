@@ -10,7 +10,9 @@ from training.artifact import Artifact, list_artifacts, load_artifact
 from training.files import write_atomically
 from training.images import class_grid, save_png
 from training.networks import count_parameters
-from training.quality.certificate import Certificate, Quality, read_certificate
+from training.quality.certificate import Certificate, Quality, QualitySpread, read_certificate
+from training.quality.gan_train import GANTrainSpread
+from training.quality.memorisation import Memorisation, MemorisationSpread
 from training.quality.parzen import PUBLISHED, Parzen
 
 # A table shows at most this many classes, the worst ones.
@@ -26,38 +28,65 @@ explains them. `python -m training evaluate FILE --report` writes this page.
 
 
 def render_table(certificate: Certificate, class_names: tuple[str, ...]) -> str:
-    """Return a certificate as an aligned Markdown table."""
+    """Return a certificate as an aligned Markdown table; a brief one says so below it."""
     header = ("", "generated", "real images")
     rows = [header, *_rows(certificate, class_names)]
     rows = [(name.replace("|", "\\|").replace("\n", " "), a, b) for name, a, b in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"| {a:<{widths[0]}} | {b:>{widths[1]}} | {c:>{widths[2]}} |" for a, b, c in rows]
     rule = f"|{'-' * (widths[0] + 2)}|{'-' * (widths[1] + 1)}:|{'-' * (widths[2] + 1)}:|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    brief = [] if certificate.brief is None else ["", f"Brief: {certificate.brief}."]
+    return "\n".join([lines[0], rule, *lines[1:], *brief])
 
 
 def _rows(certificate: Certificate, class_names: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
     fake, real = certificate.generated, certificate.reference
-    gan_train, distances = certificate.gan_train, certificate.memorisation
-    yield "GAN-train", f"{gan_train.mean:.2%} ± {gan_train.std:.2%}", f"{gan_train.real:.2%}"
-    yield "GAN-test", f"{fake.gan_test:.2%}", f"{real.gan_test:.2%}"
+    gan_train = certificate.gan_train
+    trained = _share(gan_train.real, _error(gan_train.spread, "real"))
+    yield "GAN-train", _share(gan_train.mean, gan_train.std), trained
+    shares = [_share(each.gan_test, _error(each.spread, "gan_test")) for each in (fake, real)]
+    yield "GAN-test", shares[0], shares[1]
     yield from _class_rows(certificate, class_names)
     for name in ("precision", "recall", "density", "coverage"):
-        yield name, f"{getattr(fake, name):.3f}", f"{getattr(real, name):.3f}"
-    yield "Fréchet distance", f"{fake.frechet_distance:.3f}", f"{real.frechet_distance:.3f}"
+        yield name, _metric(fake, name), _metric(real, name)
+    yield "Fréchet distance", _metric(fake, "frechet_distance"), _metric(real, "frechet_distance")
     yield "KID", _kid(fake), _kid(real)
-    nearest = "nearest training image, {}"
-    yield nearest.format("median"), f"{distances.median:.4f}", f"{distances.test_median:.4f}"
-    yield (
-        nearest.format("1st percentile"),
-        f"{distances.first_percentile:.4f}",
-        f"{distances.test_first_percentile:.4f}",
-    )
-    yield nearest.format("close"), f"{distances.close:.2%}", "1.00%"
+    yield from _distance_rows(certificate.memorisation)
     if certificate.parzen is not None and certificate.parzen_reference is not None:
         yield "Parzen window, nats", _nats(certificate.parzen), _nats(certificate.parzen_reference)
         for paper, value in PUBLISHED.items():
             yield f"Parzen window of {paper}", value, ""
+
+
+def _distance_rows(distances: Memorisation) -> Iterator[tuple[str, str, str]]:
+    nearest = "nearest training image, {}"
+    for name, field in (("median", "median"), ("1st percentile", "first_percentile")):
+        values = [
+            _with_error(f"{getattr(distances, each):.4f}", _error(distances.spread, each), ".4f")
+            for each in (field, f"test_{field}")
+        ]
+        yield nearest.format(name), values[0], values[1]
+    close = _share(distances.close, _error(distances.spread, "close"))
+    yield nearest.format("close"), close, "1.00%"
+
+
+def _error(
+    spread: QualitySpread | GANTrainSpread | MemorisationSpread | None, name: str
+) -> float | None:
+    """Return the standard error of a metric in a brief certificate."""
+    return None if spread is None else float(getattr(spread, name))
+
+
+def _metric(quality: Quality, name: str) -> str:
+    return _with_error(f"{getattr(quality, name):.3f}", _error(quality.spread, name), ".3f")
+
+
+def _share(value: float, error: float | None) -> str:
+    return _with_error(f"{value:.2%}", error, ".2%")
+
+
+def _with_error(value: str, error: float | None, form: str) -> str:
+    return value if error is None else f"{value} ± {error:{form}}"
 
 
 def _kid(quality: Quality) -> str:
@@ -72,15 +101,26 @@ def _class_rows(
     certificate: Certificate, class_names: tuple[str, ...]
 ) -> Iterator[tuple[str, str, str]]:
     """Yield a row per class, or the rows of the worst `TABLE_CLASSES` classes."""
-    fake, real = certificate.generated, certificate.reference
-    shares = zip(class_names, fake.gan_test_per_class, real.gan_test_per_class, strict=True)
-    classes, note = list(shares), ""
-    if len(classes) > TABLE_CLASSES:
-        classes.sort(key=lambda row: 1.0 if row[1] is None else row[1])
+    labels, note = list(range(len(class_names))), ""
+    if len(labels) > TABLE_CLASSES:
+        shares = certificate.generated.gan_test_per_class
+        labels.sort(key=lambda label: 1.0 if (share := shares[label]) is None else share)
         note = f" (of the worst {TABLE_CLASSES} of {len(class_names)})"
-    for name, *values in classes[:TABLE_CLASSES]:
-        generated, expected = ("no image" if value is None else f"{value:.2%}" for value in values)
-        yield f"GAN-test, {name}{note}", generated, expected
+    for label in labels[:TABLE_CLASSES]:
+        generated, expected = (
+            _class_share(quality, label)
+            for quality in (certificate.generated, certificate.reference)
+        )
+        yield f"GAN-test, {class_names[label]}{note}", generated, expected
+
+
+def _class_share(quality: Quality, label: int) -> str:
+    share = quality.gan_test_per_class[label]
+    if share is None:
+        return "no image"
+    return _share(
+        share, None if quality.spread is None else quality.spread.gan_test_per_class[label]
+    )
 
 
 def write_report(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Certificates: their contents, and that they can be reproduced."""
 
-import itertools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,12 +9,14 @@ import torch
 from pydantic import ValidationError
 
 from tests.support import tiny_training as tiny
+from tests.support.serving import MODEL
 from training.artifact import load_artifact, save_artifact
 from training.networks import Generator, build_generator
 from training.quality import certificate as module
 from training.quality.certificate import (
+    FULL,
+    CertificateSize,
     certify,
-    estimate_certification_s,
     generate_dataset,
     measure,
     read_certificate,
@@ -42,13 +43,17 @@ def generator(one_thread: None) -> Generator:
     return tiny.state().ema.eval()
 
 
+SIZE = CertificateSize(images=100, gan_train_images=64)
+BRIEF = CertificateSize(images=50, gan_train_images=32, gan_train_seeds=1, memorisation_images=20)
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "GAN_TRAIN_IMAGES", 256)
-    monkeypatch.setattr("training.quality.gan_train.IMAGES", 128)
+    """A full certificate of few images."""
+    monkeypatch.setattr(module, "FULL", SIZE)
 
 
-certify_tiny = partial(certify, train=TRAIN, test=TEST, images=100)
+certify_tiny = partial(certify, train=TRAIN, test=TEST, size=SIZE)
 
 
 # Pixels
@@ -152,7 +157,7 @@ def test_a_certificate_says_what_was_measured_and_against_what(
     assert left != right
     assert certificate.memorisation == memorisation(fake.images, TRAIN.images, TEST.images)
     # A classifier learns from other images than those that are measured.
-    gan_train_set = generate_dataset(generator, TEST, images=256, seed=4)
+    gan_train_set = generate_dataset(generator, TEST, images=64, seed=4)
     assert certificate.gan_train == gan_train(gan_train_set, TRAIN, TEST)
     assert certificate.reference.gan_test > 0.95
     assert certificate.reference.precision > certificate.generated.precision
@@ -176,7 +181,7 @@ def test_progress_is_logged(
 ) -> None:
     caplog.set_level("INFO", "training")
     certify_tiny(generator, classifier)
-    assert caplog.messages[0] == "Generating 100 images and 256 for GAN-train …"
+    assert caplog.messages[0] == "Generating 100 images and 64 for GAN-train …"
     assert any(line.startswith("GAN-train") for line in caplog.messages)
     assert all("\n" not in line for line in caplog.messages)
 
@@ -198,22 +203,79 @@ def test_only_mnist_has_the_log_likelihood_of_its_papers(
     assert certificate.parzen_reference.mean > certificate.parzen.mean
 
 
-def test_the_estimated_time_is_that_of_all_images(
-    classifier: FeatureClassifier, generator: Generator, monkeypatch: pytest.MonkeyPatch
+# Brief certificates
+
+
+def test_a_brief_certificate_measures_less_and_says_so(
+    classifier: FeatureClassifier, generator: Generator
 ) -> None:
-    monkeypatch.setattr(module, "estimate_gan_train_s", lambda _train: 1000.0)
-    ticks = itertools.count()
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
-    found = estimate_certification_s(generator, classifier, train=TRAIN, test=TEST)
-    # By this clock every share takes a second: 200 images.
-    looks, distances, copies = (2 * 10_000 + 2 * 120) / 200, 6 * 10_000 / 200, 2 * 2000 / 200
-    assert found == pytest.approx(1000 + (10_000 + 256) / 200 + looks + distances + copies)
+    brief = certify_tiny(generator, classifier, size=BRIEF)
+    assert brief.brief == (
+        "50 images; GAN-train with 1 seed of 32 images; 20 images compared with the training "
+        "images; `training evaluate FILE` completes it"
+    )
+    assert (brief.images, brief.test_images) == (50, 60)  # of 120 for 100
+    assert (brief.gan_train.images, len(brief.gan_train.accuracies)) == (32, 1)
+    for quality in (brief.generated, brief.reference):
+        assert quality.spread is not None
+        assert 0.0 < quality.spread.gan_test < 0.1
+        assert quality.kid_std > 0.0
+        assert all(error is not None for error in quality.spread.gan_test_per_class)
+    assert brief.memorisation.spread is not None
+    assert brief.memorisation.spread.images == 20
+    assert brief.gan_train.spread is not None
 
 
-def test_a_certificate_survives_its_artifact(
+def test_the_images_of_a_brief_certificate_are_the_first_of_a_full_one(
+    classifier: FeatureClassifier, generator: Generator
+) -> None:
+    """A figure moves towards that of the full one as the number grows."""
+    brief, full = (certify_tiny(generator, classifier, size=size) for size in (BRIEF, SIZE))
+    for name in ("gan_test", "precision", "recall"):
+        for few, many in ((brief.generated, full.generated), (brief.reference, full.reference)):
+            assert few.spread is not None
+            error = getattr(few.spread, name)
+            assert getattr(few, name) == pytest.approx(getattr(many, name), abs=4 * error)
+
+
+def test_a_brief_certificate_has_no_likelihood(
+    classifier: FeatureClassifier, generator: Generator
+) -> None:
+    train, test = (replace(each, name="mnist") for each in (TRAIN, TEST))
+    brief = certify_tiny(generator, classifier, train=train, test=test, size=BRIEF)
+    assert (brief.parzen, brief.parzen_reference) == (None, None)
+
+
+def test_generated_and_real_images_have_the_ratio_of_a_full_certificate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "FULL", FULL)
+    few = replace(FULL, images=500)
+    assert [FULL.test_images(count) for count in (70, 10_000, 30_000)] == [70, 10_000, 30_000]
+    assert [few.test_images(count) for count in (70, 10_000, 30_000)] == [70, 500, 1500]
+
+
+def test_a_full_certificate_has_the_fields_that_it_always_had(
     classifier: FeatureClassifier, generator: Generator, tmp_path: Path
 ) -> None:
-    certificate = certify_tiny(generator, classifier)
+    info = load_artifact(tiny.artifact_file(tmp_path / "a.safetensors")).info
+    full, brief = (
+        with_certificate(info, certify_tiny(generator, classifier, size=size)).certificate or {}
+        for size in (SIZE, BRIEF)
+    )
+    bundled = load_artifact(MODEL).info.certificate or {}
+    assert full.keys() == bundled.keys()
+    for part in ("generated", "real", "gan_train", "memorisation"):
+        assert full[part].keys() == bundled[part].keys()
+        assert brief[part].keys() == bundled[part].keys() | {"spread"}
+    assert brief.keys() == bundled.keys() | {"brief", "test_images"}
+
+
+@pytest.mark.parametrize("size", [SIZE, BRIEF], ids=["full", "brief"])
+def test_a_certificate_survives_its_artifact(
+    classifier: FeatureClassifier, generator: Generator, tmp_path: Path, size: CertificateSize
+) -> None:
+    certificate = certify_tiny(generator, classifier, size=size)
     path = tiny.artifact_file(tmp_path / "a.safetensors")
     loaded = load_artifact(path)
     assert read_certificate(loaded.info) is None

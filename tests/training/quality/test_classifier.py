@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support import tiny_training as tiny
-from training.data.named import Dataset, load_dataset
+from training.data.named import load_dataset
 from training.quality import classifier as module
 from training.quality.classifier import (
     DIGESTS,
@@ -19,9 +19,10 @@ from training.quality.classifier import (
     ClassifierError,
     ClassifierNetwork,
     FeatureClassifier,
-    estimate_pass_s,
+    fit,
     get_classifier,
     load_bundled_classifier,
+    plan_epochs,
     random_affine,
     save_classifier,
     to_images,
@@ -175,11 +176,10 @@ def test_augmentation_moves_images_a_little_and_each_its_own_way() -> None:
 
 @pytest.fixture(scope="module")
 def short() -> Iterator[None]:
-    """Little training, of which a pass is said to take 2 s."""
+    """Little training: 10 passes are enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "EPOCHS", 2)
         patch.setattr(module, "MIN_IMAGES", 256 * 10)
-        patch.setattr(module, "estimate_pass_s", lambda *_given, **_how: 2.0)
         yield
 
 
@@ -205,7 +205,7 @@ def test_a_classifier_is_trained_once_for_a_data_set(
 ) -> None:
     caplog.set_level("INFO", "training")
     first = get_classifier(DATA, cache=tmp_path)
-    assert caplog.messages[0] == f"{START}10 passes over its training images, about 0.3 minutes"
+    assert caplog.messages[0] == f"{START}10 passes over its training images"
     assert first.accuracy(TEST) > 0.9
     again = get_classifier(DATA, cache=tmp_path)
     assert again.digest == first.digest
@@ -235,23 +235,71 @@ def test_a_damaged_file_in_the_cache_is_trained_again(
 
 
 @pytest.mark.usefixtures("short", "one_thread")
-def test_training_takes_no_longer_than_its_limit(
+def test_training_makes_no_more_passes_than_there_is_time_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "training")
     find = partial(get_classifier, DATA, cache=tmp_path)
-    limited = find(seconds=5.0)
+    limited = find(epochs=2.5, seconds=60.0)
     assert trainings(caplog) == [
-        f"{START}2.5 instead of 10 (time limit) passes over its training images, about 0.1 minutes"
+        f"{START}2.5 instead of 10 (time limit) passes over its training images, "
+        "at most 1.0 minutes"
     ]
-    assert find(seconds=9.0).digest == limited.digest  # 4.5 passes are less than twice 2.5
+    assert find(epochs=4.5).digest == limited.digest  # less than twice 2.5
     assert len(trainings(caplog)) == 1
-    find(seconds=11.0)
+    find(epochs=5.5)
     assert trainings(caplog)[1].startswith(f"{START}5.5 instead of 10 (time limit) passes")
     full = find()
     assert trainings(caplog)[2].startswith(f"{START}10 passes")
-    assert find(seconds=1.0).digest == find().digest == full.digest != limited.digest
+    assert find(epochs=1.0).digest == find().digest == full.digest != limited.digest
     assert len(trainings(caplog)) == 3
+
+
+@pytest.mark.usefixtures("short", "one_thread")
+def test_the_planned_passes_are_those_that_are_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "training")
+    plan = partial(plan_epochs, DATA, cache=tmp_path)
+    find = partial(get_classifier, DATA, cache=tmp_path)
+    assert plan(affordable=100.0) == plan() == 10
+    assert plan(affordable=1.5) == 1.5
+    find(epochs=1.5)
+    assert plan(affordable=2.0) == 0.0  # the cached one is good enough
+    assert plan(affordable=4.0) == 4.0
+    find(epochs=0.0)
+    assert len(trainings(caplog)) == 1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_time_limit_shortens_training_and_still_ends_it_at_the_lowest_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By this clock a step takes 1 s."""
+    clock = tiny.FakeClock(monkeypatch)
+    clock.spend("training.quality.classifier.random_affine", 1.0)
+    monkeypatch.setattr(module, "BATCH", 64)
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def note(optimizer: torch.optim.AdamW, *given: object) -> object:
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    network = module.build(ClassifierNetwork, DATA, seed=0)
+    assert fit(network, DATA, epochs=12, seed=0, seconds=15.0) == 15 / 4
+    assert len(rates) == 15
+    assert clock.now_s == pytest.approx(15)
+    assert max(rates) == pytest.approx(3e-3, rel=0.1)
+    assert rates[-1] == min(rates[3:]) < 0.1 * max(rates)
+    assert not network.training
+    assert fit(module.build(ClassifierNetwork, DATA, 0), DATA, epochs=3, seed=0, seconds=15.0) == 3
+
+
+def test_no_time_at_all_is_enough_for_a_step() -> None:
+    network = module.build(ClassifierNetwork, DATA, seed=0)
+    assert fit(network, DATA, epochs=12, seed=0, seconds=-1.0) == 0.5
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -274,24 +322,6 @@ def test_the_last_pass_may_be_partial(
     assert counted == steps
     assert len(caplog.messages) == -(-steps // 4)
     assert not network.training
-
-
-def test_the_estimated_time_of_a_pass_is_that_of_its_steps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now_s = 0.0
-
-    def take_time(
-        _network: ClassifierNetwork, few: Dataset, *, epochs: float, **_how: object
-    ) -> None:
-        nonlocal now_s
-        now_s += 3.0 * epochs * len(few.labels) / 64
-
-    monkeypatch.setattr("time.perf_counter", lambda: now_s)
-    monkeypatch.setattr(module, "fit", take_time)
-    monkeypatch.setattr(module, "BATCH", 64)
-    new = ClassifierNetwork(num_classes=2, channels=1)
-    assert estimate_pass_s(new, DATA) == pytest.approx(4 * 3.0)
 
 
 def test_the_images_of_a_bundled_classifier_get_it(mnist_dir: Path, tmp_path: Path) -> None:

@@ -1,14 +1,10 @@
-"""Quick metrics of a run, and the time that is left for training."""
+"""Quick metrics of a run, and the limits of a classifier's training."""
 
-import itertools
-import re
+import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.support import tiny_training as tiny
 from training.data.named import Dataset
@@ -16,15 +12,7 @@ from training.networks import Generator
 from training.quality import evaluator as module
 from training.quality.certificate import generate_dataset
 from training.quality.classifier import FeatureClassifier
-from training.quality.evaluator import (
-    CERTIFICATION_MARGIN,
-    CLASSIFIER_SHARE,
-    MIN_TRAINING_SHARE,
-    RESERVED_SHARE,
-    Evaluator,
-    Overhead,
-    estimate_overhead,
-)
+from training.quality.evaluator import Evaluator, quick_sizes
 from training.quality.metrics import frechet_distance, prdc
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,75 +56,37 @@ def test_quick_metrics_leave_the_random_state_as_it_was(
     assert evaluator.evaluate_quick(generator) == first
 
 
-def overhead(monkeypatch: pytest.MonkeyPatch, generator: Generator, *, certified: bool) -> Overhead:
-    """The estimate where the clock advances a second each time that it is read."""
-    ticks = itertools.count()
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
-    monkeypatch.setattr(module, "estimate_certification_s", lambda *_a, **_k: 60.0)
-    monkeypatch.setattr(module, "estimate_classifier_s", lambda *_a, **_k: 90.0)
-    return estimate_overhead(TRAIN, TEST, generator, certified=certified)
-
-
-def test_all_but_training_is_estimated_without_a_trained_classifier(
-    monkeypatch: pytest.MonkeyPatch, generator: Generator
+def test_a_share_of_a_quick_evaluation_keeps_the_ratio_of_its_images(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def train(*_given: object, **_how: object) -> None:
-        raise AssertionError("a classifier is trained")
-
-    monkeypatch.setattr(module, "get_classifier", train)
-    certified, plain = (overhead(monkeypatch, generator, certified=it) for it in (True, False))
-    assert plain == Overhead(classifier_s=90, quick_s=1, certification_s=0)
-    assert certified == replace(plain, certification_s=60 * CERTIFICATION_MARGIN)
+    monkeypatch.setattr(module, "QUICK_IMAGES", 3000)
+    assert quick_sizes(1.0) == (3000, 5000)
+    assert quick_sizes(0.1) == (300, 500)
 
 
-def test_the_time_of_the_last_evaluation_and_of_the_certificate_is_reserved() -> None:
-    plain = Overhead(classifier_s=90, quick_s=1)
-    assert plain.seconds_for_training(5) == pytest.approx(300 * (1 - RESERVED_SHARE) - 1)
-    found = replace(plain, certification_s=75).seconds_for_training(5)
-    assert found == pytest.approx(300 * (1 - RESERVED_SHARE) - 1 - 75)
-
-
-@given(
-    classifier_s=st.floats(0, 10_000), quick_s=st.floats(0.01, 60), certify_s=st.floats(0, 10_000)
-)
-def test_too_little_time_is_refused_and_the_suggested_times_are_enough(
-    classifier_s: float, quick_s: float, certify_s: float
+def test_a_smaller_evaluation_measures_fewer_images_of_both_kinds(
+    evaluator: Evaluator, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    estimate = Overhead(classifier_s=classifier_s, quick_s=quick_s, certification_s=certify_s)
-    with pytest.raises(ValueError, match="1e-05 is too short for ") as caught:
-        estimate.seconds_for_training(1e-5)
-    suggested = re.search(r"give ([\d.]+) or more(?:, or ([\d.]+) without)?", str(caught.value))
-    assert suggested is not None
-    enough, without = suggested.groups()
-    for minutes, overhead in (
-        (enough, estimate),
-        *([(without, replace(estimate, certification_s=0.0))] if without else []),
-    ):
-        left = overhead.seconds_for_training(float(minutes))
-        left -= overhead.durations_s(float(minutes))["the training of a classifier"]
-        assert left >= 0.99 * MIN_TRAINING_SHARE * 60 * float(minutes) * (1 - RESERVED_SHARE)
+    monkeypatch.setattr(module, "get_classifier", lambda *_given, **_how: evaluator.classifier)
+    monkeypatch.setattr(module, "REFERENCE_IMAGES", 200)
+    smaller = Evaluator.create(TRAIN, TEST, quick_share=0.4)
+    assert len(smaller.reference_features) == 80
+    assert smaller.evaluate_quick(generator).images == 40
+    assert evaluator.evaluate_quick(generator).images == 100
 
 
-def test_the_refusal_names_what_takes_the_time() -> None:
-    estimate = Overhead(classifier_s=600, quick_s=1, certification_s=1320)
-    with pytest.raises(ValueError, match="7 is too short") as caught:
-        estimate.seconds_for_training(7)
-    assert "the training of a classifier (1.4 minutes)" in str(caught.value)
-    assert "certification (22.0 minutes); give 32.3 or more, or 0.1 without --certify" in str(
-        caught.value
-    )
-
-
-def test_training_a_classifier_takes_a_limited_share_of_a_budget(
+def test_passes_and_seconds_limit_the_training_of_a_classifier(
     monkeypatch: pytest.MonkeyPatch, evaluator: Evaluator
 ) -> None:
-    limits: list[float | None] = []
+    limits: list[tuple[float | None, float]] = []
 
-    def note(_train: Dataset, *, seconds: float | None, **_how: object) -> FeatureClassifier:
-        limits.append(seconds)
+    def note(
+        _train: Dataset, *, epochs: float | None, seconds: float, **_how: object
+    ) -> FeatureClassifier:
+        limits.append((epochs, seconds))
         return evaluator.classifier
 
     monkeypatch.setattr(module, "get_classifier", note)
-    for minutes in (5.0, None):
-        Evaluator.create(TRAIN, TEST, minutes=minutes)
-    assert limits == [pytest.approx(300 * CLASSIFIER_SHARE), None]
+    Evaluator.create(TRAIN, TEST, epochs=2.5, seconds=24.0)
+    Evaluator.create(TRAIN, TEST)
+    assert limits == [(2.5, 24.0), (None, math.inf)]

@@ -11,12 +11,14 @@ import torch
 from tests.support import tiny_training as tiny
 from training.quality import gan_train as module
 from training.quality.gan_train import (
+    EPOCHS,
     SEEDS,
     GANTrain,
     GanTrainClassifier,
-    estimate_gan_train_s,
+    GANTrainSpread,
     gan_train,
 )
+from training.quality.spread import binomial
 
 pytestmark = pytest.mark.usefixtures("one_thread", "short")
 
@@ -26,7 +28,6 @@ TRAIN, TEST, GENERATED = tiny.dataset(128, 0), tiny.dataset(120, 1), tiny.datase
 @pytest.fixture(scope="module")
 def short() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "IMAGES", 128)
         patch.setattr("training.quality.classifier.BATCH", 16)
         yield
 
@@ -102,9 +103,32 @@ def test_a_classifier_takes_images_of_every_allowed_size(size: int, channels: in
     assert classifier(torch.zeros(2, channels, size, size)).shape == (2, 7)
 
 
-def test_the_estimate_grows_with_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "estimate_pass_s", lambda *_given, **_how: 3.0)
-    short = estimate_gan_train_s(TRAIN)
-    assert short == pytest.approx((SEEDS + 1) * module.EPOCHS * 3.0)  # one pass is as many images
-    monkeypatch.setattr(module, "IMAGES", 1280)
-    assert estimate_gan_train_s(TRAIN) == pytest.approx(10 * short)
+def test_a_brief_measurement_has_fewer_seeds_and_says_how_far_it_may_be_off() -> None:
+    generated = replace(GENERATED, images=GENERATED.images[:32], labels=GENERATED.labels[:32])
+    result = gan_train(generated, TRAIN, TEST, seeds=1, spread=True)
+    assert (result.images, len(result.accuracies)) == (32, 1)
+    assert result.spread == GANTrainSpread(
+        shown=EPOCHS * 32, generated=binomial(result.mean, 120), real=binomial(result.real, 120)
+    )
+    assert result.std == result.spread.generated
+
+
+def test_the_seeds_count_where_they_differ_more_than_few_test_images_explain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accuracies = iter([0.2, 0.9, 0.5])
+    monkeypatch.setattr(module, "_accuracy", lambda *_given: next(accuracies))
+    result = gan_train(GENERATED, TRAIN, TEST, seeds=2, spread=True)
+    assert result.std == pytest.approx(stdev((0.2, 0.9)))
+
+
+def test_classifiers_share_the_time_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By this clock a step takes 1 s, so 64 s are half of what two classifiers need."""
+    clock = tiny.FakeClock(monkeypatch)
+    clock.spend("training.quality.classifier.random_affine", 1.0)
+    full = EPOCHS * 128 // 16
+    result = gan_train(GENERATED, TRAIN, TEST, seeds=1, seconds=full, spread=True)
+    assert clock.now_s == pytest.approx(full, abs=2)
+    assert result.spread is not None
+    assert result.spread.shown == pytest.approx(EPOCHS * 128 / 2, abs=16)
+    assert min(result.mean, result.real) > 0.9

@@ -10,9 +10,9 @@ from PIL import Image
 from tests.support import tiny_training as tiny
 from tests.support.processes import REPOSITORY
 from training.artifact import load_artifact, save_artifact
-from training.quality.certificate import Certificate, Quality, with_certificate
-from training.quality.gan_train import GANTrain
-from training.quality.memorisation import Memorisation
+from training.quality.certificate import Certificate, Quality, QualitySpread, with_certificate
+from training.quality.gan_train import GANTrain, GANTrainSpread
+from training.quality.memorisation import Memorisation, MemorisationSpread
 from training.quality.parzen import Parzen
 from training.quality.report import TABLE_CLASSES, render_page, render_table, write_report
 
@@ -54,6 +54,40 @@ WITH_PARZEN = replace(
     CERTIFICATE,
     parzen=Parzen(mean=231.42, standard_error=1.84, sigma=0.2),
     parzen_reference=Parzen(mean=242.71, standard_error=1.79, sigma=0.2),
+)
+SPREAD = QualitySpread(
+    gan_test=0.0101,
+    gan_test_per_class=(0.0202, 0.0303),
+    precision=0.011,
+    recall=0.012,
+    density=0.013,
+    coverage=0.014,
+    frechet_distance=0.5,
+)
+BRIEF = replace(
+    CERTIFICATE,
+    images=110,
+    generated=replace(QUALITY, spread=SPREAD),
+    reference=replace(CERTIFICATE.reference, spread=replace(SPREAD, gan_test=0.05)),
+    gan_train=GANTrain(
+        images=250,
+        accuracies=(0.97,),
+        real=0.9951,
+        spread=GANTrainSpread(shown=1000, generated=0.0111, real=0.0022),
+    ),
+    memorisation=replace(
+        CERTIFICATE.memorisation,
+        spread=MemorisationSpread(
+            images=50,
+            median=0.001,
+            first_percentile=0.002,
+            test_median=0.003,
+            test_first_percentile=0.004,
+            close=0.005,
+        ),
+    ),
+    brief="110 images; `training evaluate FILE` completes it",
+    test_images=110,
 )
 ROWS = [
     ["", "generated", "real images"],
@@ -98,6 +132,27 @@ def many_classes(count: int) -> tuple[Certificate, tuple[str, ...]]:
 
 def test_a_table_is_markdown_and_shows_every_metric() -> None:
     assert cells(render_table(CERTIFICATE, ("left", "right"))) == ROWS
+
+
+def test_every_metric_of_a_brief_certificate_has_its_error() -> None:
+    table, _, note = render_table(BRIEF, ("left", "right")).rpartition("\n\n")
+    assert note == "Brief: 110 images; `training evaluate FILE` completes it."
+    assert cells(table) == [
+        ["", "generated", "real images"],
+        ["GAN-train", "97.00% ± 1.11%", "99.51% ± 0.22%"],
+        ["GAN-test", "98.77% ± 1.01%", "50.00% ± 5.00%"],
+        ["GAN-test, left", "100.00% ± 2.02%", "25.00% ± 2.02%"],
+        ["GAN-test, right", "97.53% ± 3.03%", "75.00% ± 3.03%"],
+        ["precision", "0.123 ± 0.011", "0.123 ± 0.011"],
+        ["recall", "0.234 ± 0.012", "0.234 ± 0.012"],
+        ["density", "1.346 ± 0.013", "1.346 ± 0.013"],
+        ["coverage", "0.457 ± 0.014", "0.457 ± 0.014"],
+        ["Fréchet distance", "12.346 ± 0.500", "0.001 ± 0.500"],
+        ["KID", "0.12346 ± 0.00111", "0.12346 ± 0.00111"],
+        ["nearest training image, median", "0.2100 ± 0.0010", "0.2200 ± 0.0030"],
+        ["nearest training image, 1st percentile", "0.1100 ± 0.0020", "0.1200 ± 0.0040"],
+        ["nearest training image, close", "1.23% ± 0.50%", "1.00%"],
+    ]
 
 
 def test_the_legacy_metric_stands_beside_the_published_ones() -> None:
