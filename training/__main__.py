@@ -172,7 +172,7 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
     "--resume",
     is_flag=True,
     help="Continue the run in --out exactly where it stopped, with its options and, if DATASET is "
-    "left out, its images; a larger --images or --minutes continues a complete one.",
+    "left out, its images. --images or --minutes give it another length, from its beginning.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the configuration and the estimated time.")
 def train_command(**options: Any) -> None:

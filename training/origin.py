@@ -106,7 +106,7 @@ def _find_run(settings: TrainSettings, name: str) -> Path:
 
 
 def _read_resumed(folder: RunFolder, dataset: str, settings: TrainSettings) -> Checkpoint:
-    """Read the checkpoint to resume from, compare the options with it, and apply a larger budget.
+    """Read the checkpoint to resume from, compare the options with it, and apply another budget.
 
     Options that were not given are those of the run.
     """
@@ -130,28 +130,27 @@ def _read_resumed(folder: RunFolder, dataset: str, settings: TrainSettings) -> C
 
 
 def _extend(checkpoint: Checkpoint, settings: TrainSettings) -> RunMetadata:
-    """Return the description of a run with the budget of the options, if they give a larger one."""
-    stored = checkpoint.metadata
-    if settings.images is None and settings.minutes is None:
+    """Return the description of a run with the budget of the options, if they give one.
+
+    It may be larger or smaller than that of the run, and of the other kind, but must exceed what
+    the run has used, unless it is the same as before.
+    """
+    stored, state = checkpoint.metadata, checkpoint.state
+    if settings.minutes is not None:
+        extended = dataclasses.replace(stored, minutes=float(settings.minutes))
+        minutes = (stored.prepared_s + state["elapsed_s"]) / 60
+        used, over = f"{minutes:.2f} minutes", minutes >= settings.minutes
+        given = f"--minutes {settings.minutes:.12g}"
+    elif settings.images is not None:
+        config = dataclasses.replace(stored.config, images=settings.images)
+        extended = dataclasses.replace(stored, minutes=None, config=config)
+        used, over = f"{state['images_seen']} images", state["images_seen"] >= settings.images
+        given = f"--images {settings.images}"
+    else:
         return stored
-    unit, have = "images", float(stored.config.images)
-    want: float | None = settings.images
-    if stored.minutes is not None:
-        unit, have, want = "minutes", stored.minutes, settings.minutes
-    if want is None:
-        other = "--minutes" if unit == "images" else "--images"
+    if over and extended != stored:
         raise CheckpointError(
             checkpoint.path,
-            f"the length of this run is --{unit} {have:.12g}, but {other} was given; to continue "
-            f"it beyond that, give a larger --{unit}",
+            f"this run has used {used}, but {given} was given; give a larger number to continue it",
         )
-    if want < have:
-        raise CheckpointError(
-            checkpoint.path,
-            f"--{unit} of this run is {have:.12g}, but {want:.12g} was given; give a larger number "
-            "to continue it beyond that, or leave it out",
-        )
-    if unit == "minutes":
-        return dataclasses.replace(stored, minutes=float(want))
-    config = dataclasses.replace(stored.config, images=int(want))
-    return dataclasses.replace(stored, config=config)
+    return extended

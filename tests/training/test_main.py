@@ -434,8 +434,10 @@ def test_a_resumed_run_has_the_budget_and_the_preset_that_it_was_given(out: Path
     [
         (("--seed", "1"), "--seed of this run is 0, but 1 was given"),
         (("--preset", "paper"), "--preset of this run is 'conv', but 'paper' was given"),
-        (("--images", "64"), "--images of this run is 640, but 64 was given; give a larger number"),
-        (("--minutes", "1"), "the length of this run is --images 640, but --minutes was given"),
+        (
+            ("--images", "32"),
+            "this run has used 32 images, but --images 32 was given; give a larger",
+        ),
         (("--r1-gamma", "7"), "--r1-gamma of this run is 0.5, but 7.0 was given"),
         (("--flip",), "--flip of this run is False, but True was given"),
     ],
@@ -494,8 +496,29 @@ def test_a_run_of_minutes_goes_on_to_a_larger_budget(out: Path) -> None:
     assert train(out, "--resume", "--minutes", "0.04").exit_code == 0
     assert read_checkpoint(out / "checkpoint.pt").state["images_seen"] > before
     assert load_artifact(out / "generator.safetensors").info.training["minutes"] == 0.04
-    refused(train(out, "--resume", "--minutes", "0.03"), "is 0.04, but 0.03 was given")
-    refused(train(out, "--resume", "--images", "640"), "is --minutes 0.04, but --images was given")
+
+
+def test_a_run_goes_on_with_a_budget_of_the_other_kind(out: Path) -> None:
+    interrupt(out)
+    short = train(out, "--resume", "--minutes", "0.0001")
+    refused(
+        short, "this run has used 0.", " minutes, but --minutes 0.0001 was given; give a larger"
+    )
+    before = read_checkpoint(out / "checkpoint.pt")
+    minutes = (before.metadata.prepared_s + before.state["elapsed_s"]) / 60 + 0.03
+    assert train(out, "--resume", "--minutes", str(minutes)).exit_code == 0
+    timed = read_checkpoint(out / "checkpoint.pt")
+    seen = timed.state["images_seen"]
+    assert (timed.metadata.minutes, seen > before.state["images_seen"]) == (minutes, True)
+    assert train(out, "--resume", "--images", str(seen + 32)).exit_code == 0
+    counted = read_checkpoint(out / "checkpoint.pt")
+    assert (counted.metadata.minutes, counted.state["images_seen"]) == (None, seen + 32)
+
+
+def test_a_stopped_run_goes_on_to_a_smaller_budget(out: Path) -> None:
+    interrupt(out)
+    assert train(out, "--resume", "--images", "96").exit_code == 0
+    assert read_checkpoint(out / "checkpoint.pt").state["images_seen"] == 96
 
 
 @pytest.mark.parametrize("budget", [(), ("--images", "32")])
