@@ -157,7 +157,7 @@ class Run:
 
         def show_and_stop() -> bool:
             if self._log is not None:
-                self._log.advance(self.state)
+                self._log.advance()
             return stop()
 
         for point in train(self.state, step, log_every=LOG_EVERY_IMAGES, stop=show_and_stop):

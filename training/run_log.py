@@ -43,10 +43,11 @@ class ProgressBar:
     """A bar over the images of a run, or over the seconds of its time budget."""
 
     def __init__(self, state: TrainState, file: TextIO) -> None:
+        self._state = state
         timed = state.budget_s is not None
         self._bar: tqdm[Never] = tqdm(
             total=state.budget_s if timed else state.config.images,
-            initial=self._position(state),
+            initial=self._position(),
             file=file,
             unit="img",
             unit_scale=True,
@@ -64,17 +65,19 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self._update(time.monotonic())
         self._bar.close()
 
-    def advance(self, state: TrainState, *, at_once: bool = False) -> None:
-        """Show the progress, a few times a second at most or `at_once`."""
+    def advance(self) -> None:
+        """Show the progress, a few times a second at most."""
         now = time.monotonic()
-        if at_once or now >= self._next_at:
+        if now >= self._next_at:
             self._next_at = now + self._interval_s
-            self._show(state, now)
+            self._update(now)
+            self._bar.refresh()
 
-    def _show(self, state: TrainState, now: float) -> None:
-        quality = []
+    def _update(self, now: float) -> None:
+        state, quality = self._state, []
         if self.metrics is not None:
             quality = [
                 f"GAN-test {self.metrics.gan_test:.1%}, coverage {self.metrics.coverage:.2f}"
@@ -88,11 +91,11 @@ class ProgressBar:
             self._bar.set_description_str(", ".join(notes), refresh=False)
         else:
             self._bar.set_postfix_str(", ".join(quality), refresh=False)
-        self._bar.n = self._position(state)
-        self._bar.refresh()
+        self._bar.n = self._position()
 
-    def _position(self, state: TrainState) -> float:
+    def _position(self) -> float:
         """Return the images seen or the seconds passed; a last step may exceed the total."""
+        state = self._state
         if state.budget_s is not None:
             return min(state.elapsed_s, state.budget_s)
         return min(state.images_seen, state.config.images)
@@ -114,9 +117,9 @@ class RunLogger:
         self._history: list[tuple[float, float]] = []  # elapsed seconds and coverage
         self._said: set[tuple[str, bool]] = set()
 
-    def advance(self, state: TrainState) -> None:
+    def advance(self) -> None:
         """Move the progress bar before a step; waits for no device."""
-        self._bar.advance(state)
+        self._bar.advance()
 
     def losses(self, state: TrainState, point: LogPoint) -> None:
         """Record the losses of a log point."""
@@ -127,7 +130,6 @@ class RunLogger:
             self._writer.add_scalar(f"losses/{name}", value, state.images_seen)
         self._writer.add_scalar("images_per_s", point.images_per_s, state.images_seen)
         self._bar.images_per_s = point.images_per_s
-        self._bar.advance(state, at_once=point.finished)
 
     def metrics(self, state: TrainState, metrics: QuickMetrics) -> None:
         """Record the metrics of the averaged generator."""
