@@ -135,8 +135,8 @@ class Run:
                 artifact so far remains.
             OSError: another file of the run cannot be written.
         """
-        names = self.dataset.class_names
-        with open_run_log(self.folder, self.state, names) as self._log:
+        names, prepared_s = self.dataset.class_names, self.metadata.prepared_s
+        with open_run_log(self.folder, self.state, names, prepared_s) as self._log:
             while True:
                 # Made again after every rollback, which replaces tensors that a graph has captured.
                 step = make_step(self.state, self.dataset)

@@ -108,13 +108,14 @@ class RunLogger:
         self,
         folder: RunFolder,
         class_names: tuple[str, ...],
+        prepared_s: float,
         bar: ProgressBar,
         log: TextIO,
         writer: SummaryWriter,
     ) -> None:
-        self._folder, self._class_names = folder, class_names
+        self._folder, self._class_names, self._prepared_s = folder, class_names, prepared_s
         self._bar, self._log, self._writer = bar, log, writer
-        self._history: list[tuple[float, float]] = []  # elapsed seconds and coverage
+        self._history: list[tuple[float, float]] = []  # seconds of training and coverage
         self._said: set[tuple[str, bool]] = set()
 
     def advance(self) -> None:
@@ -143,12 +144,12 @@ class RunLogger:
 
     def _describe(self, state: TrainState, metrics: QuickMetrics) -> None:
         """Print the meaning of the metrics, each one once, and once more with a forecast."""
-        elapsed_s, classes = state.elapsed_s, state.ema.config.num_classes
-        self._history.append((elapsed_s, metrics.coverage))
-        end_s = state.budget_s
-        if end_s is None:
-            end_s = elapsed_s * state.config.images / state.images_seen
-        forecast = render_forecast(self._history, end_s)
+        classes, train_s = state.ema.config.num_classes, state.budget_s
+        if train_s is None:
+            train_s = state.elapsed_s * state.config.images / state.images_seen
+        self._history.append((state.elapsed_s, metrics.coverage))
+        forecast = render_forecast(self._history, train_s, self._prepared_s)
+        elapsed_s = self._prepared_s + state.elapsed_s
         meaning = judge(metrics, classes), bool(forecast)
         if meaning not in self._said:
             self._said.add(meaning)
@@ -175,7 +176,7 @@ class RunLogger:
 
 @contextmanager
 def open_run_log(
-    folder: RunFolder, state: TrainState, class_names: tuple[str, ...]
+    folder: RunFolder, state: TrainState, class_names: tuple[str, ...], prepared_s: float = 0.0
 ) -> Iterator[RunLogger | None]:
     """Open the records of a run in the main process; yield None in the others."""
     if not state.world.is_main_process:
@@ -190,7 +191,7 @@ def open_run_log(
         writer,
         ProgressBar(state, sys.stderr) as bar,
     ):
-        yield RunLogger(folder, class_names, bar, log, writer)
+        yield RunLogger(folder, class_names, prepared_s, bar, log, writer)
 
 
 def _truncate_log(path: Path, images_seen: int) -> None:

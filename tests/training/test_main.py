@@ -505,7 +505,7 @@ def test_a_run_goes_on_with_a_budget_of_the_other_kind(out: Path) -> None:
         short, "this run has used 0.", " minutes, but --minutes 0.0001 was given; give a larger"
     )
     before = read_checkpoint(out / "checkpoint.pt")
-    minutes = (before.metadata.prepared_s + before.state["elapsed_s"]) / 60 + 0.03
+    minutes = (before.metadata.prepared_s + before.state["elapsed_s"]) / 60 + 0.06
     assert train(out, "--resume", "--minutes", str(minutes)).exit_code == 0
     timed = read_checkpoint(out / "checkpoint.pt")
     seen = timed.state["images_seen"]

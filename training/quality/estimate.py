@@ -94,7 +94,7 @@ def forecast_varied_s(history: Sequence[tuple[float, float]]) -> float | None:
     `VARIED` in it. They are a basis if coverage rose from each to the next.
 
     Args:
-        history: (elapsed seconds, coverage) of each evaluation, in order.
+        history: (seconds of training, coverage) of each evaluation, in order.
     """
     last = history[-FORECAST_POINTS:]
     if len(last) < FORECAST_POINTS:
@@ -108,12 +108,15 @@ def forecast_varied_s(history: Sequence[tuple[float, float]]) -> float | None:
     return last_s * math.exp(growth) if growth <= math.log(FORECAST_FACTOR) else None
 
 
-def render_forecast(history: Sequence[tuple[float, float]], end_s: float) -> str:
-    """Return the forecast of a run that ends at `end_s`, as the end of a sentence, or nothing."""
+def render_forecast(history: Sequence[tuple[float, float]], end_s: float, prepared_s: float) -> str:
+    """Return the forecast of a run as the end of a sentence, or nothing.
+
+    Training ends at `end_s` and began `prepared_s` after the run.
+    """
     varied_s = forecast_varied_s(history)
     if varied_s is None:
         return ""
-    minutes = math.ceil(varied_s / 60)
+    minutes = math.ceil((prepared_s + varied_s) / 60)
     shown = f"{minutes} minute" if minutes == 1 else f"{minutes} minutes"
     if varied_s > end_s:
         return f"; varied images would take about {shown}, more than this run has"

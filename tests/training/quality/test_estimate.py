@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.quality.estimate import describe, forecast_varied_s, judge
+from training.quality.estimate import describe, forecast_varied_s, judge, render_forecast
 from training.quality.evaluator import QuickMetrics
 
 
@@ -86,3 +86,21 @@ def test_a_forecast_is_later_than_now_and_bounded(history: list[tuple[float, flo
     if found is not None:
         assert history[-1][0] <= found <= 10.001 * history[-1][0]
         assert math.isfinite(found)
+
+
+RISING = [(60.0 * 2**i, 0.1 * (i + 1)) for i in range(4)]  # varied after 16 minutes
+
+
+@pytest.mark.parametrize(
+    ("end_s", "prepared_s", "text"),
+    [
+        (1200.0, 0.0, "; expect varied images from about 16 minutes on"),
+        (1200.0, 90.0, "; expect varied images from about 18 minutes on"),
+        (600.0, 0.0, "; varied images would take about 16 minutes, more than this run has"),
+    ],
+)
+def test_a_forecast_counts_from_the_start_of_the_run_and_knows_its_end(
+    end_s: float, prepared_s: float, text: str
+) -> None:
+    assert render_forecast(RISING, end_s, prepared_s) == text
+    assert render_forecast(RISING[:2], end_s, prepared_s) == ""
