@@ -57,8 +57,12 @@ def report_stopped(run: Run | None, settings: TrainSettings) -> None:
         kind = "the newest generator" if newest else f"the best, of {exported.images_seen:,} images"
         text += f" {run.folder.artifact}: {kind}; {_describe(run)}"
     click.echo(text, err=True)
-    command = _command(settings, "train", "--resume", "--out", str(run.folder.path))
-    click.echo(f"Continue it: {command}", err=True)
+    options = ["--resume", "--out", str(run.folder.path)]
+    # The end of a run is not part of it: a checkpoint knows nothing of these.
+    options += ["--certify"] if settings.certify else []
+    if settings.export_to is not None:
+        options += ["--export-to", str(settings.export_to)]
+    click.echo(f"Continue it: {_command(settings, 'train', *options)}", err=True)
 
 
 def _describe(run: Run) -> str:

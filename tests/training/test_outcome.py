@@ -101,6 +101,18 @@ def test_a_stopped_run_says_what_it_exported_and_how_to_continue(out: Path) -> N
     ]
 
 
+def test_the_command_that_continues_ends_the_run_as_it_was_asked_for(
+    out: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.safetensors"
+    end = ("--certify", "--export-to", str(copy))
+    options = ("--device", "cpu", "--out", out, "--images", "64", *end)
+    command = command_in(invoke_stopped("train", "mnist", *options, after=32), "Continue it")
+    assert not copy.exists()
+    assert invoke(*command).exit_code == 0
+    assert load_artifact(copy).info.certificate is not None
+
+
 @pytest.fixture
 def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of images of two classes."""
