@@ -223,7 +223,8 @@ def _training_s(network: torch.nn.Module, dataset: Dataset) -> float:
     few = replace(dataset, images=dataset.images[:BATCH], labels=dataset.labels[:BATCH])
 
     def steps() -> None:
-        fit(network.train().requires_grad_(True), few, epochs=_STEPS, seed=0, half=half)
+        network.train().requires_grad_(True)
+        fit(network, few, epochs=_STEPS, seed=0, half=half, batch_size=len(few.labels))
 
     return _time(steps, dataset.labels.device) / (_STEPS * len(few.labels))
 

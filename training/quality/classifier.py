@@ -27,6 +27,9 @@ from training.files import FileError, write_atomically
 EPOCHS = 12
 MIN_IMAGES = 200_000  # a small data set is passed more often, until this many images were shown
 BATCH = 128  # images per step, or all images if they are fewer
+# Little training has smaller batches, to make this many steps. With 3,700 images of 540 digits, 16
+# images a step reach an accuracy of 97 %, 128 images a step 31 %.
+MIN_STEPS, MIN_BATCH = 200, 16
 
 FOLDER = Path(__file__).parent / "classifiers"
 
@@ -143,6 +146,7 @@ def fit(
     half: bool = False,
     log_epochs: bool = False,
     seconds: float = math.inf,
+    batch_size: int | None = None,
 ) -> float:
     """Train a network in place, on the data set's device, and leave it in evaluation mode.
 
@@ -158,12 +162,13 @@ def fit(
         log_epochs: log the mean loss of every epoch.
         seconds: limit of the duration. Where it is too short, the cycle of the learning rate
             follows the time instead of the steps, so that it still ends at its lowest value.
+        batch_size: images per step; by default `BATCH`, or fewer for `MIN_STEPS` steps.
 
     Returns:
         the passes made.
     """
     device = dataset.labels.device
-    batch_size = min(BATCH, len(dataset.labels))
+    batch_size = batch_size or _choose_batch_size(dataset, epochs)
     steps = len(dataset.labels) // batch_size  # per pass
     total = max(1, round(epochs * steps))
     rng = torch.Generator(device).manual_seed(seed)
@@ -192,6 +197,11 @@ def fit(
             break
     network.eval().requires_grad_(False)
     return made / steps
+
+
+def _choose_batch_size(dataset: Dataset, epochs: float) -> int:
+    count = len(dataset.labels)
+    return min(BATCH, count, max(MIN_BATCH, round(epochs * count) // MIN_STEPS))
 
 
 def _make_optimizer(

@@ -278,7 +278,7 @@ def test_a_time_limit_shortens_training_and_still_ends_it_at_the_lowest_rate(
     """By this clock a step takes 1 s."""
     clock = tiny.FakeClock(monkeypatch)
     clock.spend("training.quality.classifier.random_affine", 1.0)
-    monkeypatch.setattr(module, "BATCH", 64)
+    fit_quarters = partial(fit, dataset=DATA, seed=0, seconds=15.0, batch_size=64)
     rates: list[float] = []
     step = torch.optim.AdamW.step
 
@@ -288,18 +288,37 @@ def test_a_time_limit_shortens_training_and_still_ends_it_at_the_lowest_rate(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", note)
     network = module.build(ClassifierNetwork, DATA, seed=0)
-    assert fit(network, DATA, epochs=12, seed=0, seconds=15.0) == 15 / 4
+    assert fit_quarters(network, epochs=12) == 15 / 4
     assert len(rates) == 15
     assert clock.now_s == pytest.approx(15)
     assert max(rates) == pytest.approx(3e-3, rel=0.1)
     assert rates[-1] == min(rates[3:]) < 0.1 * max(rates)
     assert not network.training
-    assert fit(module.build(ClassifierNetwork, DATA, 0), DATA, epochs=3, seed=0, seconds=15.0) == 3
+    assert fit_quarters(module.build(ClassifierNetwork, DATA, seed=0), epochs=3) == 3
 
 
 def test_no_time_at_all_is_enough_for_a_step() -> None:
     network = module.build(ClassifierNetwork, DATA, seed=0)
-    assert fit(network, DATA, epochs=12, seed=0, seconds=-1.0) == 0.5
+    assert fit(network, DATA, epochs=12, seed=0, seconds=-1.0, batch_size=128) == 0.5
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("epochs", "batch_size"), [(0.5, 16), (12, 16), (20, 25), (50, 64), (100, 128), (900, 128)]
+)
+def test_little_training_has_smaller_batches_to_make_more_steps(
+    monkeypatch: pytest.MonkeyPatch, epochs: float, batch_size: int
+) -> None:
+    sizes: list[int] = []
+
+    def note(images: torch.Tensor, _rng: torch.Generator) -> torch.Tensor:
+        sizes.append(len(images))
+        return images
+
+    monkeypatch.setattr(module, "random_affine", note)
+    network = module.build(ClassifierNetwork, DATA, seed=0)
+    fit(network, DATA, epochs=epochs, seed=0, seconds=0.0)
+    assert sizes == [batch_size]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -318,6 +337,7 @@ def test_the_last_pass_may_be_partial(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "random_affine", count)
         patch.setattr(module, "BATCH", 64)
+        patch.setattr(module, "MIN_STEPS", 1)
         network = train_classifier(DATA, epochs=epochs, seed=0)
     assert counted == steps
     assert len(caplog.messages) == -(-steps // 4)
