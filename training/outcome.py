@@ -45,10 +45,10 @@ def report_finished(prepared: PreparedRun, settings: TrainSettings) -> None:
 def report_stopped(run: Run | None, settings: TrainSettings) -> None:
     """Report the file of a run that a signal stopped, and the command that continues it.
 
-    Without a run it was stopped before training.
+    Without a run it was stopped before that began, perhaps in its search for gamma.
     """
     if run is None:
-        click.echo("Stopped before training; nothing was written.", err=True)
+        click.echo("Stopped before the run or in its search for gamma; nothing was kept.", err=True)
         return
     images, exported = run.state.images_seen, run.exported
     text = f"Stopped after {images:,} images."

@@ -18,6 +18,7 @@ from training import loop
 from training.__main__ import main
 from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint
+from training.run import StopFlag
 from training.state import TrainState, generator_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,6 +100,16 @@ def test_a_stopped_run_says_what_it_exported_and_how_to_continue(out: Path) -> N
     assert command_in(result, "Continue it") == [
         *("train", "--resume", "--out", str(out), "--device", "cpu")
     ]
+
+
+def test_a_stop_before_the_run_says_that_nothing_was_kept(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StopFlag, "listen", lambda stop: setattr(stop, "signal", signal.SIGINT))
+    result = invoke("train", "mnist", "--device", "cpu", "--out", out)
+    assert result.exit_code == 128 + signal.SIGINT
+    assert "Stopped before the run or in its search for gamma; nothing was kept." in result.stderr
+    assert not (out / "checkpoint.pt").exists()
 
 
 def test_the_command_that_continues_ends_the_run_as_it_was_asked_for(
