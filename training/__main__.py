@@ -120,7 +120,7 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
-    help="Length of the run in minutes, evaluation included; replaces --images.",
+    help="Length of the run in minutes, all of it included; replaces --images.",
 )
 @click.option(
     "--r1-gamma",
@@ -155,7 +155,12 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
     help="Distort real and fake images before the discriminator. [default: augment if there are "
     f"fewer than {SMALL_DATASET:,} training images]",
 )
-@click.option("--certify", is_flag=True, help="Evaluate the generator at the end of the run.")
+@click.option(
+    "--certify",
+    is_flag=True,
+    help="Evaluate the generator at the end of the run: "
+    "in full, or as far as a fifth of --minutes allows.",
+)
 @click.option(
     "--export-to",
     type=FILE,

@@ -21,6 +21,7 @@ from training.run import EVALUATIONS, Run
 TIMED_S = 5.0  # of training, to estimate its speed
 
 RESERVED_SHARE = 0.02  # of a budget of minutes, for the export and the grids of samples
+START_S = 2.0  # of the interpreter and the imports, before the clock of a run starts
 # Share of a budget of minutes that trains the generator, even if everything else took too long.
 MIN_TRAINING_SHARE = 0.1
 MIN_TRAINING_S = 1.0
@@ -47,7 +48,7 @@ class RunPlan:
             return None
         total_s = 60.0 * self.minutes
         left_s = (1.0 - RESERVED_SHARE) * total_s - self.closing_s - self.measuring.certificate_s
-        return max(left_s - spent_s, MIN_TRAINING_SHARE * total_s, MIN_TRAINING_S)
+        return max(left_s - spent_s - START_S, MIN_TRAINING_SHARE * total_s, MIN_TRAINING_S)
 
     def render_excess(self, prepared_s: float, elapsed_s: float) -> str | None:
         """Return a line that says how much longer than its budget a run took, if it did."""
