@@ -493,7 +493,8 @@ def test_a_stopped_run_goes_on_to_a_larger_budget(out: Path) -> None:
 def more_minutes(out: Path) -> float:
     """Return a budget above what a run has used; on a busy machine that may exceed its own."""
     run = read_checkpoint(out / "checkpoint.pt")
-    return (run.metadata.prepared_s + run.state["elapsed_s"]) / 60 + 0.06
+    elapsed_s: float = run.state["elapsed_s"]
+    return (run.metadata.prepared_s + elapsed_s) / 60 + 0.06
 
 
 def test_a_run_of_minutes_goes_on_to_a_larger_budget(out: Path) -> None:
