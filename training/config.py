@@ -27,6 +27,8 @@ class TrainingConfig:
         images: length of the run in real images shown.
         lr: initial learning rate of Adam.
         lr_schedule: `constant`, or `cosine` to zero over the run.
+        lr_warmup: images over which the learning rate rises from zero. Without it Adam's first
+            steps, all of full length, can leave a generator that draws one image for ever.
         beta1: Adam's decay of the first moment.
         beta2: Adam's decay of the second moment.
         precision: of the matrix products; weights, losses and penalties are float32. `bfloat16`
@@ -50,6 +52,7 @@ class TrainingConfig:
     images: int
     lr: float = 4e-4
     lr_schedule: Literal["constant", "cosine"] = "cosine"
+    lr_warmup: int = 0
     beta1: float = 0.0
     beta2: float = 0.99
     precision: Literal["float32", "bfloat16"] = "bfloat16"

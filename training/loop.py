@@ -1,7 +1,7 @@
 """The adversarial training loop.
 
-One step draws a batch on the device, runs the generator once, updates the discriminator, then the
-generator, then the moving average. Nothing is read back to the host between log points.
+One step draws a batch on the device, runs the generator once, updates both networks, then the moving
+average. Nothing is read back to the host between log points.
 """
 
 import math
@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from training.data.augmentation import diff_augment, flip
 from training.data.named import Dataset
 from training.distributed import SINGLE_PROCESS, DistributedContext
-from training.losses import discriminator_loss, generator_loss, gradient_penalty, mismatch_loss
+from training.losses import (
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    image_gradients,
+    mismatch_loss,
+)
 from training.networks import Generator
 from training.state import TrainState
+
+
+# A pair further apart has no weight in the discriminator's loss that float32 could represent.
+_MAX_MARGIN = 80.0
 
 
 class DivergedError(Exception):
@@ -66,10 +76,12 @@ def apply_schedules(state: TrainState, *, progress: float, steps: int) -> None:
     lr = config.lr * state.lr_scale
     if config.lr_schedule == "cosine":
         lr *= 0.5 * (1.0 + math.cos(math.pi * progress))
+    state.images_seen += steps * config.batch_size
+    if state.images_seen < config.lr_warmup:
+        lr *= state.images_seen / config.lr_warmup
     for optimizer in (state.generator_optimizer, state.discriminator_optimizer):
         for group in optimizer.param_groups:
             group["lr"] = _assign(group["lr"], lr)
-    state.images_seen += steps * config.batch_size
     half_life = min(config.ema_half_life, config.ema_ramp * state.images_seen)
     weight = 1.0 if half_life == 0 else 1.0 - 0.5 ** (config.batch_size / half_life)
     state.ema_weight = _assign(state.ema_weight, weight)
@@ -92,16 +104,13 @@ def optimize(state: TrainState, dataset: Dataset, *, penalise: bool) -> Tensor:
         real, real_labels, latents, fake_labels = draw_batch(state, dataset)
         fake = state.parallel_generator(latents, fake_labels)  # (N, C, H, W), used by both updates
         labels = torch.cat([real_labels, fake_labels])
-        d_loss, logits, penalty = _update_discriminator(
-            state, torch.cat([real, fake.detach()]), labels, penalise=penalise
-        )
-        g_loss = _update_generator(state, real, fake, labels)
+        at_once = config.objective == "relativistic"
+        update = _update_at_once if at_once else _update_in_turn
+        judged, g_loss = update(state, real, fake, labels, penalise=penalise)
         if config.ema_half_life > 0:  # otherwise `train` copies the generator at log points
             update_ema(state)
-        real_logits, fake_logits = logits.chunk(2)
-        return torch.stack(
-            [d_loss, g_loss, real_logits.mean(), fake_logits.mean(), penalty]
-        ).detach()
+        logits = (judged.real_logits.mean(), judged.fake_logits.mean())
+        return torch.stack([judged.adversarial, g_loss, *logits, judged.penalty]).detach()
 
 
 def draw_batch(state: TrainState, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -143,34 +152,99 @@ def sample_batch(
     return dataset.images[indices].float().div_(127.5).sub_(1.0), dataset.labels[indices]
 
 
-def _update_discriminator(
-    state: TrainState, images: Tensor, labels: Tensor, *, penalise: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Update it on 2N images, real ones first; return its loss, its logits (2N,), the penalty."""
+@dataclass(frozen=True, kw_only=True)
+class _Judgement:
+    """The discriminator's logits for N real and N fake images, and its loss."""
+
+    real_logits: Tensor  # (N,)
+    fake_logits: Tensor  # (N,)
+    gradients: Tensor | None  # (2N, C, H, W), of the logits by the images; for a penalty only
+    penalty: Tensor  # mean squared norm of the gradients; 0 without a penalty
+    adversarial: Tensor  # the loss without its further terms
+    loss: Tensor
+
+
+def _judge(state: TrainState, images: Tensor, labels: Tensor, *, penalise: bool) -> _Judgement:
+    """Compute the discriminator's loss for 2N images, real ones first."""
     config = state.config
-    if config.augment:
-        images = diff_augment(images, state.rng)
-    images.requires_grad_(penalise)
+    shown = diff_augment(images, state.rng) if config.augment else images
     if config.mismatch_weight:
         pairs = torch.stack([labels, _other_labels(state, labels)], dim=1)
-        logits, mismatched = state.parallel_discriminator(images, pairs).unbind(1)
+        logits, mismatched = state.parallel_discriminator(shown, pairs).unbind(1)
     else:
-        logits = state.parallel_discriminator(images, labels)  # (2N,)
+        logits = state.parallel_discriminator(shown, labels)  # (2N,)
     real_logits, fake_logits = logits.chunk(2)
     adversarial = discriminator_loss(config.objective, real_logits, fake_logits).mean()
-    loss, penalty = adversarial, logits.new_zeros(())
+    loss, penalty, gradients = adversarial, logits.new_zeros(()), None
     if config.mismatch_weight:
         mismatched, _ = mismatched.chunk(2)
         loss = loss + config.mismatch_weight * mismatch_loss(real_logits, mismatched).mean()
     if penalise:
         assert config.r1_gamma is not None
-        penalty = gradient_penalty(images, logits).mean()
+        gradients = image_gradients(images, logits)
+        penalty = gradient_penalty(gradients).mean()
         # The mean is over 2N images; R1 and R2 are means over N each.
         loss = loss + config.r1_gamma * config.penalty_interval * penalty
-    state.discriminator_optimizer.zero_grad(set_to_none=True)
+    return _Judgement(
+        real_logits=real_logits,
+        fake_logits=fake_logits,
+        gradients=gradients,
+        penalty=penalty,
+        adversarial=adversarial,
+        loss=loss,
+    )
+
+
+def _update_at_once(
+    state: TrainState, real: Tensor, fake: Tensor, labels: Tensor, *, penalise: bool
+) -> tuple[_Judgement, Tensor]:
+    """Update both networks from one pass of the discriminator; return the generator's loss too.
+
+    For the relativistic objective. A logit depends on its own image alone, so the gradients of both
+    losses by a fake image are multiples of the gradient of its logit.
+    """
+    count = len(real)
+    images = torch.cat([real, fake.detach()]).requires_grad_()
+    judged = _judge(state, images, labels, penalise=penalise)
+    _minimise(judged.loss, state.discriminator_optimizer)
+    margin = (judged.real_logits - judged.fake_logits).detach()  # (N,)
+    if judged.gradients is not None:  # `images.grad` contains that of the penalty as well
+        gradients = judged.gradients.detach()[count:]
+        factor = -torch.sigmoid(margin) / count
+    else:  # the discriminator's loss has the factor sigmoid(-margin) / count
+        assert images.grad is not None
+        gradients = images.grad[count:]
+        factor = -margin.clamp(max=_MAX_MARGIN).exp()
+    state.generator_optimizer.zero_grad(set_to_none=True)
+    fake.backward(gradients * factor[:, None, None, None])
+    state.generator_optimizer.step()
+    losses = generator_loss(state.config.objective, judged.real_logits, judged.fake_logits)
+    return judged, losses.mean()
+
+
+def _update_in_turn(
+    state: TrainState, real: Tensor, fake: Tensor, labels: Tensor, *, penalise: bool
+) -> tuple[_Judgement, Tensor]:
+    """Update the discriminator, then the generator against it; return the generator's loss too.
+
+    For the cross-entropy objective, as its authors do (arXiv 1406.2661, algorithm 1).
+    """
+    images = torch.cat([real, fake.detach()]).requires_grad_(penalise)
+    judged = _judge(state, images, labels, penalise=penalise)
+    _minimise(judged.loss, state.discriminator_optimizer)
+    state.discriminator.requires_grad_(False)  # its gradients are not used
+    shown = diff_augment(fake, state.rng) if state.config.augment else fake
+    fake_logits = state.discriminator(shown, labels.chunk(2)[1])
+    loss = generator_loss(state.config.objective, judged.real_logits, fake_logits).mean()
+    _minimise(loss, state.generator_optimizer)
+    state.discriminator.requires_grad_(True)
+    return judged, loss
+
+
+def _minimise(loss: Tensor, optimizer: torch.optim.Adam) -> None:
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    state.discriminator_optimizer.step()
-    return adversarial, logits, penalty
+    optimizer.step()
 
 
 def _other_labels(state: TrainState, labels: Tensor) -> Tensor:
@@ -179,25 +253,6 @@ def _other_labels(state: TrainState, labels: Tensor) -> Tensor:
     shape = (2 * state.config.batch_size,)
     offsets = torch.randint(1, classes, shape, generator=state.rng, device=labels.device)
     return (labels + state.world.shard(offsets)) % classes
-
-
-def _update_generator(state: TrainState, real: Tensor, fake: Tensor, labels: Tensor) -> Tensor:
-    config = state.config
-    real_labels, fake_labels = labels.chunk(2)
-    if config.augment:
-        real, fake = diff_augment(real, state.rng), diff_augment(fake, state.rng)
-    state.discriminator.requires_grad_(False)  # its gradients are not used
-    fake_logits = state.discriminator(fake, fake_labels)
-    real_logits = fake_logits
-    if config.objective == "relativistic":
-        with torch.no_grad():
-            real_logits = state.discriminator(real, real_labels)
-    loss = generator_loss(config.objective, real_logits, fake_logits).mean()
-    state.generator_optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    state.generator_optimizer.step()
-    state.discriminator.requires_grad_(True)
-    return loss
 
 
 @torch.no_grad()

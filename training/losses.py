@@ -53,17 +53,23 @@ def mismatch_loss(logits: Tensor, mismatched_logits: Tensor) -> Tensor:
     return softplus(mismatched_logits - logits)
 
 
-def gradient_penalty(images: Tensor, logits: Tensor) -> Tensor:
-    """Return the squared norm of the discriminator's gradient at each image; differentiable.
-
-    On real images this is R1, on fake ones R2 (Mescheder et al., arXiv 1801.04406, eq. 9).
+def image_gradients(images: Tensor, logits: Tensor) -> Tensor:
+    """Return the gradient of each logit by its image; differentiable.
 
     Args:
         images: (N, C, H, W), requiring gradients.
         logits: (N,), computed from `images` without mixing samples.
 
     Returns:
-        (N,), non-negative.
+        (N, C, H, W).
     """
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return gradient.square().sum(dim=(1, 2, 3))
+    (gradients,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return gradients
+
+
+def gradient_penalty(gradients: Tensor) -> Tensor:
+    """Return the squared norm of each gradient of `image_gradients`: (N,).
+
+    On real images this is R1, on fake ones R2 (Mescheder et al., arXiv 1801.04406, eq. 9).
+    """
+    return gradients.square().sum(dim=(1, 2, 3))

@@ -164,7 +164,7 @@ def test_the_residual_discriminator_has_a_level_for_each_of_the_generators() -> 
 
 
 @EVERY
-def test_a_step_runs_the_generator_once_and_shows_its_images_to_both_phases(
+def test_a_step_runs_the_generator_once_and_the_discriminator_as_often_as_its_objective_needs(
     config: TrainingConfig,
 ) -> None:
     state, watcher = tiny.state(config), Watcher()
@@ -175,11 +175,13 @@ def test_a_step_runs_the_generator_once_and_shows_its_images_to_both_phases(
     assert len(watcher.generated) == rounds
     calls = len(watcher.judged) // rounds
     for step in range(rounds):
-        both, fakes, *_ = watcher.judged[step * calls : (step + 1) * calls]
+        both, *second = watcher.judged[step * calls : (step + 1) * calls]
         own_labels = both[1][:, 0] if config.mismatch_weight else both[1]
         assert both[0].shape == (2 * config.batch_size, 1, 8, 8)
-        assert torch.equal(both[0][config.batch_size :], fakes[0])
-        assert torch.equal(own_labels[config.batch_size :], fakes[1])
+        assert len(second) == (config.objective == "cross-entropy")
+        for fakes, fake_labels in second:
+            assert torch.equal(both[0][config.batch_size :], fakes)
+            assert torch.equal(own_labels[config.batch_size :], fake_labels)
 
 
 @EVERY
@@ -221,11 +223,10 @@ def test_a_step_takes_the_gradients_of_the_formulas(config: TrainingConfig, pena
     # Gradients of the generator's phase would have been added to these.
     assert_same(gradients(state.discriminator), gradients(discriminator))
 
-    updated = state.discriminator  # the generator's phase is against the updated discriminator
-    if config.objective == "relativistic":
-        g_loss = softplus(updated(real, real_labels) - updated(fake, fake_labels)).mean()
-    else:
-        logits = updated(fake, fake_labels)
+    if config.objective == "relativistic":  # both networks are updated from the same logits
+        g_loss = softplus(real_logits.detach() - discriminator(fake, fake_labels)).mean()
+    else:  # the generator's phase is against the updated discriminator
+        logits = state.discriminator(fake, fake_labels)
         g_loss = binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
     generator.zero_grad()
     expected = torch.autograd.grad(g_loss, list(generator.parameters()))
@@ -399,6 +400,15 @@ def test_the_cosine_schedule_falls_to_nothing(progress: float, factor: float) ->
     for optimizer in (state.generator_optimizer, state.discriminator_optimizer):
         lr = optimizer.param_groups[0]["lr"]
         assert lr == pytest.approx(tiny.CONFIG.lr * factor, abs=1e-12)
+
+
+def test_the_learning_rate_rises_over_the_first_images() -> None:
+    config = replace(tiny.CONFIG, lr_warmup=4 * tiny.CONFIG.batch_size)
+    state, rates = tiny.state(config), []
+    for _ in range(6):
+        apply_schedules(state, progress=0.0, steps=1)
+        rates += [group["lr"] / config.lr for group in state.generator_optimizer.param_groups]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
 
 
 def test_the_constant_schedule_stays() -> None:
@@ -843,7 +853,7 @@ def test_flip_shows_about_half_of_the_real_images_mirrored_and_no_other_change()
     picture[..., :4] = 250
     data = replace(DATA, images=picture, labels=torch.zeros(1, dtype=torch.int64))
     config = replace(tiny.CONFIG, flip=True, batch_size=200)
-    batches = [images[:200] for images in seen_by_the_discriminator(config, data, 3)[::3]]
+    batches = [images[:200] for images in seen_by_the_discriminator(config, data, 3)]
 
     assert len(batches) == 3
     real = (picture.float() / 127.5 - 1)[0]
@@ -864,8 +874,9 @@ def test_without_flip_no_real_image_is_mirrored() -> None:
     assert {tuple(image.flatten().tolist()) for image in shown} <= known
 
 
+@EVERY
 def test_augment_distorts_real_and_fake_images_before_every_forward_of_the_discriminator(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, config: TrainingConfig
 ) -> None:
     """Otherwise the generator would learn the distortion."""
     distorted: list[Tensor] = []
@@ -874,29 +885,24 @@ def test_augment_distorts_real_and_fake_images_before_every_forward_of_the_discr
         distorted.append(-images.detach())
         return -images
 
-    plain = seen_by_the_discriminator(tiny.CONFIG)
+    plain = seen_by_the_discriminator(config)
     monkeypatch.setattr(loop, "diff_augment", invert)
-    config = replace(tiny.CONFIG, augment=True)
-    state, watcher = tiny.state(config), Watcher()
-    watcher.watch(state)
-    tiny.steps(state, 1)
+    shown = seen_by_the_discriminator(replace(config, augment=True))
 
-    shown = [images for images, _ in watcher.judged]
-    assert len(shown) == len(plain) == len(distorted) == 3
+    assert len(shown) == len(plain) == len(distorted)
     torch.testing.assert_close(shown[0], -plain[0])  # both halves
-    assert [len(images) for images in shown] == [32, 16, 16]
-    # The generator's phase draws distortions of its own, for the same images.
-    assert torch.equal(shown[1], shown[0][16:])
-    assert torch.equal(shown[2], shown[0][:16])
+    for images in shown[1:]:  # a second phase draws distortions of its own, for the same images
+        assert torch.equal(images, shown[0][config.batch_size :])
 
 
+@pytest.mark.parametrize("penalise", [True, False])
+@EVERY
 def test_the_gradient_of_the_generator_goes_through_the_distortion(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, config: TrainingConfig, penalise: bool
 ) -> None:
     monkeypatch.setattr(loop, "diff_augment", lambda images, rng: images * 0.0)
-    config = replace(tiny.CONFIG, augment=True)
-    state = tiny.state(config)
-    train_step(state, DATA, progress=0.0, penalise=False)
+    state = tiny.state(replace(config, augment=True, r1_gamma=0.5))
+    train_step(state, DATA, progress=0.0, penalise=penalise)
     assert all(not gradient.any() for gradient in gradients(state.generator).values())
 
 

@@ -14,6 +14,7 @@ from training.losses import (
     discriminator_loss,
     generator_loss,
     gradient_penalty,
+    image_gradients,
     mismatch_loss,
 )
 from training.networks import ConvDiscriminator, MLPDiscriminator
@@ -106,7 +107,7 @@ def numeric_penalty(image: Tensor, weight: Tensor, h: float = 1e-5) -> float:
 
 def penalty(weight: Tensor) -> Tensor:
     images = IMAGES.clone().requires_grad_()
-    return gradient_penalty(images, smooth(images, weight))
+    return gradient_penalty(image_gradients(images, smooth(images, weight)))
 
 
 def test_the_penalty_is_the_squared_gradient_norm_of_each_image() -> None:
@@ -129,7 +130,7 @@ def test_the_penalty_can_be_differentiated_again() -> None:
 def test_the_penalty_of_a_linear_discriminator_is_its_squared_weight() -> None:
     images = torch.randn(3, 1, 2, 2).requires_grad_()
     weight = torch.tensor([1.0, 2.0, -3.0, 0.5])
-    found = gradient_penalty(images, images.flatten(1) @ weight)
+    found = gradient_penalty(image_gradients(images, images.flatten(1) @ weight))
     assert found.tolist() == pytest.approx([1 + 4 + 9 + 0.25] * 3)
 
 
@@ -184,7 +185,7 @@ def test_the_penalty_of_every_discriminator_is_what_finite_differences_say(
 ) -> None:
     network, images, labels = seeded(build, seed, channels, size)
     inputs = images.clone().requires_grad_()
-    found = gradient_penalty(inputs, network(inputs, labels))
+    found = gradient_penalty(image_gradients(inputs, network(inputs, labels)))
 
     h, pixels = 1e-7, images[0].numel()  # so small that no kink of an activation lies between
     nudges = h * torch.eye(pixels, dtype=torch.float64).view(pixels, *images[0].shape)
@@ -209,7 +210,8 @@ def test_the_penaltys_own_gradient_is_what_finite_differences_say(
 
     def total() -> Tensor:
         inputs = images.clone().requires_grad_()
-        return gradient_penalty(inputs, in_float64(network, inputs, labels)).sum()
+        logits = in_float64(network, inputs, labels)
+        return gradient_penalty(image_gradients(inputs, logits)).sum()
 
     slopes = torch.autograd.grad(total(), weights)
     draw = torch.Generator().manual_seed(seed)
