@@ -23,6 +23,7 @@ from training.artifact import (
     printable,
     save_artifact,
 )
+from training.choice import MANY_PASSES, SMALL_DATASET
 from training.cli import Commands
 from training.config import PRESETS, TrainingConfig
 from training.data.folder import check_outside
@@ -38,7 +39,7 @@ from training.inspection import render_picture, render_summary, summary
 from training.origin import find_data
 from training.outcome import report_finished, report_stopped
 from training.plan import render_plan
-from training.prepare import SMALL_DATASET, load_splits, prepare_run, select_device
+from training.prepare import load_splits, prepare_run, select_device
 from training.quality.certificate import with_certificate
 from training.quality.classifier import (
     EPOCHS,
@@ -99,7 +100,7 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
     type=click.Choice(list(PRESETS)),
     help="Networks and objective. conv: convolutional generator and discriminator; mlp: MLP "
     "generator, convolutional discriminator; paper: the MLPs and the loss of Mirza & Osindero. "
-    f"[default: {DEFAULT_PRESET}]",
+    f"[default: {DEFAULT_PRESET}, adapted to the budget of a short run]",
 )
 @device_option
 @data_dir_option
@@ -152,8 +153,8 @@ def _per_preset(default: Callable[[TrainingConfig], str]) -> str:
 @click.option(
     "--augment/--no-augment",
     default=None,
-    help="Distort real and fake images before the discriminator. [default: augment if there are "
-    f"fewer than {SMALL_DATASET:,} training images]",
+    help="Distort real and fake images before the discriminator. [default: augment if fewer "
+    f"than {SMALL_DATASET:,} training images are shown more than {MANY_PASSES} times]",
 )
 @click.option(
     "--certify",

@@ -88,6 +88,7 @@ PRESETS: dict[str, TrainingConfig] = {
         discriminator="conv",
         discriminator_widths=(32, 64, 256),
         images=6_000_000,
+        lr_warmup=10_000,
     ),
     # Convolutions on both sides, and no normalisation over a batch.
     "conv": TrainingConfig(
@@ -97,5 +98,6 @@ PRESETS: dict[str, TrainingConfig] = {
         discriminator_widths=(24, 256),
         mismatch_weight=0.1,
         images=4_000_000,
+        lr_warmup=10_000,
     ),
 }

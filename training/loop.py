@@ -1,7 +1,7 @@
 """The adversarial training loop.
 
-One step draws a batch on the device, runs the generator once, updates both networks, then the moving
-average. Nothing is read back to the host between log points.
+One step draws a batch on the device, runs the generator once, updates both networks, then the
+moving average. Nothing is read back to the host between log points.
 """
 
 import math
@@ -24,7 +24,6 @@ from training.losses import (
 )
 from training.networks import Generator
 from training.state import TrainState
-
 
 # A pair further apart has no weight in the discriminator's loss that float32 could represent.
 _MAX_MARGIN = 80.0

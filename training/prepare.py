@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from training.checkpoint import Checkpoint, CheckpointError, RunMetadata
+from training.choice import choose
 from training.config import PRESETS, TrainingConfig
 from training.data.folder import is_folder, read_folder
 from training.data.named import FILES, Dataset, default_data_dir, load_dataset
@@ -25,9 +26,6 @@ from training.run import Run, StopFlag
 from training.settings import SettingsError, TrainSettings
 from training.state import TrainState, create_state, generator_config
 from training.transfer import Source
-
-# A discriminator memorises fewer images than this unless they are distorted.
-SMALL_DATASET = 20_000
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +70,12 @@ def prepare_run(settings: TrainSettings, world: DistributedContext, stop: StopFl
     train_set, test_set = load_splits(
         settings.dataset, settings.data_dir, device, **origin.image_options(settings)
     )
-    metadata = (
-        _continue(resumed, train_set)
-        if resumed is not None
-        else _describe(settings, origin.preset, config, train_set)
-    )
+    if resumed is not None:
+        metadata = _continue(resumed, train_set)
+    else:
+        choice = choose(config, settings, train_set, world)
+        logger.info("%s", choice.render(train_set))
+        metadata = _describe(settings, origin.preset, choice.config, train_set)
     assert metadata.network is not None
     if source is not None:
         source.check(metadata.network)
@@ -160,9 +159,6 @@ def _describe(
     settings: TrainSettings, preset: str, config: TrainingConfig, dataset: Dataset
 ) -> RunMetadata:
     """Return the description of a new run."""
-    if settings.augment is None:
-        small = len(dataset.labels) < SMALL_DATASET and config.r1_gamma != 0.0
-        config = dataclasses.replace(config, augment=small)
     return RunMetadata(
         dataset=dataset.name,
         dataset_digest=dataset.digest,

@@ -196,6 +196,7 @@ def install(patch: pytest.MonkeyPatch, folder: Path, *, images: int = CONFIG.ima
     patch.setitem(config.PRESETS, "mlp", replace(CONFIG, images=images))
     patch.setitem(config.PRESETS, "conv", replace(CONV, images=images))
     patch.setitem(config.PRESETS, "paper", replace(PAPER, images=images))
+    patch.setattr("training.choice.SHORT_IMAGES", 0)  # all are short
     patch.setattr("training.run.LOG_EVERY_IMAGES", 160)
     patch.setattr("training.run.SAMPLE_SHEETS", 2)
     patch.setattr("training.quality.evaluator.QUICK_IMAGES", 100)

@@ -23,6 +23,7 @@ from tests.support import tiny_training as tiny
 from tests.support.image_folders import fill
 from tests.support.other_systems import WINDOWS, as_on
 from tests.support.processes import run
+from training import choice
 from training.__main__ import main
 from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint
@@ -282,7 +283,7 @@ def test_a_precision_that_the_device_does_not_compute_in_is_refused(
         (("--batch-size", "8"), "batch_size", 8),
         (("--precision", "float32"), "precision", "float32"),
         (("--flip",), "flip", True),
-        ((), "augment", True),  # so few images would be learnt by heart
+        (("--augment",), "augment", True),
         (("--no-augment",), "augment", False),
         (("--preset", "paper"), "augment", False),
     ],
@@ -293,6 +294,17 @@ def test_the_options_of_a_run_are_recorded(
     assert train(out, "--images", "32", *options).exit_code == 0
     info = load_artifact(out / "generator.safetensors").info
     assert info.training["config"][name] == value
+
+
+def test_a_short_run_without_a_preset_is_adapted_and_says_so(
+    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choice, "SHORT_IMAGES", 100)
+    result = train(out, "--images", "64")
+    assert result.exit_code == 0, result.output
+    assert "About 64 images, 0.2 passes: batches of 32, learning rate 0.0008" in caplog.text
+    info = load_artifact(out / "generator.safetensors").info
+    assert info.training["config"]["batch_size"] == choice.SHORT_BATCH_SIZE
 
 
 def test_a_run_measures_its_generator_on_request(out: Path) -> None:
