@@ -28,7 +28,7 @@ class TrainingConfig:
         lr: initial learning rate of Adam.
         lr_schedule: `constant`, or `cosine` to zero over the run.
         lr_warmup: images over which the learning rate rises from zero. Without it Adam's first
-            steps, all of full length, can leave a generator that draws one image for ever.
+            steps, all of full length, can leave a generator that draws the same image always.
         beta1: Adam's decay of the first moment.
         beta2: Adam's decay of the second moment.
         precision: of the matrix products; weights, losses and penalties are float32. `bfloat16`

@@ -1,4 +1,4 @@
-"""What a run takes from its budget and its images."""
+"""Configurations that a run takes from its budget and its images."""
 
 from dataclasses import replace
 from pathlib import Path
