@@ -17,6 +17,7 @@ from training.choice import (
     SHORT_IMAGES,
     SHORT_LR,
     choose,
+    expect,
     measure_speed,
 )
 from training.config import PRESETS, TrainingConfig
@@ -141,5 +142,17 @@ def test_the_line_names_what_was_chosen(speed: list[float]) -> None:
     settings = TrainSettings(dataset="mnist", minutes=10.0)
     assert choose(CONV, settings, DATA).render(DATA) == (
         "About 450,000 images, 1,757.8 passes: batches of 32, learning rate 0.0008, width 16, "
-        "distorted images"
+        "distorted images. Such runs reached a coverage of 0.70 on letters and 0.84 on mnist"
     )
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (0, "Such runs reached a coverage of 0.19 on letters and 0.39 on mnist"),
+        (51_200, "Such runs reached a coverage of 0.42 on letters and 0.73 on mnist"),
+        (4_000_000, "Shorter runs reached a coverage of 0.70 on letters and 0.84 on mnist"),
+    ],
+)
+def test_the_line_says_what_runs_of_as_many_images_reached(images: int, sentence: str) -> None:
+    assert expect(images) == sentence
