@@ -105,10 +105,8 @@ def expect(images: float) -> str:
         f"{np.interp(images, seen, coverage):.2f} on {name}"
         for name, (seen, coverage) in MEASURED.items()
     ]
-    beyond = images > max(seen[-1] for seen, _ in MEASURED.values())
-    return (
-        f"As many gave a coverage of {' and '.join(reached)}{'; more give more' if beyond else ''}"
-    )
+    runs = "Such" if images <= max(seen[-1] for seen, _ in MEASURED.values()) else "Shorter"
+    return f"{runs} runs reached a coverage of {' and '.join(reached)}"
 
 
 def measure_speed(config: TrainingConfig, dataset: Dataset, *, seconds: float = TIMED_S) -> float:
