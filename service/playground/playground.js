@@ -296,7 +296,7 @@ function showQuality() {
   const trained = `${name} has seen ${seen.toLocaleString("en")} real images of ${(certificate ?? training).dataset}`;
   const count = (certificate ?? estimate).images.toLocaleString("en");
   $("about").textContent = certificate
-    ? `${trained}; ${count} generated images were evaluated.`
+    ? `${trained}; ${count} generated images were evaluated${certificate.brief ? ", fewer than for a full certificate" : ""}.`
     : `${trained}. Estimated during training, from ${count} generated images against training images; not a certificate.`;
   const generated = certificate?.generated ?? estimate;
   const rows = METRICS.filter(([, key]) => key in generated).map(([words, key, format]) =>

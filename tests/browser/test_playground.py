@@ -260,6 +260,20 @@ def test_it_shows_the_certificate_with_samples_of_each_class(
     expect(page.locator("#metrics")).to_contain_text(f"{certificate['generated']['coverage']:.3f}")
 
 
+def test_it_says_that_a_certificate_is_brief(
+    visit: Open, service: ServiceProcess, tmp_path: Path
+) -> None:
+    models = service.client.get("/models").json()["models"]
+    (full,) = [each["certificate"] for each in models if each["default"]]
+    certificate = {**full, "images": 1200, "brief": "1,200 images; GAN-train with 1 seed"}
+    artifact_file(tmp_path / "a.safetensors", certificate=certificate)
+    with serve_here("--models", str(tmp_path)) as local:
+        page = visit(at=str(local.client.base_url))
+        expect(page.locator("#about")).to_contain_text(
+            "1,200 generated images were evaluated, fewer than for a full certificate."
+        )
+
+
 def test_without_a_certificate_it_shows_the_estimate_of_the_run(
     visit: Open, tmp_path: Path
 ) -> None:
