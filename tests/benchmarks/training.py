@@ -13,6 +13,10 @@ All are compared at several batch sizes. Rounds are interleaved; printed are med
 second and in microseconds a step. The ratios are to the faster of the published loops, and to the
 one with nothing to load. The floor is what the matrix products of a step take, one after the other
 and nothing else. On a GPU steps are also launched one by one, and those of preset `conv` timed.
+
+    python -m tests.benchmarks.training --against CHECKOUT [--batches 32 128]
+
+compares the steps of preset `conv`, by this working tree and by another one, instead.
 """
 
 import argparse
@@ -31,6 +35,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.benchmarks import step_rate
+from tests.support.processes import REPOSITORY
 from training.config import PRESETS, TrainingConfig
 from training.cuda_graph import make_step
 from training.data.named import Dataset, default_data_dir, load_dataset
@@ -211,13 +217,30 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=default_data_dir())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each loop in each round")
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--batches", type=int, nargs="+", help="[default: 64 256, or 32 128]")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another working tree")
     options = parser.parse_args()
+    if options.against is not None:
+        compare_checkouts(options)
+        return
     device = resolve_device(options.device)
     dataset = load_dataset("mnist", "train", options.data_dir).to(device)
     print(f"{describe(device)}, torch {torch.__version__}")
-    for batch in options.batches:
+    for batch in options.batches or [64, 256]:
         compare(dataset, device, batch, options.rounds, options.seconds)
+
+
+def compare_checkouts(options: argparse.Namespace) -> None:
+    """Print the speed of the default networks' steps here and in another working tree."""
+    print(f"{describe(resolve_device(options.device))}, torch {torch.__version__}")
+    step_rate.compare(
+        {str(options.against): options.against.resolve(), "this working tree": REPOSITORY},
+        batches=options.batches or [32, 128],
+        rounds=options.rounds,
+        seconds=options.seconds,
+        data_dir=options.data_dir.resolve(),
+        device=options.device,
+    )
 
 
 def compare(
