@@ -6,6 +6,8 @@ Its two classes are easy to tell apart: one is bright on the left half, the othe
 import gzip
 import hashlib
 import struct
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -143,6 +145,21 @@ def artifact_file(path: Path, *, network: GeneratorConfig = NETWORK, **described
     return path
 
 
+def set_clock(patch: pytest.MonkeyPatch, look: Callable[[], float]) -> None:
+    """Replace `time.perf_counter` and `time.monotonic` in this thread alone.
+
+    The event loop of a service that other tests share runs in another thread; with this clock it
+    would sleep until that time.
+    """
+    here = threading.current_thread()
+    for name in ("perf_counter", "monotonic"):
+        real = getattr(time, name)
+        patch.setattr(
+            f"time.{name}",
+            lambda real=real: look() if threading.current_thread() is here else real(),
+        )
+
+
 class FakeClock:
     """A clock of `time.perf_counter` and `time.monotonic` that only work moves on.
 
@@ -152,8 +169,7 @@ class FakeClock:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
         self._patch = patch
-        for name in ("perf_counter", "monotonic"):
-            patch.setattr(f"time.{name}", self._look)
+        set_clock(patch, self._look)
 
     def _look(self) -> float:
         self.now_s += 1e-9

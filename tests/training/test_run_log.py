@@ -3,7 +3,6 @@
 import io
 import logging
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,8 +41,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 100.0
-        monkeypatch.setattr(time, "perf_counter", lambda: self.now_s)
-        monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
+        tiny.set_clock(monkeypatch, lambda: self.now_s)
 
 
 @pytest.fixture
