@@ -147,9 +147,9 @@ def test_the_table_has_medians_and_the_commits() -> None:
     results = [result(seed, coverage=coverage) for seed, coverage in enumerate((0.1, 0.9, 0.7))]
     table = render_table([*results, result(0, OTHER, gan_test=0.25)]).splitlines()
 
-    assert table[2] == "| `mnist` | 5 | 5.1 | other build | 90.0% | 25.0% | 0.50 | 100,000 | 1 |"
+    assert table[2] == "| `mnist` | 5 | 5.1 | 2de422f | 90.0% | 25.0% | 0.50 | 100,000 | 1 |"
     assert table[3] == "| `mnist` | 5 | 5.1 | this build | 90.0% | 95.0% | 0.70 | 100,000 | 3 |"
-    assert table[-1] == "Commits of other build: 2de422f; this build: 0123456"
+    assert table[-1] == "Commits of this build: 0123456"
 
 
 def test_the_picture_is_small_and_shows_both_builds(tmp_path: Path) -> None:

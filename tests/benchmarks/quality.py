@@ -269,6 +269,12 @@ def by_budget(results: Iterable[Result]) -> dict[tuple[str, float], dict[str, li
     return {budget: found[budget] for budget in order}
 
 
+def name_builds(results: Iterable[Result]) -> dict[str, str]:
+    """Return the names that readers see; that of the other build is its commit, if it is one."""
+    others = {result.commit for result in results if result.build == OTHER}
+    return {THIS: THIS, OTHER: others.pop() if len(others) == 1 else OTHER}
+
+
 def median(results: Sequence[Result], name: str) -> float:
     """Return the median of an attribute."""
     return float(statistics.median(getattr(result, name) for result in results))
@@ -280,19 +286,23 @@ def render_table(results: Sequence[Result]) -> str:
         "| data | minutes | taken | build | GAN-train | GAN-test | coverage | images | seeds |",
         "|---|--:|--:|---|--:|--:|--:|--:|--:|",
     ]
-    commits: dict[str, set[str]] = {}
+    names, commits = name_builds(results), dict[str, set[str]]()
     for (data, minutes), builds in by_budget(results).items():
         for build, found in builds.items():
-            commits.setdefault(build, set()).update(result.commit for result in found)
+            commits.setdefault(names[build], set()).update(result.commit for result in found)
             cells = [
-                *(f"`{data}`", f"{minutes:g}", f"{median(found, 'taken'):.1f}", build),
+                *(f"`{data}`", f"{minutes:g}", f"{median(found, 'taken'):.1f}", names[build]),
                 *(f"{median(found, name):.1%}" for name in ("gan_train", "gan_test")),
                 *(f"{median(found, 'coverage'):.2f}", f"{median(found, 'images'):,.0f}"),
                 str(len(found)),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    of = "; ".join(f"{build}: {', '.join(sorted(each))}" for build, each in commits.items())
-    return "\n".join([*lines, "", f"Commits of {of}"])
+    of = [
+        f"Commits of {name}: {', '.join(sorted(each))}"
+        for name, each in commits.items()
+        if name not in each
+    ]
+    return "\n".join([*lines, "", *of])
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -312,8 +322,10 @@ def draw(results: Sequence[Result], path: Path) -> None:
         for build, found in builds.items():
             for result in found:
                 times, *metrics = np.array(result.curve).reshape(-1, 3).T  # perhaps no row
-                for values, line in zip(metrics, (":", "-"), strict=True):
-                    panel.plot(times, values, line, color=COLOURS[build], linewidth=1.2)
+                for values, line in zip(metrics, (".:", ".-"), strict=True):
+                    panel.plot(
+                        times, values, line, markersize=3.0, color=COLOURS[build], linewidth=1.2
+                    )
             end = median(found, "taken")
             for name, fill in (("gan_test", "white"), ("coverage", COLOURS[build])):
                 dot = {"color": COLOURS[build], "markerfacecolor": fill, "markersize": 5.0}
@@ -334,10 +346,9 @@ def results_of(builds: Mapping[str, Sequence[Result]]) -> Iterator[Result]:
 def _draw_legend(figure: Any, results: Sequence[Result]) -> None:
     from matplotlib.lines import Line2D  # noqa: PLC0415
 
-    commits = {result.build: result.commit for result in results}
-    names = {THIS: THIS, OTHER: commits.get(OTHER, OTHER)}
+    names, builds = name_builds(results), sorted({result.build for result in results})
     entries = [
-        *(Line2D([], [], color=COLOURS[each], label=names[each]) for each in sorted(commits)),
+        *(Line2D([], [], color=COLOURS[build], label=names[build]) for build in builds),
         Line2D([], [], color="#555555", linestyle=":", label="GAN-test"),
         Line2D([], [], color="#555555", label="coverage"),
         Line2D([], [], color="#555555", marker="o", linestyle="", label="full certificate"),
