@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.quality import metrics
 from training.quality.metrics import KID_SUBSETS, frechet_distance, kid, prdc
 
 pytestmark = [
@@ -119,16 +118,15 @@ def test_kid_of_whole_sets_is_that_of_both_libraries(sets: tuple[Tensor, Tensor]
 
 
 def test_kid_of_subsets_is_that_of_torchmetrics_but_for_the_kind_of_its_spread(
-    sets: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    sets: tuple[Tensor, Tensor],
 ) -> None:
-    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 300)
     image = pytest.importorskip("torchmetrics.image.kid")
     theirs = image.KernelInceptionDistance(Identity(), subsets=KID_SUBSETS, subset_size=300)
     with torch.random.fork_rng():
         torch.manual_seed(7)  # draws the subsets of seed 7 below
         expected, of_population = (value.item() for value in of_torchmetrics(theirs, *sets))
 
-    mean, std = kid(*sets, seed=7)
+    mean, std = kid(*sets, seed=7, size=300)
 
     assert mean == pytest.approx(expected, rel=1e-4)
     of_sample = of_population * math.sqrt(KID_SUBSETS / (KID_SUBSETS - 1))
