@@ -18,12 +18,14 @@ from training.state import create_state, generator_config
 # A run of fewer images learns more from many small steps at a high learning rate.
 SHORT_IMAGES = 1_500_000
 SHORT_BATCH_SIZE, SHORT_LR = 32, 8e-4
-# With fewer steps than this, narrower networks, which make more steps, end better.
+# A run of fewer steps gets narrower networks, whose steps are faster.
 MIN_STEPS = 2_500
 MIN_WIDTH = 8
 # Share of a budget of minutes that trains the generator, about.
 TRAINING_SHARE = 0.75
-# Training images, shown this often, that a discriminator memorises unless they are distorted.
+# Distortion keeps a discriminator from memorising few images, but short runs with it repeat
+# themselves, so it waits for many passes. Without it 37 passes over 5,373 letters did no harm;
+# the number below is a guess beyond that.
 SMALL_DATASET = 20_000
 MANY_PASSES = 150
 TIMED_S = 2.0
@@ -74,10 +76,8 @@ def choose(
     def choice(config: TrainingConfig) -> Choice:
         if settings.minutes is None:
             return Choice(config, config.images)
-        images = 0.0
-        if world.is_main_process:
-            speed = world.size * measure_speed(config, dataset)
-            images = speed * 60.0 * settings.minutes * TRAINING_SHARE
+        speed = measure_speed(config, dataset, world, seconds=TIMED_S)
+        images = speed * 60.0 * settings.minutes * TRAINING_SHARE
         return Choice(config, world.broadcast(images)[0])  # every process chooses the same
 
     chosen = choice(config)
@@ -109,12 +109,14 @@ def expect(images: float) -> str:
     return f"{runs} runs reached a coverage of {' and '.join(reached)}"
 
 
-def measure_speed(config: TrainingConfig, dataset: Dataset, *, seconds: float = TIMED_S) -> float:
-    """Train a fresh state for some seconds; return the images shown per second."""
+def measure_speed(
+    config: TrainingConfig, dataset: Dataset, world: DistributedContext, *, seconds: float
+) -> float:
+    """Train a fresh state for some seconds, in every process; return images shown per second."""
     if config.r1_gamma is None:  # the value does not change the time of a step
         config = dataclasses.replace(config, r1_gamma=DEFAULT_GAMMA)
     network = generator_config(config, dataset)
-    state = create_state(config, network, dataset.labels.device, seed=0)
+    state = create_state(config, network, dataset.labels.device, 0, world)
     step = make_step(state, dataset)
     for _ in range(config.penalty_interval):  # the first steps are slower
         step(0.0)

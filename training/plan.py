@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import time
 from dataclasses import dataclass, field
 
-from training.cuda_graph import make_step
+from training.choice import measure_speed
 from training.data.named import Dataset
-from training.gamma_search import DEFAULT_GAMMA, GAMMAS, SHARE, is_worthwhile
-from training.loop import measure_progress, train
+from training.gamma_search import GAMMAS, SHARE, is_worthwhile
+from training.loop import measure_progress
 from training.networks import GeneratorConfig, build_generator, count_parameters
 from training.quality.budget import (
     EVALUATIONS_SHARE,
@@ -123,7 +122,7 @@ def _render_time(run: Run, plan: RunPlan) -> str:
     if plan.minutes is not None:
         return plan.render(plan.durations_s())
     left = config.images - run.state.images_seen
-    speed = _speed(run)
+    speed = measure_speed(config, run.dataset, run.state.world, seconds=TIMED_S)
     if config.r1_gamma is None and is_worthwhile(config, None):
         left += round(SHARE * (len(GAMMAS) - 1) * config.images)
     evaluation_s = EVALUATIONS * plan.measuring.quick_s
@@ -140,16 +139,3 @@ def _durations_s(
         "evaluation": evaluation_s,
         "certificate": measuring.certificate_s,
     }
-
-
-def _speed(run: Run) -> float:
-    """Train for a few seconds; return the images shown per second."""
-    config = run.state.config
-    if config.r1_gamma is None:  # the value does not change the time of a step
-        run.state.config = dataclasses.replace(config, r1_gamma=DEFAULT_GAMMA)
-    until = time.monotonic() + TIMED_S
-    step = make_step(run.state, run.dataset)
-    points = train(run.state, step, log_every=2**62, stop=lambda: time.monotonic() > until)
-    speed = next(points).images_per_s
-    run.state.config = config
-    return speed
