@@ -175,7 +175,7 @@ class AppSettings(ModelSettings):
     request, or use the default model"""
     max_batch: int = Field(256, ge=1, le=4096)
     """Maximum number of images in one forward pass"""
-    max_queue_images: int = Field(4096, ge=MAX_IMAGES, le=1_000_000)
+    max_queue_images: int = Field(8192, ge=MAX_IMAGES, le=1_000_000)
     """Maximum number of queued images; requests beyond it get 429. Requests for up to 16 images may
     exceed it by an eighth."""
     timeout_s: float = Field(10.0, ge=0.001, le=MAX_TIMEOUT_MS / 1e3)

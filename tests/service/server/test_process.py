@@ -23,7 +23,7 @@ from tests.conftest import make_artifact
 from tests.support.clients import metric
 from tests.support.other_systems import WINDOWS
 from tests.support.serving import ServiceProcess
-from tests.support.wire import TIMEOUT_S, Client, address, drain, wait_until
+from tests.support.wire import LAST, TIMEOUT_S, Client, address, drain, wait_until
 from tests.support.workers import client_of, pids
 
 TARGET = "/generate?label=cat&n=64&format=zip"
@@ -137,6 +137,23 @@ def test_an_answer_that_is_read_late_is_still_whole_and_what_was_begun_is_refuse
         assert answer.status == 200
         assert len(answer.body) == int(answer.headers["content-length"]) > 1_000_000
         assert service.wait() == 0
+
+
+def test_64_clients_may_request_64_images_each_with_default_options(artifact: str) -> None:
+    """One process holds them all, because the kernel may give it the connections of all clients.
+
+    As many clients have disconnected just before, and their images may still wait.
+    """
+    request = b"POST /generate?label=cat&n=64 HTTP/1.1\r\n\r\n"
+    with ServiceProcess("--models", artifact) as service:
+        left, clients = ([Client(service) for _ in range(64)] for _ in range(2))
+        for each in left:
+            each.send(request)
+            each.socket.close()
+        for each in clients:
+            each.send(3 * request + LAST)
+        drain(clients)
+    assert {answer.status for each in clients for answer in each.answers()} == {200}
 
 
 @pytest.fixture(scope="module")
