@@ -93,8 +93,11 @@ def _list_commands(prog: str) -> str:
 
 
 def _serve(settings: Settings, arguments: list[str]) -> int:
-    # Imported here because a supervisor, which lives as long as its workers, needs no PyTorch.
-    if settings.workers == 1:
+    # Imported here because a supervisor, which lives as long as its workers, needs little of it.
+    from service.server.sizing import choose_workers  # noqa: PLC0415
+
+    workers = choose_workers(settings)
+    if workers == 1:
         with loading():
             from service.server.process import create_server  # noqa: PLC0415
 
@@ -102,7 +105,7 @@ def _serve(settings: Settings, arguments: list[str]) -> int:
         return server.run_until_stopped()
     from service.server.supervisor import supervise  # noqa: PLC0415
 
-    supervise(settings, arguments, _print)
+    supervise(settings, workers, arguments, _print)
     return 0
 
 

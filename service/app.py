@@ -98,10 +98,13 @@ def create_app(
     repository: ModelRepository,
     metrics: Metrics | None = None,
     shared_dir: Path | None = None,
+    *,
+    processes: int = 1,
 ) -> FastAPI:
     """Create an app that serves the models of a repository.
 
-    In `shared_dir` several workers share the use of each key; it is None for a single process.
+    Several `processes` divide the cores, and share the use of each key in `shared_dir`, which is
+    None for a single one.
 
     Raises:
         ServiceError: tracing is requested, and its packages are not installed.
@@ -109,7 +112,7 @@ def create_app(
     metrics = metrics or Metrics()
     readiness = Readiness(metrics)
     batcher = Batcher(settings.max_queue_images, settings.timeout_s, metrics)
-    encoder = TimeSlicedEncoder(max(1, available_cores() // settings.workers))
+    encoder = TimeSlicedEncoder(max(1, available_cores() // processes))
     reloader = Reloader(repository, metrics)
     buckets = create_buckets(settings, metrics, shared_dir)
 

@@ -28,6 +28,7 @@ S = TypeVar("S", bound=BaseSettings)
 MAX_IMAGES = 1024  # of one request
 MAX_PIXELS = 1 << 24  # of one picture, enlargement included
 MAX_TIMEOUT_MS = 600_000
+MAX_WORKERS = 256
 
 POSITIONAL = "positional"  # marks an option that is given without a flag
 # Old names that are accepted for one release: the new name, and what old values are divided by.
@@ -89,6 +90,15 @@ def _check_root_path(path: str | None) -> str | None:
             f"must be a path without a slash at its end, such as /images, not {path!r}"
         )
     return path
+
+
+def _parse_workers(given: object) -> int | Literal["auto"]:
+    if given == "auto":
+        return "auto"
+    text = str(given)
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_WORKERS):
+        raise ValueError(f"expected auto or a number from 1 to {MAX_WORKERS}, not {given!r}")
+    return int(text)
 
 
 class CommandSettings(BaseSettings):
@@ -223,9 +233,10 @@ class Settings(AppSettings):
     unix_socket: Annotated[Path | None, AfterValidator(_check_unix_socket)] = None
     """Path of a Unix socket to listen on instead of --host and --port, for a proxy on this machine
     (default: none)"""
-    workers: int = Field(1, ge=1, le=256)
-    """Processes that share the port, each with its own models and queue. GPUs are assigned to them
-    round-robin. More than one requires Linux."""
+    workers: Annotated[int | Literal["auto"], PlainValidator(_parse_workers)] = "auto"
+    """Processes that share the port, each with its own models and queue; auto is one for each core
+    on a CPU, and 1 on a GPU. GPUs are assigned to them round-robin. More than one requires Linux.
+    """
     client_timeout_s: float = Field(20.0, ge=1.0, le=3600.0)
     """Seconds that a client may take to send a whole request, to read more of a response, or to
     send the next request on an open connection"""
@@ -248,15 +259,17 @@ class Settings(AppSettings):
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
-        if self.workers > 1 and sys.platform != "linux":
+        if self.workers in ("auto", 1):
+            return self
+        if sys.platform != "linux":
             raise ValueError(
                 "--workers (or CGAN_WORKERS): several processes share a port on Linux only; "
-                f"expected 1 on this system, not {self.workers}"
+                f"expected auto or 1 on this system, not {self.workers}"
             )
-        if self.workers > 1 and self.unix_socket is not None:
+        if self.unix_socket is not None:
             raise ValueError(
                 "--unix-socket (or CGAN_UNIX_SOCKET): one process listens there; expected "
-                f"--workers 1 (or CGAN_WORKERS=1), not {self.workers}"
+                f"--workers auto or 1 (or CGAN_WORKERS), not {self.workers}"
             )
         return self
 
@@ -294,7 +307,7 @@ class ClusterSettings(AppSettings):
     def replica_settings(self) -> Settings:
         """Return the settings of the service in each replica. Ray owns its ports."""
         own = {name: getattr(self, name) for name in AppSettings.model_fields}
-        return Settings.model_construct(**own, metrics_port=0)
+        return Settings.model_construct(**own, workers=1, metrics_port=0)
 
 
 def parse_settings(arguments: list[str]) -> Settings:

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -173,15 +174,15 @@ class Server(uvicorn.Server):
         self._write_snapshot()
 
 
-def load(settings: Settings) -> ModelRepository:
-    """Load and check the models of this process, after it has set up the log.
+def load(settings: Settings, processes: int = 1) -> ModelRepository:
+    """Load and check the models of one of several processes, after it has set up the log.
 
     Raises:
         ServiceError: a model or the device cannot be used.
     """
     configure_logging(settings.log_level)
     prometheus_client.disable_created_metrics()  # a second series for each, which nobody reads
-    limit_threads(settings.workers)
+    limit_threads(processes)
     try:
         return load_repository(settings)
     except (ArtifactError, DeviceError) as error:
@@ -209,25 +210,37 @@ def create_server(settings: Settings, announce: Callable[[str], None]) -> Server
     return Server(app, settings, sockets, partial(announce, line))
 
 
+@dataclass(frozen=True)
+class WorkerPlace:
+    """The place of a worker among those of its supervisor.
+
+    Attributes:
+        index: number of the worker, from 0.
+        count: number of all workers.
+        folder: shared by the workers for metrics and rate limits.
+        port: reserved by the supervisor.
+    """
+
+    index: int
+    count: int
+    folder: Path
+    port: int
+
+
 def create_worker(
-    settings: Settings, index: int, folder: Path, port: int, report: Callable[[object], None]
+    settings: Settings, place: WorkerPlace, report: Callable[[object], None]
 ) -> Server:
     """Return the server of one of several processes, with its models loaded.
 
-    Args:
-        settings: of the service.
-        index: number of the worker, from 0.
-        folder: shared by the workers for metrics and rate limits.
-        port: reserved by the supervisor.
-        report: called with the names of the models and the device once the worker serves.
+    Once it serves, it calls `report` with the names of the models and the device.
 
     Raises:
         ServiceError: it cannot start.
     """
-    repository = load(assign_device(settings, index))
-    metrics = Metrics(folder, str(index))
-    app = create_app(settings, repository, metrics, folder)
-    sockets = open_sockets(settings.host, port, reuse_port=True)
+    repository = load(assign_device(settings, place.index), place.count)
+    metrics = Metrics(place.folder, str(place.index))
+    app = create_app(settings, repository, metrics, place.folder, processes=place.count)
+    sockets = open_sockets(settings.host, place.port, reuse_port=True)
     device = describe(repository.default.engine.device)
     on_started = partial(report, {"names": repository.names, "device": device})
     return Server(app, settings, sockets, on_started, supervised=True)

@@ -38,7 +38,7 @@ log = logging.getLogger("service.server.supervisor")
 
 
 def supervise(
-    settings: Settings, arguments: Sequence[str], announce: Callable[[str], None]
+    settings: Settings, workers: int, arguments: Sequence[str], announce: Callable[[str], None]
 ) -> None:
     """Serve with several workers until stopped.
 
@@ -55,7 +55,7 @@ def supervise(
     metrics_url = None
     with create_shared_folder() as name:
         folder = Path(name)
-        metrics = SupervisorMetrics(settings.workers, folder)
+        metrics = SupervisorMetrics(workers, folder)
         if settings.metrics_port is not None:
             from service.server.metrics_port import open_metrics_port  # noqa: PLC0415  (FastAPI)
 
@@ -64,8 +64,8 @@ def supervise(
         def on_ready(names: Sequence[str], devices: str) -> None:
             announce(startup_message(names, url_of(reserved[0]), devices, metrics_url))
 
-        arguments = [str(folder), str(reserved[0].getsockname()[1]), *arguments]
-        asyncio.run(Supervisor(settings.workers, arguments, folder, metrics, on_ready).run())
+        arguments = [str(workers), str(folder), str(reserved[0].getsockname()[1]), *arguments]
+        asyncio.run(Supervisor(workers, arguments, folder, metrics, on_ready).run())
     for each in reserved:
         each.close()
 
@@ -83,8 +83,8 @@ def create_shared_folder() -> "tempfile.TemporaryDirectory[str]":
                 prefix="cgan-metrics-", dir=parent, ignore_cleanup_errors=True
             )
     raise ServiceError(
-        "--workers needs a folder for temporary files, and none is writable: make /tmp writable, "
-        "set TMPDIR to a writable folder, or use --workers 1"
+        "several workers need a folder for temporary files, and none is writable: make /tmp "
+        "writable, set TMPDIR to a writable folder, or use --workers 1"
     )
 
 

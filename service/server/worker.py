@@ -1,10 +1,10 @@
 """One of several serving processes: `python -m service.server.worker`, started by a supervisor.
 
-    python -m service.server.worker INDEX FOLDER PORT [OPTION]...
+    python -m service.server.worker INDEX COUNT FOLDER PORT [OPTION]...
 
-INDEX numbers the workers from 0, FOLDER holds the files that they share, and PORT is reserved by
-the supervisor; the options are those of `python -m service`. The worker writes one line of JSON to
-stdout: the names of its models and its device once it serves, or the error that prevents it. Its
+INDEX numbers the COUNT workers from 0, FOLDER holds the files that they share, and PORT is reserved
+by the supervisor; the options are those of `python -m service`. The worker writes one line of JSON
+to stdout: the names of its models and its device once it serves, or the error that prevents it. Its
 stdin is a pipe that closes when the supervisor ends.
 """
 
@@ -24,13 +24,14 @@ def main() -> int:
     """Serve until stopped; return the exit status."""
     report = _take_stdout()
     threading.Thread(target=_exit_with_supervisor, name="supervisor", daemon=True).start()
-    index, folder, port, *options = sys.argv[1:]
+    index, count, folder, port, *options = sys.argv[1:]
     try:
         with loading():
-            from service.server.process import create_worker  # noqa: PLC0415
+            from service.server.process import WorkerPlace, create_worker  # noqa: PLC0415
 
             settings = parse_settings(options)
-            server = create_worker(settings, int(index), Path(folder), int(port), report)
+            place = WorkerPlace(int(index), int(count), Path(folder), int(port))
+            server = create_worker(settings, place, report)
         return server.run_until_stopped()
     except ServiceError as error:  # always before the worker has reported anything
         report({"error": str(error)})

@@ -1,15 +1,20 @@
 import json
 import pickle
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from service.server.sizing import choose_workers
+from service.settings import Settings
 from tests.conftest import make_artifact
+from tests.support.clients import children
 from tests.support.malicious_files import Payload
 from tests.support.processes import run
 from tests.support.serving import ServiceProcess, refused
@@ -23,6 +28,21 @@ def test_it_prints_one_line_with_the_address(bundled: Path) -> None:
         assert service.process.stdout.read() == ""
         assert service.wait() == 0
     assert service.errors == []
+
+
+def test_the_default_command_serves_with_a_process_for_each_core(bundled: Path) -> None:
+    """Ctrl-C once ends all of them."""
+    workers = choose_workers(Settings())
+    with ServiceProcess("--models", str(bundled), "--workers", "auto") as service:
+        assert ("workers)" in service.first_line) == (workers > 1)
+        assert len(children(service)) == (workers if workers > 1 else 0)
+        image = service.client.post("/generate?label=7&seed=1").raise_for_status().content
+        for _ in range(4):  # whichever process answers
+            answer = httpx.post(service.client.base_url.join("/generate?label=7&seed=1"))
+            assert answer.content == image
+        service.signal(signal.SIGINT)
+        assert service.wait() == 0
+    assert {json.loads(line)["level"] for line in service.errors} == {"info"}
 
 
 def test_a_folder_of_artifacts_is_served_by_name(bundled: Path, tmp_path: Path) -> None:
@@ -44,10 +64,11 @@ def test_a_folder_of_artifacts_is_served_by_name(bundled: Path, tmp_path: Path) 
 def test_a_file_that_is_no_artifact_ends_in_one_line_with_path_and_cause(tmp_path: Path) -> None:
     path = tmp_path / "mnist.safetensors"
     torch.save({"weight": torch.zeros(3)}, path)
-    message = refused("--models", str(path))
-    assert message.count("\n") == 1
-    assert str(path) in message
-    assert "pickle" in message
+    for workers in ("1", "auto"):
+        message = refused("--models", str(path), "--workers", workers)
+        assert message.count("\n") == 1
+        assert str(path) in message
+        assert "pickle" in message
 
 
 def test_an_artifact_cut_short_is_refused(bundled: Path, tmp_path: Path) -> None:

@@ -79,7 +79,9 @@ def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("--port", "70000", "65535"),
         ("--port", "http", "integer"),
-        ("--workers", "0", "1"),
+        ("--workers", "0", "auto or a number from 1 to 256"),
+        ("--workers", "257", "auto or a number from 1 to 256"),
+        ("--workers", "many", "auto or a number from 1 to 256"),
         ("--max-batch", "0", "1"),
         ("--max-queue-images", "10", "1024"),
         ("--timeout-s", "-1", "0.001"),
@@ -133,7 +135,8 @@ def test_several_processes_are_refused_on_systems_that_cannot_share_a_port(
     for system in ("darwin", "win32"):
         monkeypatch.setattr(sys, "platform", system)
         assert parse_settings(["--workers", "1"]).workers == 1
-        with pytest.raises(ValueError, match=r"--workers .*on Linux only; expected 1 .*not 2$"):
+        assert parse_settings([]).workers == "auto"
+        with pytest.raises(ValueError, match=r"--workers .*on Linux only; .* auto or 1 .*not 2$"):
             parse_settings(["--workers", "2"])
 
 
@@ -142,7 +145,9 @@ def test_a_unix_socket_is_refused_where_it_cannot_work(monkeypatch: pytest.Monke
     assert parse_settings(["--unix-socket", path]).unix_socket == Path(path)
     with pytest.raises(ValueError, match=r"--unix-socket .*: must be at most 107 bytes long, not"):
         parse_settings(["--unix-socket", path + "x"])
-    with pytest.raises(ValueError, match=r"--unix-socket .*: one process .*expected --workers 1"):
+    with pytest.raises(
+        ValueError, match=r"--unix-socket .*: one process .*expected --workers auto or 1"
+    ):
         parse_settings(["--unix-socket", path, "--workers", "2"])
     monkeypatch.delattr(socket, "AF_UNIX")
     with pytest.raises(ValueError, match=r"--unix-socket .* on this system; use --host and --port"):

@@ -29,12 +29,12 @@ MODEL = REPOSITORY / "weights" / "mnist.safetensors"
 
 
 def _environment() -> dict[str, str]:
-    """Return an environment with one model and one thread, with which a service starts fast.
+    """Return an environment with one model, process and thread, so that a service starts fast.
 
     Services of several tests share the cores: threads that wait for each other would spin.
     """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CGAN_")}
-    return {"OMP_NUM_THREADS": "1", **clean, "CGAN_MODELS": str(MODEL)}
+    return {"OMP_NUM_THREADS": "1", **clean, "CGAN_MODELS": str(MODEL), "CGAN_WORKERS": "1"}
 
 
 def _client(url: str, unix_socket: str | None = None) -> httpx.Client:

@@ -308,8 +308,8 @@ sys.exit(main())
     ended = run("-c", code, "--workers", "2", "--port", "0")
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr == (
-        "--workers needs a folder for temporary files, and none is writable: make /tmp writable, "
-        "set TMPDIR to a writable folder, or use --workers 1\n"
+        "several workers need a folder for temporary files, and none is writable: make /tmp "
+        "writable, set TMPDIR to a writable folder, or use --workers 1\n"
     )
 
 
