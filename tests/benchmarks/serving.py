@@ -36,7 +36,7 @@ import torch
 from service.settings import Settings
 from tests.benchmarks.baselines import BASELINES
 from tests.benchmarks.load import Sample, closed_loop, open_loop, post, precedence, run
-from tests.benchmarks.unpinned import compare
+from tests.benchmarks.unpinned import Build, compare
 from tests.support.processes import REPOSITORY
 
 WEIGHTS = Settings().models / "mnist-mlp.safetensors"
@@ -359,7 +359,9 @@ def main() -> None:
     report(rows, workers, bulks, options.json)
     os.sched_setaffinity(0, {SERVER_CORE, CLIENT_CORE})
     print("unpinned, default options, access log and API key")
-    builds = [("this build", REPOSITORY), ("other build", options.beside)]
+    builds = [Build("this build", REPOSITORY)]
+    if options.beside:
+        builds.append(Build("other build", options.beside))
     compare(builds if options.beside else [], rounds=options.rounds)
 
 
