@@ -76,7 +76,7 @@ class AccessLogMiddleware:
             response = problem_response(Problem(500, "internal-error", report), scope)
             await response(scope, receive, observed_send)
         finally:
-            self._in_progress.dec(in_progress)
+            self._in_progress.inc(-in_progress)
             if client.disconnected and not complete:
                 status = CLIENT_CLOSED_REQUEST
             scope["state"]["status"] = status

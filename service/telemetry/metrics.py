@@ -13,6 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from service.telemetry.multiprocess import SharedMetrics
+from service.telemetry.unlocked import Count, UnlockedCounter, UnlockedHistogram
 
 QUALITY_METRICS = (
     *("gan_test", "gan_train", "precision", "recall", "density", "coverage"),
@@ -88,39 +89,57 @@ class Metrics:
 
     Attributes:
         registry: exposed by `/metrics`; of all processes that share the folder.
+        requests_in_progress: counted by the event loop alone, as `requests`, `request_seconds`,
+            `stage_seconds` and `images` are.
     """
 
     def __init__(self, folder: Path | None = None, worker: str = "0") -> None:
         own = CollectorRegistry()
         ProcessCollector(registry=own)
         GCCollector(registry=own)
+        self._make_request_instruments(own)
         self._make_instruments(own)
         self._shared = None if folder is None else SharedMetrics(own, folder, worker, _MAX_GAUGES)
         self.registry: CollectorRegistry = _ExposedRegistry(self._shared or own)
+
+    def _make_request_instruments(self, registry: CollectorRegistry) -> None:
+        self.requests = UnlockedCounter(
+            "cgan_requests_total", "Requests answered.", ["route", "method", "status"], registry
+        )
+        self.request_seconds = UnlockedHistogram(
+            "cgan_request_duration_seconds",
+            "Time from arrival to the last byte sent.",
+            ["route"],
+            registry,
+            _SECONDS,
+        )
+        self.requests_in_progress = in_progress = Count()
+        Gauge(
+            "cgan_requests_in_progress",
+            "Requests being answered, without probes and scrapes.",
+            registry=registry,
+        ).set_function(lambda: in_progress.value)
+        self.stage_seconds = UnlockedHistogram(
+            "cgan_stage_duration_seconds",
+            "Time in queue, forward and encode.",
+            ["stage"],
+            registry,
+            _SECONDS,
+        )
+        self.images = UnlockedCounter(
+            "cgan_images_total",
+            "Images sent, by model and class index.",
+            ["model", "label"],
+            registry,
+        )
 
     def _make_instruments(self, registry: CollectorRegistry) -> None:
         counter = partial(Counter, registry=registry)
         gauge = partial(Gauge, registry=registry)
         histogram = partial(Histogram, registry=registry)
-        seconds = partial(histogram, buckets=_SECONDS)
-        self.requests = counter(
-            "cgan_requests_total", "Requests answered.", ["route", "method", "status"]
-        )
-        self.request_seconds = seconds(
-            "cgan_request_duration_seconds", "Time from arrival to the last byte sent.", ["route"]
-        )
-        self.requests_in_progress = gauge(
-            "cgan_requests_in_progress", "Requests being answered, without probes and scrapes."
-        )
-        self.stage_seconds = seconds(
-            "cgan_stage_duration_seconds", "Time in queue, forward and encode.", ["stage"]
-        )
         self.batch_images = histogram("cgan_batch_images", "Images per forward.", buckets=_IMAGES)
-        self.batch_seconds = seconds(
-            "cgan_batch_duration_seconds", "Time of a forward, copies included."
-        )
-        self.images = counter(
-            "cgan_images_total", "Images sent, by model and class index.", ["model", "label"]
+        self.batch_seconds = histogram(
+            "cgan_batch_duration_seconds", "Time of a forward, copies included.", buckets=_SECONDS
         )
         self.rejections = counter(
             "cgan_rejections_total", "Image requests answered with a problem.", ["reason"]
