@@ -4,6 +4,7 @@ import logging
 import re
 import time
 from functools import cache
+from json.encoder import encode_basestring_ascii as _quote
 from random import getrandbits
 
 from starlette.datastructures import Headers
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.disconnect import CLIENT_CLOSED_REQUEST, Disconnected, client_of
 from service.errors import Problem, problem_response
+from service.telemetry.logging import log_members
 from service.telemetry.metrics import Metrics
 
 PROBE_PATHS = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
@@ -92,20 +94,31 @@ class AccessLogMiddleware:
         level = logging.DEBUG if route in PROBE_PATHS else logging.INFO
         if not access_log.isEnabledFor(level):
             return
-        state = scope["state"]
-        fields = {
-            "request_id": state["request_id"],
-            "method": scope["method"],
-            "path": scope["path"][:_LOGGED_CHARACTERS],
-            "query": scope["query_string"][:_LOGGED_CHARACTERS].decode("latin-1"),
-            "status": status,
-            "bytes": sent_bytes,
-            "duration_ms": round(1e3 * seconds, 3),
-            "client": _client_of(scope),
-        }
-        # `key` is the name of an API key, not its secret.
-        fields |= {name: state[name] for name in ("key", "trace_id") if name in state}
-        access_log.log(level, "request", extra={"fields": fields})
+        members = _describe(scope, status, sent_bytes, seconds)
+        log_members(access_log, level, "request", members)
+
+
+def _describe(scope: Scope, status: int, sent_bytes: int, seconds: float) -> str:
+    """Return what the log has about a request, as the members of a JSON object.
+
+    Encoders of whole objects take several times as long.
+    """
+    state = scope["state"]
+    client = _client_of(scope)
+    members = (
+        f'"request_id": {_quote(state["request_id"])}, '
+        f'"method": {_quote(scope["method"])}, '
+        f'"path": {_quote(scope["path"][:_LOGGED_CHARACTERS])}, '
+        f'"query": {_quote(scope["query_string"][:_LOGGED_CHARACTERS].decode("latin-1"))}, '
+        f'"status": {status}, '
+        f'"bytes": {sent_bytes}, '
+        f'"duration_ms": {round(1e3 * seconds, 3)}, '
+        f'"client": {"null" if client is None else _quote(client)}'
+    )
+    for name in ("key", "trace_id"):  # `key` is the name of an API key, not its secret
+        if name in state:
+            members += f', "{name}": {_quote(state[name])}'
+    return members
 
 
 def _client_of(scope: Scope) -> str | None:

@@ -30,7 +30,7 @@ from service.server.sockets import (
     url_of,
 )
 from service.settings import Settings
-from service.telemetry.logging import configure_logging
+from service.telemetry.logging import configure_logging, flush_logs
 from service.telemetry.metrics import Metrics
 from training.artifact import ArtifactError
 from training.devices import DeviceError, describe, limit_threads
@@ -147,6 +147,7 @@ class Server(uvicorn.Server):
             readiness.drain()
             self._draining = asyncio.ensure_future(self._drain(self._drain_delay_s))
         elif not self._supervised:
+            flush_logs()
             os._exit(0)  # at once, whatever the threads do; no file is ever left half written
 
     def _on_device_lost(self) -> None:
