@@ -18,7 +18,7 @@ from torch.nn.utils import fuse_linear_bn_eval
 
 from service.inference.backends import compile_mlp, translated_errors
 from service.inference.errors import CorruptRows, EngineError
-from service.inference.latents import RowOptions, draw_latents
+from service.inference.latents import RowOptions, draw_latents, mix_embeddings
 from training.artifact import Artifact
 from training.devices import has_native_bfloat16
 from training.networks import ConvGenerator, Generator, MLPGenerator
@@ -198,8 +198,7 @@ class Engine:
         for rows, request_rows, options in row_options:
             latents[rows] = options.apply(latents[rows], indices[rows], request_rows)
             if options.mix is not None:
-                # In double precision: a mixture of one class only is exactly that class.
-                embedded[rows] = options.mix / options.mix.sum() @ self._embedding.astype(float)
+                embedded[rows] = mix_embeddings(options.mix, self._embedding)
         return np.concatenate((latents, embedded), 1)
 
     @torch.inference_mode()

@@ -4,7 +4,8 @@ The latent of image `index` of `seed` is a pure function of those two numbers, s
 depend on how many were requested, on its batch, or on its neighbours. The generator is SplitMix64
 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), used by
 counter: output i of a stream is a hash of (seed + (i + 1) * GAMMA), so any entry can be computed
-alone, and a batch is a few array operations over (rows, entries).
+alone, and a batch is a few array operations over (rows, entries). No operation here depends on the
+processor, its libraries or its instruction set: the same request has the same inputs everywhere.
 """
 
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+from service.inference.normal import DEVIATES_PER_WORD, normal_deviates
+from service.inference.portable_math import arccos, sin, sum_rows
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_QUARTERS = np.array([[[0]], [[3 << 30]]], dtype=np.uint32)  # no turn, and three quarters of one
 _BLOCK = 256  # rows at a time, so that intermediate arrays stay in the processor's cache
 
 
@@ -48,10 +50,7 @@ def draw_latents(
     """Return standard normal latents, one per row.
 
     Output `index` of the seed's stream starts a stream of the image's own, each word of which gives
-    two normals (Box & Muller 1958): the upper half is a radius and the lower half an angle, whose
-    sine is the cosine of a quarter turn less. Double precision makes the last digits of a
-    processor's cosine and logarithm vanish when the result is rounded to float32. Both functions
-    are PyTorch's, which take less time than numpy's without AVX-512.
+    four normal deviates.
 
     Args:
         seeds: (N,) uint64.
@@ -62,21 +61,12 @@ def draw_latents(
         (N, latent_dim) float32.
     """
     keys = splitmix64(seeds, indices.view(np.uint64))  # (N,)
-    pairs = (latent_dim + 1) // 2
-    latents = np.empty((len(seeds), 2, pairs), dtype=np.float32)
+    words = -(-latent_dim // DEVIATES_PER_WORD)  # of a latent
+    latents = np.empty((len(seeds), words * DEVIATES_PER_WORD), dtype=np.float32)
     for first in range(0, len(seeds), _BLOCK):
         block = slice(first, first + _BLOCK)
-        words = _finalize(keys[block, None] + _offsets(pairs))  # (B, pairs)
-        radius = (words >> 32) + 0.5
-        radius *= 2.0**-32  # in (0, 1), so that its logarithm is finite
-        torch.from_numpy(radius).log_()
-        radius *= -2.0
-        np.sqrt(radius, out=radius)
-        angles = (words.astype(np.uint32) + _QUARTERS) * (2.0 * np.pi * 2.0**-32)  # (2, B, pairs)
-        torch.from_numpy(angles).cos_()
-        angles *= radius
-        latents[block] = angles.transpose(1, 0, 2)
-    return latents.reshape(len(seeds), 2 * pairs)[:, :latent_dim]
+        latents[block] = normal_deviates(_finalize(keys[block, None] + _offsets(words)))
+    return latents[:, :latent_dim]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,14 +121,42 @@ def slerp(
     Returns:
         (N, D) float32.
     """
-    first, last = starts.astype(np.float64), ends.astype(np.float64)
-    lengths = np.sqrt((first * first).sum(1) * (last * last).sum(1))
-    cosine = np.clip((first * last).sum(1) / lengths, -1.0, 1.0)
-    angle = np.arccos(cosine)
-    sine = np.sin(angle)
+    first, last = starts.T.astype(np.float64), ends.T.astype(np.float64)  # (D, N)
+    lengths = np.sqrt(sum_rows(first * first) * sum_rows(last * last))
+    angle = arccos(np.clip(sum_rows(first * last) / lengths, -1.0, 1.0))
+    sine = sin(angle)
     straight = sine < 1e-6  # equal or opposite latents: no single arc joins them
     divisor = np.where(straight, 1.0, sine)
-    weights = np.where(straight, 1.0 - at, np.sin((1.0 - at) * angle) / divisor)
-    others = np.where(straight, at, np.sin(at * angle) / divisor)
-    points: NDArray[np.float64] = weights[:, None] * first + others[:, None] * last
-    return points.astype(np.float32)
+    weights = np.where(straight, 1.0 - at, sin((1.0 - at) * angle) / divisor)
+    others = np.where(straight, at, sin(at * angle) / divisor)
+    points: NDArray[np.float64] = weights * first + others * last
+    return points.T.astype(np.float32)
+
+
+def mix_shares(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the share of each class in a mixture: its weight divided by the sum of all.
+
+    Args:
+        weights: (num_classes,) finite, not negative, not all 0. They are first scaled by a power of
+            two, which changes no digit of the shares, so that no sum of them is infinite.
+    """
+    _, exponent = np.frexp(weights.max())
+    scaled = np.ldexp(weights, -exponent)
+    shares: NDArray[np.float64] = scaled / sum_rows(scaled)
+    return shares
+
+
+def mix_embeddings(
+    weights: NDArray[np.float64], embeddings: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return the mean (embedding_dim,) of class embeddings, weighted as `mix_shares` describes.
+
+    It is computed in double precision: a mixture of one class only is exactly that class.
+
+    Args:
+        weights: (num_classes,).
+        embeddings: (num_classes, embedding_dim).
+    """
+    shares = mix_shares(weights)
+    present = shares.nonzero()[0]
+    return sum_rows(shares[present, None] * embeddings[present]).astype(np.float32)
