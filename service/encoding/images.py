@@ -16,6 +16,7 @@ from service.encoding.png import encode_contact_sheet, encode_png, enlarge
 from service.encoding.timeslice import Encoder, IncrementalEncoder
 from service.errors import invalid_value
 from service.generation import ResolvedRequest
+from service.inference.latents import mix_shares
 from service.inference.scheduling import GenerationResult
 
 Format = Literal["png", "zip", "json", "multipart", "npz"]
@@ -165,7 +166,7 @@ def encode_npz(request: ResolvedRequest, result: GenerationResult, scale: int) -
     if options is None or options.mix is None:
         arrays["labels"] = request.labels
     else:
-        arrays["mix"] = np.tile(options.mix / options.mix.sum(), (len(request.labels), 1))
+        arrays["mix"] = np.tile(mix_shares(options.mix), (len(request.labels), 1))
     if options is not None and options.at is not None:
         arrays["at"] = options.at
     buffer = io.BytesIO()
