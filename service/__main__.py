@@ -1,12 +1,13 @@
 """The command line of the service: `python -m service`, or `cgan-service` once installed."""
 
 import io
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from service.errors import ServiceError
+from service.failure import ServiceError
 from service.server.loading import loading
 from service.settings import (
     ClusterSettings,
@@ -50,6 +51,8 @@ def main() -> int:
     except ServiceError as error:
         sys.stderr.write(_printable(str(error)) + "\n")
         return 1
+    except KeyboardInterrupt:  # while it starts; later, Ctrl-C drains it
+        return 128 + signal.SIGINT
 
 
 def _run(name: str, arguments: list[str]) -> int:

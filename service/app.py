@@ -19,6 +19,7 @@ from service.api import datasets, generate, health, models, open_inference, open
 from service.api.respond import Responder
 from service.api.routing import NotFound
 from service.encoding.timeslice import TimeSlicedEncoder
+from service.failure import ServiceError
 from service.generation import Generation
 from service.inference.batcher import Batcher
 from service.inference.health import Readiness, run_self_tests
@@ -98,13 +99,11 @@ def create_app(
     repository: ModelRepository,
     metrics: Metrics | None = None,
     shared_dir: Path | None = None,
-    *,
     processes: int = 1,
 ) -> FastAPI:
     """Create an app that serves the models of a repository.
 
-    Several `processes` divide the cores, and share the use of each key in `shared_dir`, which is
-    None for a single one.
+    Several `processes` divide the cores, and share the use of keys in `shared_dir`.
 
     Raises:
         ServiceError: tracing is requested, and its packages are not installed.
@@ -153,8 +152,7 @@ def create_app(
     if buckets:
         app.wrap(APIKeyMiddleware, buckets=buckets)
     app.wrap(AccessLogMiddleware, metrics=metrics)
-    endpoint = settings.otlp_endpoint
-    app.state.tracer_provider = None if endpoint is None else _add_tracing(app, endpoint)
+    app.state.tracer_provider = _add_tracing(app, settings.otlp_endpoint)
     return app
 
 
@@ -184,11 +182,13 @@ def _create_routes(
     return app
 
 
-def _add_tracing(app: App, endpoint: str) -> "TracerProvider":
+def _add_tracing(app: App, endpoint: str | None) -> "TracerProvider | None":
+    if endpoint is None:
+        return None
     try:
         from service.middleware import tracing  # noqa: PLC0415  (of an extra)
     except ModuleNotFoundError as error:
-        raise errors.ServiceError(
+        raise ServiceError(
             "--otlp-endpoint needs optional dependencies; run: pip install -e '.[traces]'"
         ) from error
     provider = tracing.create_tracer_provider(endpoint)

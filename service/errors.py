@@ -5,8 +5,10 @@ A problem tells the caller what to change. Nothing internal ever reaches a body.
 
 import http
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -15,15 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from service.disconnect import CLIENT_CLOSED_REQUEST, Disconnected
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
 _MAX_VALUE_CHARS = 100  # of an invalid value that is repeated in the response
 _MAX_FIELD_ERRORS = 20
-
-
-class ServiceError(Exception):
-    """The service cannot start or continue; the message goes to the operator."""
 
 
 class FieldError(BaseModel):
@@ -232,10 +227,8 @@ async def send_error(scope: Scope, receive: Receive, send: Send) -> None:
     await problem_response(scope["problem"], scope)(scope, receive, send)
 
 
-def add_exception_handlers(app: "FastAPI") -> None:
+def add_exception_handlers(app: FastAPI) -> None:
     """Let an app answer every expected exception."""
-    # A supervisor imports this module for ServiceError and does not need FastAPI.
-    from fastapi.exceptions import RequestValidationError  # noqa: PLC0415
 
     @app.exception_handler(Problem)
     async def on_problem(request: Request, error: Problem) -> Response:

@@ -24,11 +24,11 @@ TOP_LEVEL = {
 # Each part of the service may import those to its right, and nothing of its own column or before.
 DIRECTION = (
     "__main__ > commands > server > app > api > middleware, encoding > generation > inference "
-    "> telemetry > errors, settings, keys, disconnect, rate_limit"
+    "> telemetry > errors, failure, settings, keys, disconnect, rate_limit"
 )
 MODULE_LINES, FUNCTION_LINES = 450, 60
 DECLARATIVE: set[str] = set()  # functions that are tables of instruments or options
-LEAVES = {"errors", "settings", "keys", "disconnect", "rate_limit"}
+LEAVES = {"errors", "failure", "settings", "keys", "disconnect", "rate_limit"}
 
 
 def fresh(code: str) -> list[str]:
@@ -85,6 +85,16 @@ def test_the_service_knows_of_training_only_what_artifacts_need() -> None:
     loaded, _ = after_importing("service")
     assert "service.app" in loaded
     assert {name for name in loaded if name.split(".")[0] == "training"} == SERVED
+
+
+def test_a_supervisor_imports_little_before_it_starts_its_workers() -> None:
+    loaded = fresh(
+        "import sys\n"
+        "import service.__main__, service.server.sizing, service.server.supervisor\n"
+        "print(*sys.modules)"
+    )
+    heavy = {"fastapi", "starlette", "uvicorn", "prometheus_client", "numpy", "torch"}
+    assert heavy & set(loaded) == set()
 
 
 def source_of(name: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import ServiceError
+from service.failure import ServiceError
 from service.server.sockets import find_free_port, format_url
 from service.settings import ClusterSettings, Settings
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 import httpx
 from tqdm import tqdm
 
-from service.errors import ServiceError
+from service.failure import ServiceError
 from service.settings import FetchSettings
 
 try:

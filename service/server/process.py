@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.errors import ServiceError
+from service.failure import ServiceError
 from service.inference.repository import ModelRepository, load_repository
 from service.server import protocol
 from service.server.metrics_port import open_metrics_port

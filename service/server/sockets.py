@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from service.errors import ServiceError
+from service.failure import ServiceError
 from service.settings import ALLOWED_HOSTS
 
 BACKLOG = 2048  # connections that the kernel holds until they are accepted

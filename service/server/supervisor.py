@@ -21,14 +21,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from service.errors import ServiceError
+from service.failure import ServiceError
 from service.server.sockets import reserve_port, startup_message, url_of
 from service.settings import Settings
 from service.telemetry.logging import configure_logging
-from service.telemetry.metrics import SupervisorMetrics
-from service.telemetry.multiprocess import mark_worker_dead
+
+if TYPE_CHECKING:
+    from service.telemetry.metrics import SupervisorMetrics
 
 MEMORY_FOLDER = "/dev/shm"  # of Linux; writable in most containers whose disk is not
 STABLE_S = 30.0  # a worker that has served for this time did not exit because of its start
@@ -53,19 +54,24 @@ def supervise(
     configure_logging(settings.log_level)
     reserved = reserve_port(settings.host, settings.port)
     metrics_url = None
-    with create_shared_folder() as name:
-        folder = Path(name)
-        metrics = SupervisorMetrics(workers, folder)
-        if settings.metrics_port is not None:
-            from service.server.metrics_port import open_metrics_port  # noqa: PLC0415  (FastAPI)
+    with create_shared_folder() as folder:
 
-            metrics_url = open_metrics_port(settings, metrics.registry)
+        def create_metrics() -> "SupervisorMetrics":
+            nonlocal metrics_url
+            from service.telemetry.metrics import SupervisorMetrics  # noqa: PLC0415
+
+            metrics = SupervisorMetrics(workers, Path(folder))
+            if settings.metrics_port is not None:
+                from service.server.metrics_port import open_metrics_port  # noqa: PLC0415
+
+                metrics_url = open_metrics_port(settings, metrics.registry)
+            return metrics
 
         def on_ready(names: Sequence[str], devices: str) -> None:
             announce(startup_message(names, url_of(reserved[0]), devices, metrics_url))
 
-        arguments = [str(workers), str(folder), str(reserved[0].getsockname()[1]), *arguments]
-        asyncio.run(Supervisor(workers, arguments, folder, metrics, on_ready).run())
+        arguments = [str(workers), folder, str(reserved[0].getsockname()[1]), *arguments]
+        asyncio.run(Supervisor(workers, arguments, create_metrics, on_ready).run())
     for each in reserved:
         each.close()
 
@@ -105,21 +111,22 @@ class _Worker:
 
 
 class Supervisor:
-    """The workers of one service, which share a folder and have the same arguments.
+    """The workers of one service, which have the same arguments.
 
-    Once every worker serves, `on_ready` is called with the names of the models and the devices.
+    `create_metrics` is called when all workers are started, which what it imports would delay. Once
+    every worker serves, `on_ready` is called with the names of the models and the devices.
     """
 
     def __init__(
         self,
         count: int,
         arguments: Sequence[str],
-        folder: Path,
-        metrics: SupervisorMetrics,
+        create_metrics: Callable[[], "SupervisorMetrics"],
         on_ready: Callable[[Sequence[str], str], None],
     ) -> None:
-        self._count, self._arguments, self._folder = count, arguments, folder
-        self._metrics, self._report_ready = metrics, on_ready
+        self._count, self._arguments = count, arguments
+        self._create_metrics, self._report_ready = create_metrics, on_ready
+        self._metrics: SupervisorMetrics | None = None
         self._workers: dict[int, _Worker] = {}
         self._early_exits: Counter[int] = Counter()  # by worker, since one was stable
         self._started = self._stopping = self._killed = False
@@ -135,6 +142,12 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         loop.add_signal_handler(signal.SIGHUP, self._on_sighup)
+        for index in range(self._count):
+            await self._start(index)
+        try:
+            self._metrics = self._create_metrics()
+        except ServiceError as error:
+            self._fail(str(error))
         await asyncio.gather(*map(self._run_worker, range(self._count)))
         if self._error is not None:
             raise self._error
@@ -155,9 +168,8 @@ class Supervisor:
                 worker.signal(signal.SIGHUP)
 
     async def _run_worker(self, index: int) -> None:
-        """Run one worker, and another one whenever it exits, until the service stops."""
-        while not self._stopping:
-            worker = self._workers[index] = await self._start(index)
+        """Watch one worker, and start another one whenever it exits, until the service stops."""
+        while (worker := self._workers.get(index)) is not None:
             assert worker.process.stdout is not None
             worker.report = json.loads(await worker.process.stdout.readline() or b"{}")
             if worker.serves:
@@ -167,22 +179,26 @@ class Supervisor:
                 self._early_exits[index] = 0
             status = await worker.process.wait()
             del self._workers[index]
-            mark_worker_dead(self._folder, str(index))
+            if self._metrics is not None:
+                self._metrics.worker_exited(str(index))
             if not stable:
                 self._early_exits[index] += 1
             self._on_exit(index, worker, status)
+            await self._start(index)
 
-    async def _start(self, index: int) -> _Worker:
+    async def _start(self, index: int) -> None:
+        """Start a worker, unless the service stops."""
+        if self._stopping:
+            return
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "service.server.worker", str(index), *self._arguments),
             stdin=PIPE,
             stdout=PIPE,
             start_new_session=True,  # Ctrl-C reaches the supervisor only, which passes it on once
         )
-        worker = _Worker(process)
-        if self._stopping:
+        worker = self._workers[index] = _Worker(process)
+        if self._stopping:  # since
             worker.signal(signal.SIGKILL)
-        return worker
 
     def _on_ready(self, index: int, worker: _Worker) -> None:
         fields = {"worker": index, "pid": worker.process.pid, "device": worker.report["device"]}
@@ -209,7 +225,7 @@ class Supervisor:
             self._fail(
                 f"workers keep exiting within {STABLE_S:g} s of their start; the last one: {cause}"
             )
-        else:
+        elif self._metrics is not None:
             self._metrics.count_restart()
 
     def _fail(self, error: str) -> None:

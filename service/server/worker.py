@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from service.errors import ServiceError
+from service.failure import ServiceError
 from service.server.loading import loading
 from service.settings import parse_settings
 

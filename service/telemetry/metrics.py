@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from service.telemetry.multiprocess import SharedMetrics
+from service.telemetry.multiprocess import SharedMetrics, mark_worker_dead
 from service.telemetry.unlocked import Count, UnlockedCounter, UnlockedHistogram
 
 QUALITY_METRICS = (
@@ -237,8 +237,13 @@ class SupervisorMetrics:
         )
         Gauge("cgan_workers", "Number of workers to keep running.", registry=own).set(workers)
         self._shared = SharedMetrics(own, folder, "supervisor", _MAX_GAUGES)
+        self._folder = folder
         self._shared.write_snapshot()
         self.registry: CollectorRegistry = _ExposedRegistry(self._shared)
+
+    def worker_exited(self, worker: str) -> None:
+        """Keep the counts of a worker, and drop its gauges."""
+        mark_worker_dead(self._folder, worker)
 
     def count_restart(self) -> None:
         """Count a worker that exited and is replaced."""

@@ -1,6 +1,7 @@
 import json
 import pickle
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from service.__main__ import main
 from service.server.sizing import choose_workers
 from service.settings import Settings
 from tests.conftest import make_artifact
@@ -43,6 +45,18 @@ def test_the_default_command_serves_with_a_process_for_each_core(bundled: Path) 
         service.signal(signal.SIGINT)
         assert service.wait() == 0
     assert {json.loads(line)["level"] for line in service.errors} == {"info"}
+
+
+def test_ctrl_c_while_it_starts_ends_it_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: Settings) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("service.server.sizing.choose_workers", interrupt)
+    monkeypatch.setattr(sys, "argv", ["service"])
+    assert main() == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_folder_of_artifacts_is_served_by_name(bundled: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import re
 import httpx
 import pytest
 
-from service.errors import ServiceError
+from service.failure import ServiceError
 from service.server.metrics_port import open_metrics_port
 from service.settings import Settings
 from service.telemetry.metrics import Metrics

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import ServiceError
+from service.failure import ServiceError
 from service.server.sockets import (
     find_free_port,
     open_sockets,
