@@ -122,14 +122,13 @@ def slerp(
         (N, D) float32.
     """
     first, last = starts.T.astype(np.float64), ends.T.astype(np.float64)  # (D, N)
-    lengths = np.sqrt(sum_rows(first * first) * sum_rows(last * last))
-    angle = arccos(np.clip(sum_rows(first * last) / lengths, -1.0, 1.0))
-    sine = sin(angle)
+    sums = sum_rows(np.stack((first * first, last * last, first * last), axis=1))  # (3, N)
+    angle = arccos(np.clip(sums[2] / np.sqrt(sums[0] * sums[1]), -1.0, 1.0))
+    shares = np.stack((1.0 - at, at))
+    sine, *sines = sin(angle * np.stack((np.ones_like(at), *shares)))
     straight = sine < 1e-6  # equal or opposite latents: no single arc joins them
-    divisor = np.where(straight, 1.0, sine)
-    weights = np.where(straight, 1.0 - at, sin((1.0 - at) * angle) / divisor)
-    others = np.where(straight, at, sin(at * angle) / divisor)
-    points: NDArray[np.float64] = weights * first + others * last
+    weights = np.where(straight, shares, sines / np.where(straight, 1.0, sine))
+    points: NDArray[np.float64] = weights[0] * first + weights[1] * last
     return points.T.astype(np.float32)
 
 
