@@ -73,7 +73,7 @@ class GenerateEndpoint:
         body = await _read_body(sent)
         parameters = parse_body(body) if body else parse_query(scope["query_string"])
         image_format = parameters.format or negotiate(", ".join(headers.getlist("accept")))
-        request = self._responder.generation.resolve(parameters.to_request())
+        request = self._responder.generation.resolve(parameters.request)
         scale = parameters.scale
         pixels = count_pixels(request, scale)
         caching: RawHeaders = []

@@ -1,7 +1,7 @@
 """The parameters of `/generate`, in a query string or in a JSON body."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated
 from urllib.parse import parse_qs
 
@@ -93,7 +93,8 @@ class GenerateQuery(_GenerateFields, extra="forbid", frozen=True):
     steps: _Steps = None
     at: _At = None
 
-    def to_request(self) -> GenerationRequest:
+    @cached_property
+    def request(self) -> GenerationRequest:
         """Return the request for images.
 
         Raises:
@@ -140,7 +141,8 @@ class GenerateBody(_GenerateFields, extra="forbid", strict=True):
     )
     interpolate: InterpolationBody | None = None
 
-    def to_request(self) -> GenerationRequest:
+    @cached_property
+    def request(self) -> GenerationRequest:
         """Return the request for images.
 
         Raises:
