@@ -7,7 +7,6 @@ from functools import cache
 from json.encoder import encode_basestring_ascii as _quote
 from random import getrandbits
 
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -134,5 +133,10 @@ def _client_of(scope: Scope) -> str | None:
 
 def _request_id(scope: Scope) -> str:
     """Return the client's X-Request-ID if it is safe to log, else a new id."""
-    sent = Headers(scope=scope).get("x-request-id", "")
-    return sent if _SAFE_ID.fullmatch(sent) else f"{getrandbits(64):016x}"
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            sent: str = value.decode("latin-1")
+            if _SAFE_ID.fullmatch(sent):
+                return sent
+            break
+    return f"{getrandbits(64):016x}"
