@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -327,7 +327,7 @@ def _number(
     seeds: NDArray[np.uint64], labels: NDArray[np.int64], first: int = 0
 ) -> NDArray[np.int64]:
     """Return the index (N,) of each image among those of its seed and class, from `first` on."""
-    seen: Counter[tuple[int, int]] = Counter()
+    seen: defaultdict[tuple[int, int], int] = defaultdict(int)
     indices = []
     for key in zip(seeds.tolist(), labels.tolist(), strict=True):
         indices.append(first + seen[key])
