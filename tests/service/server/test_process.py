@@ -109,16 +109,19 @@ def test_a_draining_service_serves_on_until_a_second_signal_ends_it(
         for client in kept:
             with closing(client):
                 wait_until(partial(drains, client), "it is not ready")
+        answered = set()
         for _ in range(4):
             answer = httpx.post(service.client.base_url.join(TARGET), timeout=TIMEOUT_S)
             assert answer.status_code == 200
             assert answer.headers["Connection"] == "close"
+            answered.add(answer.headers["X-Request-ID"])
         busy = [Client(service) for _ in range(200)]  # for minutes
         for each in busy:
             each.send(b"POST /generate?label=cat&n=1024 HTTP/1.1\r\n\r\n")
         service.signal(number)
         assert service.wait() == 0
         drain(busy)
+    assert answered <= {json.loads(line).get("request_id") for line in service.errors}
 
 
 def test_an_answer_that_is_read_late_is_still_whole_and_what_was_begun_is_refused(
