@@ -1,8 +1,9 @@
 """Several worker processes behind one port: started, watched, replaced and stopped together.
 
-A worker reports once on its stdout, the operating system reports its end, and its stdin is a pipe
-that closes when the supervisor ends, however that happens, so that no worker outlives it. Uvicorn's
-supervisor polls twice a second, restarts a crashing worker without limit, and has no second signal.
+The first workers are forked, and those that replace others are programs of their own. A worker
+reports once on its stdout, the operating system reports its end, and its stdin is a pipe that ends
+with the supervisor, however that happens, so that no worker outlives it. Uvicorn's supervisor polls
+twice a second, restarts a crashing worker without limit, and has no second signal.
 
 Every worker opens the port by itself (SO_REUSEPORT), and the kernel spreads connections over the
 workers. Connections that a worker has not accepted when it ends are reset, unless the sysctl
@@ -18,13 +19,16 @@ import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.failure import ServiceError
+from service.server.forking import ForkedProcess, Forker
 from service.server.sockets import reserve_port, startup_message, url_of
+from service.server.worker import main
 from service.settings import Settings
 from service.telemetry.logging import configure_logging
 
@@ -54,7 +58,7 @@ def supervise(
     configure_logging(settings.log_level)
     reserved = reserve_port(settings.host, settings.port)
     metrics_url = None
-    with create_shared_folder() as folder:
+    with create_shared_folder() as folder, Forker() as forker:
 
         def create_metrics() -> "SupervisorMetrics":
             nonlocal metrics_url
@@ -71,7 +75,9 @@ def supervise(
             announce(startup_message(names, url_of(reserved[0]), devices, metrics_url))
 
         arguments = [str(workers), folder, str(reserved[0].getsockname()[1]), *arguments]
-        asyncio.run(Supervisor(workers, arguments, create_metrics, on_ready).run())
+        # Before any thread and event loop of this process exists.
+        forked = [forker.fork(main, [str(index), *arguments]) for index in range(workers)]
+        asyncio.run(Supervisor(forked, arguments, create_metrics, on_ready).run())
     for each in reserved:
         each.close()
 
@@ -98,7 +104,7 @@ def create_shared_folder() -> "tempfile.TemporaryDirectory[str]":
 class _Worker:
     """A running worker process and its report: empty until it serves or fails."""
 
-    process: Process
+    process: Process | ForkedProcess
     report: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -113,18 +119,19 @@ class _Worker:
 class Supervisor:
     """The workers of one service, which have the same arguments.
 
-    `create_metrics` is called when all workers are started, which what it imports would delay. Once
-    every worker serves, `on_ready` is called with the names of the models and the devices.
+    The first ones are forked already: their process ids, and the pipes of their stdout.
+    `create_metrics` is called once they run, because what it imports takes time. Once every worker
+    serves, `on_ready` is called with the names of the models and the devices.
     """
 
     def __init__(
         self,
-        count: int,
+        forked: Sequence[tuple[int, int]],
         arguments: Sequence[str],
         create_metrics: Callable[[], "SupervisorMetrics"],
         on_ready: Callable[[Sequence[str], str], None],
     ) -> None:
-        self._count, self._arguments = count, arguments
+        self._forked, self._count, self._arguments = forked, len(forked), arguments
         self._create_metrics, self._report_ready = create_metrics, on_ready
         self._metrics: SupervisorMetrics | None = None
         self._workers: dict[int, _Worker] = {}
@@ -142,8 +149,11 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         loop.add_signal_handler(signal.SIGHUP, self._on_sighup)
-        for index in range(self._count):
-            await self._start(index)
+        threads = ThreadPoolExecutor(self._count, thread_name_prefix="wait")
+        for index, (pid, output) in enumerate(self._forked):
+            process = ForkedProcess(pid, output, threads)
+            self._workers[index] = _Worker(process)
+            await process.connect()
         try:
             self._metrics = self._create_metrics()
         except ServiceError as error:
@@ -240,7 +250,7 @@ class Supervisor:
             worker.signal(signal.SIGTERM if worker.serves else signal.SIGKILL)
 
 
-async def _survives(process: Process, seconds: float) -> bool:
+async def _survives(process: Process | ForkedProcess, seconds: float) -> bool:
     try:
         async with asyncio.timeout(seconds):
             await process.wait()

@@ -1,4 +1,4 @@
-"""One of several serving processes: `python -m service.server.worker`, started by a supervisor.
+"""One of several serving processes, forked or started by a supervisor.
 
     python -m service.server.worker INDEX COUNT FOLDER PORT [OPTION]...
 
@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from service.failure import ServiceError
@@ -20,11 +21,11 @@ from service.server.loading import loading
 from service.settings import parse_settings
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Serve until stopped; return the exit status."""
     report = _take_stdout()
     threading.Thread(target=_exit_with_supervisor, name="supervisor", daemon=True).start()
-    index, count, folder, port, *options = sys.argv[1:]
+    index, count, folder, port, *options = arguments
     try:
         with loading():
             from service.server.process import WorkerPlace, create_worker  # noqa: PLC0415
@@ -43,8 +44,9 @@ def _take_stdout() -> Callable[[object], None]:
 
     The supervisor reads one line only, so that other output would fill the pipe in the end.
     """
-    descriptor = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    descriptor = os.dup(1)
+    with suppress(OSError):  # stderr is closed
+        os.dup2(2, 1)
 
     def report(content: object) -> None:
         with os.fdopen(descriptor, "w") as pipe:
@@ -61,4 +63,4 @@ def _exit_with_supervisor() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
