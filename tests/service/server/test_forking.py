@@ -2,6 +2,8 @@
 
 import signal
 
+import pytest
+
 from tests.support.processes import run
 
 # Forks in a process of its own, because the one of the tests has threads.
@@ -40,8 +42,9 @@ asyncio.run(all_of([forker.fork(main, [name]) for name in ("waits", "is stopped"
 """
 
 
-def test_a_fork_has_a_session_pipes_and_the_end_of_its_own() -> None:
-    ended = run("-c", FORKED)
+@pytest.mark.parametrize("before", ["", "import os; os.close(0)"], ids=["", "stdin closed"])
+def test_a_fork_has_a_session_pipes_and_the_end_of_its_own(before: str) -> None:
+    ended = run("-c", f"{before}\n{FORKED}")
     assert ended.returncode == 0
     assert ended.stdout.splitlines() == [
         "waits True None",
