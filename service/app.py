@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
@@ -22,6 +21,7 @@ from service.encoding.timeslice import TimeSlicedEncoder
 from service.failure import ServiceError
 from service.generation import Generation
 from service.inference.batcher import Batcher
+from service.inference.devices import free_memory
 from service.inference.health import Readiness, run_self_tests
 from service.inference.reload import Reloader
 from service.inference.repository import ModelRepository
@@ -30,7 +30,7 @@ from service.middleware.auth import PUBLIC_PATHS, APIKeyMiddleware, create_bucke
 from service.middleware.decompress import DecompressMiddleware
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
-from training.devices import available_cores
+from training.machine import available_cores
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -202,16 +202,15 @@ def _add_gauges(
     """Report the queue, and the memory of GPUs, whenever metrics are scraped."""
     metrics.queue_images.set_function(lambda: batcher.queued_rows)
     metrics.queue_limit_images.set(settings.max_queue_images)
-    for device in {model.engine.device for model in repository}:
-        if device.type == "cuda":
-            memory = partial(metrics.device_memory.labels, str(device))
-            memory("used").set_function(partial(_used_memory, device))
-            memory("total").set(torch.cuda.mem_get_info(device)[1])
+    for device in {model.engine.device for model in repository} - {"cpu"}:
+        memory = partial(metrics.device_memory.labels, device)
+        memory("used").set_function(partial(_used_memory, device))
+        memory("total").set(free_memory(device)[1])
 
 
-def _used_memory(device: torch.device) -> float:
+def _used_memory(device: str) -> float:
     try:
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = free_memory(device)
     except RuntimeError:  # the device is lost; the scrape must still succeed
         return math.nan
     return total - free

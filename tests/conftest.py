@@ -9,16 +9,18 @@ import torch
 
 from tests.support.processes import REPOSITORY
 from tests.support.serving import MODEL, ServiceProcess
-from training.artifact import Artifact, ArtifactInfo, load_artifact, save_artifact
+from training.artifact import ArtifactInfo
 from training.data.named import default_data_dir
-from training.loop import recompute_batch_norm
-from training.networks import (
+from training.generator_config import (
     Channels,
     ConvGeneratorConfig,
     GeneratorConfig,
     MLPGeneratorConfig,
-    build_generator,
 )
+from training.loading import LoadedArtifact, load_artifact
+from training.loop import recompute_batch_norm
+from training.networks import build_generator
+from training.saving import save_artifact
 
 
 def pytest_configure() -> None:
@@ -95,7 +97,7 @@ def make_artifact(
 
 
 @pytest.fixture(scope="session")
-def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> LoadedArtifact:
     return load_artifact(make_artifact(tmp_path_factory.mktemp("weights") / "small.safetensors"))
 
 

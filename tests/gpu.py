@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from training.data.named import default_data_dir
-from training.devices import DeviceError, resolve_device
+from training.devices import resolve_device
+from training.machine import DeviceError
 
 LIMIT_S = 590.0  # of a part
 SERVICES = (

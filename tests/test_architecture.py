@@ -11,8 +11,10 @@ import pytest
 
 from tests.support.processes import REPOSITORY
 
-SERVED = {"training", "training.artifact", "training.devices", "training.files"}
-SERVED |= {"training.networks"}
+SERVED = {"training", "training.artifact", "training.files", "training.generator_config"}
+SERVED |= {"training.machine", "training.session"}
+# It is imported on a machine with a GPU, and with it what builds networks of PyTorch.
+ON_A_GPU = "service.inference.cuda"
 
 TRAINING_ONLY = ("matplotlib", "pooch", "tensorboard", "tqdm")
 
@@ -69,8 +71,9 @@ def imports_of(path: Path) -> set[str]:
 @cache
 def after_importing(package: str) -> tuple[list[str], list[str]]:
     """Import all of a package; return the loaded modules, and threads and CUDA's state."""
-    code = import_all(modules(package)) + "import threading, torch\n"
-    code += "print(threading.active_count(), torch.cuda.is_initialized(), *sys.modules)"
+    names = [name for name in modules(package) if name != ON_A_GPU]
+    code = import_all(names) + "import threading\nloaded = list(sys.modules)\nimport torch\n"
+    code += "print(threading.active_count(), torch.cuda.is_initialized(), *loaded)"
     threads, initialized, *loaded = fresh(code)
     return loaded, [threads, initialized]
 
@@ -95,6 +98,22 @@ def test_a_supervisor_imports_little_before_it_starts_its_workers() -> None:
     )
     heavy = {"fastapi", "starlette", "uvicorn", "prometheus_client", "numpy", "torch"}
     assert heavy & set(loaded) == set()
+
+
+def test_the_service_needs_no_pytorch_on_a_cpu() -> None:
+    loaded, _ = after_importing("service")
+    assert {name.split(".")[0] for name in loaded} & {"torch", "onnx"} == set()
+    made = fresh(
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "import numpy as np\n"
+        "from service.inference.repository import load_repository\n"
+        "from service.settings import parse_settings\n"
+        "models = load_repository(parse_settings(['--device', 'cpu']))\n"
+        "row = np.zeros(1, np.uint64), np.zeros(1, np.int64), np.zeros(1, np.int64)\n"
+        "print(*(f'{model.name}:{model.engine(*row).shape[1]}' for model in models))"
+    )
+    assert made == ["fashion-mnist:28", "mnist:28", "mnist-mlp:28"]
 
 
 def source_of(name: str) -> Path:
@@ -154,9 +173,11 @@ def test_what_trains_does_not_know_what_watches_it() -> None:
     def known(name: str) -> set[str]:
         return graph[name] | {each for below in graph[name] for each in known(below)}
 
-    foundation = {"training.networks", "training.losses", "training.data.augmentation"}
-    for name in (*foundation, "training.distributed", "training.files", "training.devices"):
+    foundation = {"training.losses", "training.data.augmentation", "training.generator_config"}
+    for name in (*foundation, "training.distributed", "training.files", "training.machine"):
         assert graph[name] == set(), name
+    foundation |= {"training.networks"}
+    assert graph["training.networks"] == {"training.generator_config"}
     stepping = foundation | {"training.config", "training.data.named", "training.distributed"}
     stepping |= {"training.data.cifar", "training.files", "training.state"}
     assert known("training.loop") <= stepping
@@ -220,16 +241,3 @@ def test_the_top_level_holds_the_four_folders_and_what_belongs_to_the_whole() ->
 def test_weights_hold_no_code() -> None:
     suffixes = {path.suffix for path in (REPOSITORY / "weights").rglob("*") if path.is_file()}
     assert suffixes <= {".safetensors", ".png", ".md"}
-
-
-def test_models_are_loaded_without_the_compiler_of_pytorch() -> None:
-    """It takes seconds, at every start, and wants to write files."""
-    loaded = fresh(
-        "import sys\n"
-        "from service.inference.repository import load_repository\n"
-        "from service.settings import parse_settings\n"
-        "names = load_repository(parse_settings([])).names\n"
-        "print(*names, *sys.modules)"
-    )
-    assert {"mnist", "mnist-mlp", "fashion-mnist"} <= set(loaded)
-    assert "torch._dynamo" not in loaded

@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 
 from tests.support.processes import REPOSITORY
-from training.artifact import Artifact, load_artifact
+from training.artifact import Artifact
 from training.data.named import DATASETS, load_dataset
+from training.generator_config import MLPGeneratorConfig
 from training.images import class_grid
-from training.networks import MLPGeneratorConfig, count_parameters
+from training.loading import LoadedArtifact, load_artifact
+from training.networks import count_parameters
 from training.quality.certificate import (
     IMAGES,
     Certificate,
@@ -53,7 +55,7 @@ FLOORS = {
 
 
 @pytest.fixture(scope="module")
-def mlp() -> Artifact:
+def mlp() -> LoadedArtifact:
     return load_artifact(WEIGHTS / "mnist-mlp.safetensors")
 
 
@@ -96,7 +98,7 @@ def test_the_page_beside_the_models_is_what_they_say() -> None:
     assert page == render_page([load_artifact(path) for path in PATHS])
 
 
-def test_the_documents_generator_is_among_them(mlp: Artifact) -> None:
+def test_the_documents_generator_is_among_them(mlp: LoadedArtifact) -> None:
     assert mlp.info.network == MLPGeneratorConfig(num_classes=10, channels=1, image_size=28)
     assert count_parameters(mlp.generator) == 1_511_412
 
@@ -114,7 +116,7 @@ def test_a_model_stands_above_its_floors(name: str, floor: Floor) -> None:
     assert certificate.memorisation.close <= 0.02
 
 
-def test_a_certificate_can_be_reproduced(mlp: Artifact, mnist_dir: Path) -> None:
+def test_a_certificate_can_be_reproduced(mlp: LoadedArtifact, mnist_dir: Path) -> None:
     """The other metrics take minutes: `python -m training evaluate` measures all of them."""
     stored = certified(mlp)
     test = load_dataset("mnist", "test", mnist_dir, mirrors=())

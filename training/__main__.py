@@ -9,33 +9,27 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-if absent := [name for name in ("click", "pooch", "tensorboard", "tqdm") if not find_spec(name)]:
+NEEDED = "torch", "onnx", "onnxscript", "click", "pooch", "tensorboard", "tqdm"
+if absent := [name for name in NEEDED if not find_spec(name)]:
     sys.exit(f"training needs {', '.join(absent)}; run: pip install -e '.[train]'")
 
 import click
 import torch
 
-from training.artifact import (
-    ArtifactError,
-    check_model_name,
-    list_names,
-    load_artifact,
-    printable,
-    save_artifact,
-)
+from training.artifact import ArtifactError, list_names, printable
 from training.choice import MANY_PASSES, SMALL_DATASET
-from training.cli import Commands
+from training.cli import FILE, FOLDER, Commands, data_dir_option, device_option
 from training.config import PRESETS, TrainingConfig
+from training.conversion import export_command, import_command, upgrade_command
 from training.data.folder import check_outside
 from training.data.image_file import MAX_SIZE, MIN_SIZE
-from training.data.named import DATASETS, DataError
 from training.distributed import init_distributed
-from training.evaluation import certify_artifact, image_shape
+from training.evaluation import certify_artifact
 from training.files import check_folder, prepare_folder
 from training.gamma_search import DEFAULT_GAMMA
 from training.images import class_grid, grid, save_png
-from training.importing import ForeignCheckpointError, load_foreign, read_class_names
 from training.inspection import render_picture, render_summary, summary
+from training.loading import load_artifact
 from training.origin import find_data
 from training.outcome import report_finished, report_stopped
 from training.plan import render_plan
@@ -43,7 +37,6 @@ from training.prepare import load_splits, prepare_run, select_device
 from training.quality.certificate import with_certificate
 from training.quality.classifier import (
     EPOCHS,
-    ClassifierError,
     FeatureClassifier,
     save_classifier,
     train_classifier,
@@ -51,11 +44,10 @@ from training.quality.classifier import (
 from training.quality.report import render_table, write_report
 from training.run import StopFlag
 from training.sampling import generate
+from training.saving import save_artifact
 from training.settings import DEFAULT_PRESET, TrainSettings
 
-FILE = click.Path(dir_okay=False, path_type=Path)
 MAX_SHEET_PIXELS = 200_000_000  # limits the memory that a sheet of images takes
-FOLDER = click.Path(file_okay=False, path_type=Path)
 
 logger = logging.getLogger("training")
 
@@ -66,18 +58,6 @@ def main() -> None:
     """Train and evaluate class-conditional image generators."""
 
 
-device_option = click.option(
-    "--device",
-    default="auto",
-    help="auto (CUDA if available, else the CPU), cpu, cuda or cuda:N.",
-)
-data_dir_option = click.option(
-    "--data-dir",
-    type=FOLDER,
-    default=None,
-    help="Folder of the named data sets, which are downloaded if missing: "
-    "DIR/mnist/train-images-idx3-ubyte.gz … [default: $CGAN_DATA_DIR, else a cache folder]",
-)
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of every random draw."
 )
@@ -231,7 +211,8 @@ def evaluate_command(
     certificate = certify_artifact(
         artifact, loaded.generator, loaded.info, name, device=device, data_dir=data_dir
     )
-    save_artifact(artifact, loaded.generator, with_certificate(loaded.info, certificate))
+    info = with_certificate(loaded.info, certificate)
+    save_artifact(artifact, loaded.generator, info, int8=True)
     click.echo(render_table(certificate, loaded.info.class_names))
     if report:
         write_report(artifact.parent)
@@ -305,86 +286,6 @@ def train_classifier_command(
     click.echo(f"{out}: accuracy {accuracy:.2%} on the real test images, SHA-256 {digest}")
 
 
-_UNMEASURED = "To import it without an evaluation, give --no-certify."
-
-
-@main.command("import")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="The artifact to write, NAME.safetensors; must not exist.",
-)
-@click.option(
-    "--classes",
-    help="Names of the classes in the order of their labels: separated by commas, or a text file "
-    'with one a line. [default: those of --dataset, else "0", "1", …]',
-)
-@click.option(
-    "--dataset",
-    type=click.Choice(sorted(DATASETS)),
-    help="Data set that it was trained on: names the classes, and the evaluation compares with it.",
-)
-@click.option(
-    "--certify/--no-certify",
-    default=None,
-    help="Evaluate it as the command evaluate does. [default: certify if there is a --dataset]",
-)
-@device_option
-@data_dir_option
-def import_command(
-    *,
-    checkpoint: Path,
-    out: Path,
-    classes: str | None,
-    dataset: str | None,
-    certify: bool | None,
-    device: str,
-    data_dir: Path | None,
-) -> None:
-    """Convert a foreign CHECKPOINT to an artifact.
-
-    CHECKPOINT is a generator's state dict as CGAN-PyTorch or PyTorch-GAN save it.
-    """
-    if certify and dataset is None:
-        raise click.UsageError("--certify needs --dataset, the images to compare with")
-    _check_new_artifact(out)
-    check_folder(out.parent)
-    try:
-        names = None if classes is None else read_class_names(classes)
-        generator, info = load_foreign(checkpoint, class_names=names, dataset=dataset)
-    except ValueError as error:
-        option = "--dataset" if classes is None else "--classes"
-        raise click.BadParameter(str(error), param_hint=option) from error
-    prepare_folder(out.parent)
-    if dataset is not None and certify is not False:
-        if "dataset" not in info.training:
-            made = f"generates images of {image_shape(info.network)}, unlike {dataset}"
-            raise ForeignCheckpointError(checkpoint, f"{made}\n{_UNMEASURED}")
-        try:
-            certificate = certify_artifact(
-                checkpoint, generator, info, dataset, device=device, data_dir=data_dir
-            )
-        except (ArtifactError, DataError, ClassifierError) as error:
-            raise click.ClickException(f"{error}\n{_UNMEASURED}") from error
-        info = with_certificate(info, certificate)
-        click.echo(render_table(certificate, info.class_names))
-    save_artifact(out, generator, info)
-    click.echo(f"{out}: imported from {checkpoint}, SHA-256 {load_artifact(out).sha256}")
-    click.echo(f"Classes: {list_names(info.class_names)}")
-    if classes is None and dataset is None:
-        click.echo("Name the classes with --classes; evaluate with --dataset.")
-
-
-def _check_new_artifact(path: Path) -> None:
-    if path.suffix != ".safetensors":
-        raise click.BadParameter(f"{path} must end in .safetensors", param_hint="--out")
-    check_model_name(path)
-    if path.exists():
-        raise click.BadParameter(f"{path} already exists; choose another name", param_hint="--out")
-
-
 @main.command("inspect")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
@@ -406,6 +307,9 @@ def inspect_command(*, artifact: Path, picture: Path | None, as_json: bool) -> N
     elif sys.stdout.isatty() and not as_json:
         click.echo(render_picture(loaded, shutil.get_terminal_size().columns))
 
+
+for command in (import_command, export_command, upgrade_command):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main(prog_name="python -m training")

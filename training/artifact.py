@@ -1,7 +1,8 @@
 """Artifact: one safetensors file with a generator and everything needed to serve it.
 
-Training and the service share nothing else. Loading executes nothing in the file: it reads the file
-once and checks it against the network that the file's own configuration builds.
+Training and the service share nothing else. The file holds the generator's tensors, and its compute
+graphs for runtimes other than PyTorch, which this module does not import; see
+`training.loading` for the generator itself. Reading executes nothing in the file.
 """
 
 import dataclasses
@@ -10,23 +11,23 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-import safetensors.torch
-import torch
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from training.files import FileError, find_kind, read_file, write_atomically
-from training.networks import Generator, GeneratorConfig, build_generator
+from training.generator_config import GeneratorConfig
 
 MAX_BYTES = 1 << 30  # limits the memory that a wrong path can take; real files are far smaller
 MAX_NAME = 200  # characters of a class name
+VERSION = 2
 _KINDS = ("mlp", "conv")
 # URLs, headers and metrics contain a model's name unquoted.
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -34,6 +35,12 @@ _METADATA_KEY = "artifact"  # a single key of sorted JSON: equal contents give e
 # Stored beside the fields of `ArtifactInfo`. It detects damage, not manipulation. Files of early
 # versions have none.
 _DIGEST_KEY = "contents_sha256"
+_GRAPHS_KEY = "graphs"  # also beside them: for each graph the names of its initialisers
+# Prefixes of the names of tensors that are not the generator's own.
+_GRAPH, _REFERENCE, QUANTISED = "onnx.", "reference.", "int8."
+
+Precision = Literal["float32", "int8"]
+Tensors = Mapping[str, NDArray[Any]]
 
 
 class ArtifactError(FileError):
@@ -65,7 +72,7 @@ class ArtifactInfo:
     value_range: Literal["[-1, 1]"] = "[-1, 1]"
     latent_prior: Literal["standard normal"] = "standard normal"
     format: Literal["cgan-generator"] = "cgan-generator"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2  # files of version 1 have no graphs
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.network.num_classes:
@@ -76,6 +83,12 @@ class ArtifactInfo:
             twice = next(name for name, n in Counter(self.class_names).items() if n > 1)
             raise ValueError(f"class names repeat: {_quote(twice)}")
         json.dumps((self.training, self.certificate), allow_nan=False)  # raises for NaN and inf
+
+    @property
+    def int8_is_lossless(self) -> bool:
+        """True if the certificate shows that images in int8 are as good as those in float32."""
+        measured = (self.certificate or {}).get("int8")
+        return isinstance(measured, dict) and measured.get("lossless") is True
 
     def label(self, text: str) -> int:
         """Return the label of a class name or, if no class has that name, of a class index.
@@ -101,92 +114,163 @@ class ArtifactInfo:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A generator's network in ONNX.
+
+    It maps `latents` (N, latent_dim) and `embedded` (N, embedding_dim), labels or mixtures of them,
+    to `images` (N, C, H, W) in [-1, 1]; all are float32.
+
+    Attributes:
+        model: a serialised `ModelProto` in which large initialisers have no values.
+        initialisers: the values of these, by name.
+    """
+
+    model: bytes
+    initialisers: Tensors
+
+
+class Reference(NamedTuple):
+    """A few images that the generator made when the artifact was written, to compare with."""
+
+    latents: NDArray[np.float32]  # (N, latent_dim)
+    labels: NDArray[np.int64]  # (N,)
+    images: NDArray[np.float32]  # (N, C, H, W) in [-1, 1]
+
+
+@dataclass(frozen=True, eq=False)
 class Artifact:
-    """A loaded artifact: the generator in evaluation mode on the CPU, and the file's identity."""
+    """An artifact's content, and the file's identity.
+
+    Attributes:
+        path: of the file.
+        sha256: hexadecimal digest of the whole file, the identity of the model.
+        info: the description.
+        tensors: of the generator, by the names that they have in PyTorch.
+        graphs: by precision; none in a file of an earlier version.
+        reference: None in a file of an earlier version.
+    """
 
     path: Path
-    sha256: str  # hexadecimal digest of the whole file, the identity of the model
+    sha256: str
     info: ArtifactInfo
-    generator: Generator
+    tensors: Tensors
+    graphs: Mapping[Precision, Graph]
+    reference: Reference | None
 
 
 _INFO = TypeAdapter(ArtifactInfo)
+_NAMES = TypeAdapter(dict[Precision, list[str]])
 
 
-class Uninitialised(TorchFunctionMode):
-    """A mode that builds modules without drawing their initial weights.
-
-    On the meta device drawing has no effect, but makes PyTorch import its compiler. The import
-    delays every start and needs a writable temporary folder, which a read-only container lacks.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        # Some initialisers, such as kaiming_normal_, do not pass here, but their methods do.
-        draws = getattr(func, "__module__", None) == "torch.nn.init"
-        if draws or func in (Tensor.normal_, Tensor.uniform_):
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
-def save_artifact(path: Path, generator: nn.Module, info: ArtifactInfo) -> None:
+def write_artifact(
+    path: Path,
+    info: ArtifactInfo,
+    tensors: Tensors,
+    graphs: Mapping[Precision, Graph],
+    reference: Reference,
+) -> None:
     """Write an artifact beside its target, sync it, and rename it into place.
 
+    Args:
+        path: of the file.
+        info: the description; its version becomes the newest.
+        tensors: of the generator, with finite values.
+        graphs: their initialisers are among `tensors`, or have names with the prefix `QUANTISED`.
+        reference: images of the generator.
+
     Raises:
-        ArtifactError: the weights are not finite, or the description could not be read again.
+        ArtifactError: the description could not be read again.
         OSError: the file cannot be written; a previous file is untouched.
     """
-    tensors = {k: v.detach().cpu().contiguous() for k, v in generator.state_dict().items()}
-    for name, tensor in tensors.items():
-        _check_values(path, name, tensor, ArtifactError)
+    stored = {**tensors}
+    for precision, graph in graphs.items():
+        for name, tensor in graph.initialisers.items():
+            if not name.startswith(QUANTISED) and name not in tensors:
+                raise ValueError(f"{name} is neither a tensor of the generator nor a changed one")
+            stored[name] = tensor
+        stored[_GRAPH + precision] = np.frombuffer(graph.model, dtype=np.uint8)
+    stored |= {_REFERENCE + name: values for name, values in reference._asdict().items()}
     description = json.loads(json.dumps(dataclasses.asdict(info)))  # equal to what is read later
+    description["version"] = VERSION
     _parse_info(path, description)
-    stored = safetensors.torch.save(tensors)
-    description[_DIGEST_KEY] = _digest(description, stored)
+    description[_GRAPHS_KEY] = {each: sorted(graphs[each].initialisers) for each in graphs}
+    stored = {name: tensor.copy(order="C") for name, tensor in stored.items()}
+    description[_DIGEST_KEY] = _digest(description, safetensors.numpy.save(stored))
     metadata = json.dumps(description, sort_keys=True)
-    write_atomically(path, safetensors.torch.save(tensors, {_METADATA_KEY: metadata}))
+    write_atomically(path, safetensors.numpy.save(stored, {_METADATA_KEY: metadata}))
 
 
-def load_artifact(path: Path) -> Artifact:
+def read_artifact(path: Path) -> Artifact:
     """Read and check an artifact.
 
-    The file is read once, so the checked contents are the ones in use.
+    The file is read once, so the checked contents are the ones in use. Whether the tensors are
+    those of the network is checked where the network is built.
 
     Raises:
-        ArtifactError: the file cannot be read or is not an artifact; its tensors are not those of
-            its configuration by name, dtype or shape, or not finite; or it is damaged.
+        ArtifactError: the file cannot be read, is not an artifact or is damaged, or a tensor is not
+            finite.
     """
     data = read_file(path, MAX_BYTES, ArtifactError)
     header = _parse_header(path, data)
     description = _parse_description(path, header)
     written_digest = description.pop(_DIGEST_KEY, None)
+    digest = _digest(description, data)
+    names = _parse_names(path, description.pop(_GRAPHS_KEY, {}))
     info = _parse_info(path, description)
     try:
-        tensors = safetensors.torch.load(data)
+        stored = safetensors.numpy.load(data)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(path, f"is not a valid safetensors file: {error}") from error
-    with torch.device("meta"), Uninitialised():  # shapes only: a malicious file takes no memory
-        generator = build_generator(info.network)
-    expected = generator.state_dict()
-    for name, want in expected.items():
-        if name not in tensors:
-            raise ArtifactError(path, f"the tensor {name!r} is missing")
-        check_tensor(path, name, tensors[name], want, (want.dtype,), ArtifactError)
-    for name in tensors:
-        if name not in expected:
-            raise ArtifactError(path, f"the tensor {name!r} does not belong to this network")
-    if written_digest not in (None, _digest(description, data)):
+    for name, tensor in stored.items():
+        check_values(path, name, tensor)
+    if written_digest not in (None, digest):
         raise ArtifactError(path, "is damaged: its contents are not the ones that were written")
-    generator.load_state_dict(tensors, assign=True)
-    generator.eval().requires_grad_(False)
-    return Artifact(path, hashlib.sha256(data).hexdigest(), info, generator)
+    graphs, reference = _take_graphs(path, stored, names), _take_reference(path, stored, info)
+    own = {name: each for name, each in stored.items() if not name.startswith(QUANTISED)}
+    return Artifact(path, hashlib.sha256(data).hexdigest(), info, own, graphs, reference)
+
+
+def _take_graphs(
+    path: Path, stored: dict[str, NDArray[Any]], names: dict[Precision, list[str]]
+) -> dict[Precision, Graph]:
+    """Remove the graphs from the stored tensors, and return them with their initialisers."""
+    graphs: dict[Precision, Graph] = {}
+    for precision, initialisers in names.items():
+        for name in (_GRAPH + precision, *initialisers):
+            if name not in stored:
+                raise ArtifactError(path, f"the tensor {name!r} is missing")
+        model = stored.pop(_GRAPH + precision).tobytes()
+        graphs[precision] = Graph(model, {name: stored[name] for name in initialisers})
+    return graphs
+
+
+def _take_reference(
+    path: Path, stored: dict[str, NDArray[Any]], info: ArtifactInfo
+) -> Reference | None:
+    """Remove the reference images from the stored tensors, and return them."""
+    taken = {name: stored.pop(_REFERENCE + name, None) for name in Reference._fields}
+    if all(tensor is None for tensor in taken.values()):
+        return None
+    network = info.network
+    shape = (network.channels, network.image_size, network.image_size)
+    expected = {
+        "latents": (np.dtype(np.float32), (network.latent_dim,)),
+        "labels": (np.dtype(np.int64), ()),
+        "images": (np.dtype(np.float32), shape),
+    }
+    tensors: list[NDArray[Any]] = []
+    for name, tensor in taken.items():
+        if tensor is None or (tensor.dtype, tensor.shape[1:]) != expected[name]:
+            raise ArtifactError(path, f"{_REFERENCE}{name}: is not that of this network")
+        tensors.append(tensor)
+    reference = Reference(*tensors)
+    labels = reference.labels
+    if len({len(tensor) for tensor in tensors}) > 1 or not (
+        ((labels >= 0) & (labels < network.num_classes)).all()
+    ):
+        raise ArtifactError(path, f"{_REFERENCE}labels: are not those of this network")
+    return reference
 
 
 def check_model_name(path: Path) -> None:
@@ -271,6 +355,13 @@ def _digest(description: dict[str, Any], stored: bytes) -> str:
     return digest.hexdigest()
 
 
+def _parse_names(path: Path, names: object) -> dict[Precision, list[str]]:
+    try:
+        return _NAMES.validate_python(names)
+    except ValidationError as error:
+        raise ArtifactError(path, f"{_GRAPHS_KEY}: {error.errors()[0]['msg']}") from error
+
+
 def _parse_description(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     metadata = header.get("__metadata__")
     text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
@@ -298,26 +389,9 @@ def _parse_info(path: Path, description: dict[str, Any]) -> ArtifactInfo:
         raise ArtifactError(path, f"{where}: {first['msg']}") from error
 
 
-def check_tensor(
-    path: Path,
-    name: str,
-    have: Tensor,
-    want: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    error: type[FileError],
-) -> None:
-    """Raise `error` unless `have` has the shape of `want`, one of the dtypes, and valid values."""
-    if have.dtype not in dtypes:
-        allowed = " or ".join(map(str, dtypes))
-        raise error(path, f"{name}: dtype is {have.dtype}, expected {allowed}")
-    if have.shape != want.shape:
-        shapes = f"{list(have.shape)}, expected {list(want.shape)}"
-        raise error(path, f"{name}: shape is {shapes}")
-    _check_values(path, name, have, error)
-
-
-def _check_values(path: Path, name: str, tensor: Tensor, error: type[FileError]) -> None:
-    if not tensor.isfinite().all():
-        raise error(path, f"{name}: holds values that are not finite")
+def check_values(path: Path, name: str, tensor: NDArray[Any]) -> None:
+    """Raise ArtifactError if values are not finite, or are negative variances."""
+    if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+        raise ArtifactError(path, f"{name}: holds values that are not finite")
     if name.endswith("running_var") and (tensor < 0).any():
-        raise error(path, f"{name}: holds negative variances")
+        raise ArtifactError(path, f"{name}: holds negative variances")

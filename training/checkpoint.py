@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from training.config import TrainingConfig
 from training.files import FileError, find_kind, write_atomically
-from training.networks import GeneratorConfig
+from training.generator_config import GeneratorConfig
 from training.state import TrainState
 
 _MAGIC = b"cgan checkpoint, version 3\n"

@@ -4,14 +4,16 @@ import io
 import logging
 import os
 import sys
+from pathlib import Path
 
 import click
 from tqdm import tqdm
 
 from training.data.named import DataError
-from training.devices import DeviceError, limit_threads
+from training.devices import limit_threads
 from training.files import FileError
 from training.loop import DivergedError
+from training.machine import DeviceError
 from training.settings import SettingsError
 
 # Errors that a user can fix. Any other exception is a defect of this code, with its traceback.
@@ -27,6 +29,22 @@ RENAMED_OPTIONS = {
 }
 
 logger = logging.getLogger("training")
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+device_option = click.option(
+    "--device",
+    default="auto",
+    help="auto (CUDA if available, else the CPU), cpu, cuda or cuda:N.",
+)
+data_dir_option = click.option(
+    "--data-dir",
+    type=FOLDER,
+    default=None,
+    help="Folder of the named data sets, which are downloaded if missing: "
+    "DIR/mnist/train-images-idx3-ubyte.gz … [default: $CGAN_DATA_DIR, else a cache folder]",
+)
 
 
 class _TerminalHandler(logging.Handler):

@@ -30,17 +30,12 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from training.artifact import (
-    MAX_BYTES,
-    ArtifactInfo,
-    Uninitialised,
-    check_class_name,
-    check_tensor,
-    list_names,
-)
+from training.artifact import MAX_BYTES, ArtifactInfo, check_class_name, list_names
 from training.data.named import DATASETS
 from training.files import FileError, find_kind, read_file
-from training.networks import MLPGenerator, MLPGeneratorConfig
+from training.generator_config import MLPGeneratorConfig
+from training.loading import check_tensor
+from training.networks import MLPGenerator, Uninitialised
 
 EXPECTED = (
     "expected the state dict of a generator, as CGAN-PyTorch (tensors label_embedding.* with "

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.artifact import Artifact, ArtifactInfo, list_names, printable
+from training.artifact import ArtifactInfo, list_names, printable
 from training.images import class_grid, grid
+from training.loading import LoadedArtifact
 from training.networks import count_parameters
 from training.quality.certificate import read_certificate
 from training.quality.estimate import Estimate, describe, read_estimate
@@ -19,7 +20,7 @@ from training.quality.report import render_table
 _PER_LINE = 5  # classes per line of the picture
 
 
-def summary(artifact: Artifact) -> dict[str, Any]:
+def summary(artifact: LoadedArtifact) -> dict[str, Any]:
     """Return the description of an artifact, its SHA-256 and its sizes, as values of JSON.
 
     Raises:
@@ -30,11 +31,12 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         "sha256": artifact.sha256,
         "size_bytes": artifact.path.stat().st_size,
         "parameters": count_parameters(artifact.generator),
+        "graphs": sorted(artifact.graphs),
         **dataclasses.asdict(artifact.info),
     }
 
 
-def render_summary(artifact: Artifact) -> str:
+def render_summary(artifact: LoadedArtifact) -> str:
     """Return the summary as lines of text, then the certificate's table.
 
     Raises:
@@ -47,6 +49,7 @@ def render_summary(artifact: Artifact) -> str:
         "size": f"{values['size_bytes']:,} bytes",
         "network": f"{info.network.kind}, {values['parameters']:,} parameters",
         **_listed(values["network"]),
+        "graphs": ", ".join(values["graphs"]) or "none; add them with: python -m training upgrade",
         "classes": list_names(info.class_names),
         "images seen": "unknown" if images_seen is None else f"{images_seen:,}",
         "source commit": info.source_commit or "unknown",
@@ -82,7 +85,7 @@ def _render_estimate(info: ArtifactInfo, estimate: Estimate) -> str:
     )
 
 
-def render_picture(artifact: Artifact, columns: int) -> str:
+def render_picture(artifact: LoadedArtifact, columns: int) -> str:
     """Return an image per class, at most 20, as text of at most `columns` characters per line.
 
     The images are shrunk by an integer factor so that five of them fit side by side.

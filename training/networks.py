@@ -1,72 +1,16 @@
-"""Generators and discriminators: the one definition of each network.
+"""Generators and discriminators: the one definition of each network."""
 
-A generator is built from a frozen configuration that the artifact contains, so that training,
-evaluation and the service agree on its shape.
-"""
-
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import pairwise
 from math import ceil, log2
-from typing import Annotated, Literal
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-# The bounds keep a hostile or damaged file from allocating terabytes before its tensors are read.
-Width = Annotated[int, Field(ge=1, le=8192)]
-Classes = Annotated[int, Field(ge=1, le=100_000)]
-Channels = Literal[1, 3]
-ImageSize = Annotated[int, Field(ge=4, le=512)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MLPGeneratorConfig:
-    """The multilayer-perceptron generator of the CGAN (Mirza & Osindero, arXiv 1411.1784).
-
-    Attributes:
-        channels: 1 (grey) or 3 (RGB).
-        image_size: height and width of an image in pixels.
-        latent_dim: length of a latent vector.
-        embedding_dim: length of a label's embedding.
-        hidden: widths of the hidden layers; all but the first are batch-normalised.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    kind: Literal["mlp"] = "mlp"
-    num_classes: Classes
-    channels: Channels
-    image_size: ImageSize
-    latent_dim: Width = 100
-    embedding_dim: Width = 10
-    hidden: Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)] = (128, 256, 512, 1024)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvGeneratorConfig:
-    """A small residual convolutional generator without normalisation.
-
-    Attributes as in `MLPGeneratorConfig`, and:
-        style_dim: width of the dense layers that latent and label pass first.
-        widths: channels of the feature maps, coarsest first; each level doubles the size, and the
-            finest has half the image's size.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    kind: Literal["conv"] = "conv"
-    num_classes: Classes
-    channels: Channels
-    image_size: ImageSize
-    latent_dim: Width = 64
-    embedding_dim: Width = 64
-    style_dim: Width = 256
-    widths: Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)]
-
-
-GeneratorConfig = Annotated[MLPGeneratorConfig | ConvGeneratorConfig, Field(discriminator="kind")]
+from training.generator_config import ConvGeneratorConfig, GeneratorConfig, MLPGeneratorConfig
 
 
 class MLPGenerator(nn.Module):
@@ -91,9 +35,12 @@ class MLPGenerator(nn.Module):
 
         Latents (N, latent_dim) float32 are standard normal, labels (N,) int64 in [0, num_classes).
         """
+        return self.synthesise(latents, self.label_embedding(labels))
+
+    def synthesise(self, latents: Tensor, embedded: Tensor) -> Tensor:
+        """Map latents and embedded labels (N, embedding_dim), or mixtures of these, to images."""
         size = self.config.image_size
-        x = torch.cat([latents, self.label_embedding(labels)], dim=1)  # (N, latent + embedding)
-        x = self.main(x)  # (N, C * H * W)
+        x = self.main(torch.cat([latents, embedded], dim=1))  # (N, C * H * W)
         images: Tensor = x.view(-1, self.config.channels, size, size)
         return images
 
@@ -237,23 +184,23 @@ class ConvGenerator(nn.Module):
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         """Generate images; the same contract as `MLPGenerator.forward`."""
-        return self.synthesise(self.trunk(torch.cat([latents, self.label_embedding(labels)], 1)))
+        return self.synthesise(latents, self.label_embedding(labels))
 
-    def synthesise(self, style: Tensor, rows: int | None = None) -> Tensor:
-        """Map the trunk's output (N, style_dim) to images (N, C, H, W), or to the first `rows`.
-
-        Dense layers see all N rows, because their rounding may depend on the number of rows.
-        """
+    def synthesise(self, latents: Tensor, embedded: Tensor) -> Tensor:
+        """Generate images; the same contract as `MLPGenerator.synthesise`."""
+        style = self.trunk(torch.cat([latents, embedded], dim=1))  # (N, style_dim)
         size = self.sizes[0]
-        x = self.start(style)[:rows].view(-1, size, size, self.config.widths[0])
+        x = self.start(style).view(-1, size, size, self.config.widths[0])
         x = x.permute(0, 3, 1, 2)  # (N, widths[0], size, size), channels last in memory
         for level, (block, modulation) in enumerate(zip(self.blocks, self.styles, strict=True)):
             if level > 0:
                 size = self.sizes[level]
                 x = F.interpolate(self.widen[level - 1](x), size=(size, size), mode="nearest")
-            x = block(x, modulation(style)[:rows])  # (N, widths[level], size, size)
+            x = block(x, modulation(style))  # (N, widths[level], size, size)
         x = F.pixel_shuffle(self.out(F.leaky_relu(x, 0.2)), 2)  # (N, C, 2 * size, 2 * size)
-        images: Tensor = torch.tanh(x[:, :, : self.config.image_size, : self.config.image_size])
+        if 2 * size != self.config.image_size:
+            x = x[:, :, : self.config.image_size, : self.config.image_size]
+        images: Tensor = torch.tanh(x)
         return images
 
 
@@ -292,6 +239,28 @@ def _halvings(image_size: int, levels: int) -> tuple[int, ...]:
 
 
 Generator = MLPGenerator | ConvGenerator
+
+
+class Uninitialised(TorchFunctionMode):
+    """A mode that builds modules without drawing their initial weights.
+
+    On the meta device drawing has no effect, but makes PyTorch import its compiler. The import
+    delays every start and needs a writable temporary folder, which a read-only container lacks.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Some initialisers, such as kaiming_normal_, do not pass here, but their methods do.
+        draws = getattr(func, "__module__", None) == "torch.nn.init"
+        if draws or func in (Tensor.normal_, Tensor.uniform_):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def build_generator(config: GeneratorConfig) -> Generator:

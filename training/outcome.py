@@ -4,14 +4,16 @@ import shlex
 
 import click
 
-from training.artifact import load_artifact, save_artifact
 from training.data.folder import is_folder
 from training.files import write_atomically
+from training.loading import load_artifact
+from training.onnx_graph import quantised
 from training.prepare import PreparedRun
 from training.quality.certificate import with_certificate
 from training.quality.estimate import describe
 from training.quality.report import render_table
 from training.run import Run
+from training.saving import save_artifact
 from training.settings import TrainSettings
 
 
@@ -23,11 +25,15 @@ def report_finished(prepared: PreparedRun, settings: TrainSettings) -> None:
     if settings.certify:
         assert prepared.evaluator is not None
         loaded = load_artifact(artifact)
-        generator = loaded.generator.to(run.dataset.labels.device)
+        int8 = quantised(loaded.generator)
         certificate = prepared.evaluator.certify(
-            generator, size=measuring.size, seconds=measuring.certificate_s
+            loaded.generator.to(run.dataset.labels.device),
+            size=measuring.size,
+            seconds=measuring.certificate_s,
+            int8=int8,
         )
-        save_artifact(artifact, generator, with_certificate(loaded.info, certificate))
+        info = with_certificate(loaded.info, certificate)
+        save_artifact(artifact, loaded.generator, info, int8=True)
         click.echo(render_table(certificate, loaded.info.class_names))
     if settings.export_to is not None:
         write_atomically(settings.export_to, artifact.read_bytes())

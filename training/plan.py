@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from training.choice import measure_speed
 from training.data.named import Dataset
 from training.gamma_search import GAMMAS, SHARE, is_worthwhile
+from training.generator_config import GeneratorConfig
 from training.loop import measure_progress
-from training.networks import GeneratorConfig, build_generator, count_parameters
+from training.networks import build_generator, count_parameters
 from training.quality.budget import (
     EVALUATIONS_SHARE,
     MeasuringPlan,

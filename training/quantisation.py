@@ -19,9 +19,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
 
-Array = NDArray[Any]
+from training.artifact import QUANTISED
 
-PREFIX = "int8."  # of the names of all that the result adds
+Array = NDArray[Any]
 
 # The sums of float32 matrix products depend on the number of threads, and so on the rows in a call.
 BATCH = 16
@@ -31,7 +31,7 @@ STEPS = 255  # of an activation, in uint8
 MIN_WEIGHT, MAX_WEIGHT = -64, 63
 MAX_BIAS = 2**30
 _LAYERS = {"Conv", "Gemm"}
-_SAMPLES = 4096  # activations of a channel that its range is chosen by
+_SAMPLES = 16_384  # activations of a channel that its range is chosen by
 _CLIPPED = np.linspace(1.0, 0.3, 15)
 
 
@@ -83,7 +83,7 @@ class _Writer:
     def add_gemm(self, node: NodeProto, x: Array) -> None:
         """Add a `Gemm` of an input in uint8, with an output in float32."""
         source, weight, bias = node.input
-        name = PREFIX + source
+        name = QUANTISED + source
         if source not in self._scales:
             scales, zero = _scale_input(x.reshape(1, -1), np.ones(1))
             self._scales[source] = scale = float(np.float32(scales[0]))
@@ -101,7 +101,7 @@ class _Writer:
         multiply by the scales of their input and divide by those of their output.
         """
         source, weight, bias = node.input
-        values, name = self.tensors[weight].astype(float), PREFIX + weight
+        values, name = self.tensors[weight].astype(float), QUANTISED + weight
         if source in self._steps:
             channels = self._steps[source]
             by_channel = _by_channel(x) / channels[:, None]
@@ -139,7 +139,7 @@ class _Writer:
         steps = np.rint(weight / by_channel).clip(MIN_WEIGHT, MAX_WEIGHT).astype(np.int8)
         bias_scale = (scale * np.float32(x_scale)).astype(np.float32)
         bias_steps = np.rint(bias / bias_scale.astype(float)).astype(np.int32)
-        names = [PREFIX + name for name in node.input[1:]]
+        names = [QUANTISED + name for name in node.input[1:]]
         for name, values, scales in zip(
             names, (steps, bias_steps), (scale, bias_scale), strict=True
         ):
@@ -156,7 +156,7 @@ class _Writer:
         """Add a conversion; a scale for each channel makes it one by channels."""
         if not isinstance(zero, np.ndarray):
             zero = np.full(np.shape(scale), zero, np.uint8)
-        name = PREFIX + target.removeprefix(PREFIX)
+        name = QUANTISED + target.removeprefix(QUANTISED)
         names = [source, f"{name}.scale", f"{name}.zero"]
         self.tensors.update(zip(names[1:], (np.asarray(scale, np.float32), zero), strict=True))
         self.nodes.append(
@@ -225,7 +225,7 @@ def _merge_shuffles(
         split = weight[..., ::-1, ::-1].reshape(channels, block, block, inputs, size, size)
         merged = split.transpose(3, 0, 4, 1, 5, 2).reshape(inputs, channels, size * block, -1)
         pattern = bias.reshape(channels, block, block)
-        names = [PREFIX + name for name in conv.input[1:]]
+        names = [QUANTISED + name for name in conv.input[1:]]
         tiled = np.tile(pattern, (1, height // block, width // block))
         tensors.update(zip(names, (merged, tiled), strict=True))
         pads = [(size - 1) * block // 2] * 4
@@ -251,7 +251,11 @@ def _square(weights: Array) -> Array:
 def _by_channel(values: Array) -> Array:
     """Return some of the values (N, C, H, W) of each channel as (C, M)."""
     by_channel = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
-    return by_channel[:, :: -(-by_channel.shape[1] // _SAMPLES)]
+    count = by_channel.shape[1]
+    if count <= _SAMPLES:
+        return by_channel
+    # Chosen at random: of every tenth value, for example, many could be of the same position.
+    return by_channel[:, np.random.default_rng(0).choice(count, _SAMPLES, replace=False)]
 
 
 def _choose_ranges(values: Array) -> tuple[Array, Array]:

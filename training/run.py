@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from training.artifact import ArtifactInfo, save_artifact
+from training.artifact import ArtifactInfo
 from training.checkpoint import RunMetadata, save_checkpoint
 from training.cuda_graph import make_step
 from training.data.named import Dataset
@@ -30,6 +30,7 @@ from training.loop import (
 from training.quality.estimate import KEY, Estimate
 from training.quality.evaluator import QuickMetrics
 from training.run_log import RunFolder, RunLogger, open_run_log
+from training.saving import save_artifact
 from training.state import TrainState
 
 LOG_EVERY_IMAGES = 12_800

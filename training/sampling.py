@@ -1,13 +1,28 @@
 """Sampling: labels and a seed to pixels."""
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
-from training.networks import Generator
+from training.generator_config import GeneratorConfig
+
+
+class Sampler(Protocol):
+    """A generator, by PyTorch or by another runtime."""
+
+    @property
+    def config(self) -> GeneratorConfig:
+        """Return the configuration."""
+        ...
+
+    def __call__(self, latents: Tensor, labels: Tensor, /) -> Any:
+        """Map latents and labels to images, as `training.networks.MLPGenerator` does."""
+        ...
 
 
 @torch.inference_mode()
-def generate(generator: Generator, labels: Tensor, *, seed: int, batch_size: int = 500) -> Tensor:
+def generate(generator: Sampler, labels: Tensor, *, seed: int, batch_size: int = 500) -> Tensor:
     """Generate one image per label.
 
     Args:

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from training.config import TrainingConfig
 from training.data.named import Dataset
 from training.distributed import SINGLE_PROCESS, DistributedContext
-from training.networks import (
+from training.generator_config import (
     Channels,
-    ConvDiscriminator,
     ConvGeneratorConfig,
-    Generator,
     GeneratorConfig,
-    MLPDiscriminator,
     MLPGeneratorConfig,
+)
+from training.networks import (
+    ConvDiscriminator,
+    Generator,
+    MLPDiscriminator,
     build_generator,
     doubling_widths,
 )

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint
 from training.config import PRESETS
 from training.files import FileError
-from training.networks import GeneratorConfig
+from training.generator_config import GeneratorConfig
+from training.loading import load_artifact
 from training.run_log import RunFolder
 from training.state import TrainState
 

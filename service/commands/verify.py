@@ -19,7 +19,7 @@ from service.inference.repository import ModelRepository, artifact_paths, load_r
 from service.settings import MAX_TIMEOUT_MS, Settings, VerifySettings
 from service.telemetry.metrics import Metrics
 from training.artifact import ArtifactError
-from training.devices import DeviceError
+from training.machine import DeviceError
 
 
 def run(settings: VerifySettings) -> int:

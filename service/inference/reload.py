@@ -30,9 +30,8 @@ class Reloader:
     def __init__(self, repository: ModelRepository, metrics: Metrics) -> None:
         self._repository = repository
         self._metrics = metrics
-        # It has as many PyTorch threads as the engine thread, so that the self-test computes what
-        # requests will, and the same priority: a slower thread would hold the interpreter's lock
-        # for longer, and with it every request.
+        # It has the priority of the engine thread: a slower thread would hold the interpreter's
+        # lock for longer, and with it every request.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._lock = asyncio.Lock()
         self._closing = asyncio.Event()
@@ -109,5 +108,4 @@ class Reloader:
 
 def _labels(model: Model) -> ModelLabels:
     engine = model.engine
-    dtype = str(engine.dtype).removeprefix("torch.")
-    return ModelLabels(model.name, model.sha256, str(engine.device), dtype)
+    return ModelLabels(model.name, model.sha256, engine.device, engine.dtype)

@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from service.inference.engine import Engine, resolve_dtype
+from service.inference.devices import resolve_device
+from service.inference.engine import Engine
 from service.settings import Settings
 from training.artifact import (
     ArtifactError,
     ArtifactInfo,
     check_model_name,
     list_artifacts,
-    load_artifact,
+    read_artifact,
 )
-from training.devices import resolve_device
 
 _BUNDLED_DEFAULT = "mnist"
 
@@ -131,7 +131,7 @@ class ModelLoader:
         self._requested_default = settings.default_model
         self._max_batch = settings.max_batch
         self._device = resolve_device(settings.device)
-        self._dtype = resolve_dtype(settings.dtype, self._device)
+        self._dtype = settings.dtype
         self._signatures: dict[Path, _FileSignature] = {}  # of files when they were last read
 
     def rescan(self, serving: ModelRepository, *, force: bool = False) -> ModelSet:
@@ -179,7 +179,7 @@ class ModelLoader:
         # Taken before the file is read, so that a later change is noticed.
         self._signatures[path] = _file_signature(path)
         check_model_name(path)
-        artifact = load_artifact(path)
+        artifact = read_artifact(path)
         if current is not None and current.sha256 == artifact.sha256:
             return current
         try:

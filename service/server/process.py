@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import prometheus_client
-import torch
 import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
 from service.failure import ServiceError
+from service.inference.devices import describe_device
 from service.inference.repository import ModelRepository, load_repository
 from service.server import protocol
 from service.server.metrics_port import open_metrics_port
@@ -33,7 +33,7 @@ from service.settings import Settings
 from service.telemetry.logging import configure_logging, flush_logs
 from service.telemetry.metrics import Metrics
 from training.artifact import ArtifactError
-from training.devices import DeviceError, describe, limit_threads
+from training.machine import DeviceError, count_cuda_devices
 
 log = logging.getLogger("service.server.process")
 
@@ -175,15 +175,14 @@ class Server(uvicorn.Server):
         self._write_snapshot()
 
 
-def load(settings: Settings, processes: int = 1) -> ModelRepository:
-    """Load and check the models of one of several processes, after it has set up the log.
+def load(settings: Settings) -> ModelRepository:
+    """Load and check the models of this process, after it has set up the log.
 
     Raises:
         ServiceError: a model or the device cannot be used.
     """
     configure_logging(settings.log_level)
     prometheus_client.disable_created_metrics()  # a second series for each, which nobody reads
-    limit_threads(processes)
     try:
         return load_repository(settings)
     except (ArtifactError, DeviceError) as error:
@@ -206,7 +205,7 @@ def create_server(settings: Settings, announce: Callable[[str], None]) -> Server
         sockets = open_sockets(settings.host, settings.port)
     else:
         sockets = [open_unix_socket(settings.unix_socket)]
-    device = describe(repository.default.engine.device)
+    device = describe_device(repository.default.engine.device)
     line = startup_message(repository.names, url_of(sockets[0]), device, metrics_url)
     return Server(app, settings, sockets, partial(announce, line))
 
@@ -238,17 +237,17 @@ def create_worker(
     Raises:
         ServiceError: it cannot start.
     """
-    repository = load(assign_device(settings, place.index), place.count)
+    repository = load(assign_device(settings, place.index))
     metrics = Metrics(place.folder, str(place.index))
     app = create_app(settings, repository, metrics, place.folder, processes=place.count)
     sockets = open_sockets(settings.host, place.port, reuse_port=True)
-    device = describe(repository.default.engine.device)
+    device = describe_device(repository.default.engine.device)
     on_started = partial(report, {"names": repository.names, "device": device})
     return Server(app, settings, sockets, on_started, supervised=True)
 
 
 def assign_device(settings: Settings, index: int) -> Settings:
     """Return the settings of a worker: its own GPU, if it may choose from several."""
-    if settings.device not in ("auto", "cuda") or torch.cuda.device_count() < 2:
+    if settings.device not in ("auto", "cuda") or (count := count_cuda_devices()) < 2:
         return settings
-    return settings.model_copy(update={"device": f"cuda:{index % torch.cuda.device_count()}"})
+    return settings.model_copy(update={"device": f"cuda:{index % count}"})

@@ -1,12 +1,13 @@
 """The number of processes that serve."""
 
-import ctypes
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+from service.inference.devices import is_gpu
 from service.settings import Settings
+from training.machine import available_cores
 
 # Of `auto`. More processes cost more than a newcomer expects of a command without options: each has
 # its own models, reads every new file, and adds to each scrape of the metrics.
@@ -25,10 +26,8 @@ def choose_workers(settings: Settings) -> int:
     """
     if settings.workers != "auto":
         return settings.workers
-    if sys.platform != "linux" or settings.unix_socket is not None or _uses_gpu(settings.device):
+    if sys.platform != "linux" or settings.unix_socket is not None or is_gpu(settings.device):
         return 1
-    from training.devices import available_cores  # noqa: PLC0415
-
     return max(
         1, min(available_cores(), available_memory() // WORKER_MEMORY_BYTES, MAX_AUTO_WORKERS)
     )
@@ -44,18 +43,3 @@ def available_memory(root: Path = Path("/")) -> int:
         with suppress(OSError, ValueError):  # missing, or "max"
             limits.append(int((root / name).read_text()))
     return min(limits)
-
-
-def _uses_gpu(device: str) -> bool:
-    return device.startswith("cuda") or (device == "auto" and has_cuda_device())
-
-
-def has_cuda_device() -> bool:
-    """Return True if the driver of CUDA sees a device, without importing PyTorch."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int()
-    found: int = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
-    return found == 0 and count.value > 0

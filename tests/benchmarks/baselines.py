@@ -17,7 +17,7 @@ from fastapi import FastAPI, Query, Response
 from PIL import Image
 from torch import Tensor
 
-from training.artifact import load_artifact
+from training.loading import load_artifact
 
 WINDOW_S, MAX_BATCH = 0.005, 64
 

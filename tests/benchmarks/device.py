@@ -26,13 +26,15 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from service.inference.engine import Engine, resolve_dtype
+from service.inference import devices as service_devices
+from service.inference.cuda import TorchNetwork
+from service.inference.engine import Engine
 from service.inference.latents import draw_latents
 from tests.benchmarks.load import Sample, closed_loop, run
 from tests.benchmarks.serving import WEIGHTS, requests
 from tests.support.serving import ServiceProcess
-from training.artifact import load_artifact
 from training.devices import describe, resolve_device
+from training.loading import load_artifact
 
 BATCHES = (8, 16, 64, 128, 256)
 SIZES = (1, 16, 64)
@@ -71,10 +73,11 @@ def microseconds(function: Callable[[], object], seconds: float) -> float:
 
 def forward_alone(engine: Engine, rows: int, seconds: float) -> float:
     """Return the time of a forward of `rows` rows alone, in microseconds."""
-    captured = engine._graph
+    captured = engine._network._captured if isinstance(engine._network, TorchNetwork) else None
     if captured is None:
-        nothing = torch.zeros(rows, engine._inputs(*engine._reference_rows(1)).shape[1])
-        return microseconds(partial(engine._network, nothing), seconds)
+        seeds, numbers = np.full(rows, 5, np.uint64), np.arange(rows)
+        inputs = engine._inputs(seeds, numbers, numbers % len(engine._embedding))
+        return microseconds(partial(engine._network, *inputs), seconds)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     found: list[float] = []
     with torch.cuda.stream(captured._stream):
@@ -96,10 +99,10 @@ def rows_of(engine: Engine, rows: int) -> Callable[[], object]:
 def steps(weights: Path, device: torch.device, seconds: float, profiled: bool) -> list[Step]:
     """All batch sizes, each as the largest of an engine of its own."""
     artifact, found = load_artifact(weights), []
-    dtype = resolve_dtype("auto", device)
     print(f"{'rows':>6}{'latents us':>12}{'forward us':>12}{'call us':>12}{'images/s':>14}")
+    name = service_devices.resolve_device(str(device))
     for rows in BATCHES:
-        engine = Engine(artifact, device=device, dtype=dtype, max_batch=rows)
+        engine = Engine(artifact, device=name, dtype="auto", max_batch=rows)
         seeds, numbers = np.full(rows, 5, np.uint64), np.arange(rows)
         latents = partial(draw_latents, seeds, numbers, artifact.info.network.latent_dim)
         step = Step(

@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from service.encoding.png import contact_sheet, encode_png
 from service.inference.engine import Engine
 from service.settings import Settings
-from training.artifact import load_artifact
+from training.loading import load_artifact
 
 ROUNDS, CALLS = 15, 200
 
@@ -39,7 +38,7 @@ def microseconds(function: Callable[[], bytes]) -> float:
 def main() -> None:
     """Compare on one image and on a sheet of sixteen."""
     artifact = load_artifact(Settings().models / "mnist.safetensors")
-    engine = Engine(artifact, device=torch.device("cpu"), dtype=torch.float32, max_batch=16)
+    engine = Engine(artifact, device="cpu", dtype="float32", max_batch=16)
     rows = np.arange(16)
     images = engine(np.zeros(16, np.uint64), rows, np.full(16, 7))
     recipe = {"model": "mnist", "sha256": artifact.sha256, "label": 7, "seed": 0, "index": 0}

@@ -35,8 +35,8 @@ import numpy as np
 from PIL import Image
 
 from tests.support.processes import REPOSITORY
-from training.artifact import load_artifact
 from training.data.named import DATASETS, default_data_dir, load_dataset
+from training.loading import load_artifact
 from training.quality.certificate import read_certificate
 
 THIS, OTHER = "this build", "other build"

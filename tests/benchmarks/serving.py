@@ -238,19 +238,18 @@ def two_workers(n: int, rounds: int, seconds: float) -> dict[str, float]:
 _COMPUTE = """
 import os, sys, time
 os.sched_setaffinity(0, {int(sys.argv[4])})
-import numpy as np, torch
+import numpy as np
 from pathlib import Path
-from service.inference.engine import Engine, resolve_dtype
+from service.inference.engine import Engine
 from service.encoding.images import encode_zip
 from service.encoding.timeslice import finish
 from service.generation import ResolvedRequest
 from service.inference.scheduling import GenerationResult
 from service.inference.repository import Model
-from training.artifact import load_artifact
-torch.set_num_threads(1)
-cpu, n = torch.device("cpu"), int(sys.argv[2])
-artifact = load_artifact(Path(sys.argv[1]))
-engine = Engine(artifact, device=cpu, dtype=resolve_dtype("auto", cpu), max_batch=256)
+from training.artifact import read_artifact
+n = int(sys.argv[2])
+artifact = read_artifact(Path(sys.argv[1]))
+engine = Engine(artifact, device="cpu", dtype="auto", max_batch=256)
 model = Model("mnist-mlp", engine)
 labels, indices = np.full(n, 7), np.arange(n)
 seeds = np.full(n, 1, np.uint64)

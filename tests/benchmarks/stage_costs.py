@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import torch
 import uvloop
 from numpy.typing import NDArray
 
@@ -21,14 +20,14 @@ from service.encoding.png import encode_contact_sheet
 from service.encoding.timeslice import finish
 from service.generation import Generation, GenerationRequest, ResolvedRequest
 from service.inference.batcher import Batcher
-from service.inference.engine import Engine, resolve_dtype
+from service.inference.engine import Engine
 from service.inference.latents import draw_latents
 from service.inference.repository import Model, ModelRepository
 from service.inference.scheduling import GenerationResult
 from service.telemetry.metrics import Metrics
 from tests.benchmarks.serving import WEIGHTS
 from tests.support.engines import EngineStub
-from training.artifact import load_artifact
+from training.artifact import read_artifact
 
 ROUNDS = 7
 
@@ -87,11 +86,8 @@ def whole_zip(request: ResolvedRequest, result: GenerationResult) -> bytes:
 
 def main() -> None:
     """Measure all steps of requests for 1, 16 and 64 images."""
-    torch.set_num_threads(1)
-    cpu = torch.device("cpu")
-    dtype = resolve_dtype("auto", cpu)
-    engine = Engine(load_artifact(WEIGHTS), device=cpu, dtype=dtype, max_batch=256)
-    print(f"{WEIGHTS.stem}, {dtype}")
+    engine = Engine(read_artifact(WEIGHTS), device="cpu", dtype="auto", max_batch=256)
+    print(f"{WEIGHTS.stem}, {engine.dtype}")
     forwards(engine)
     metrics = Metrics()
     batcher = Batcher(4096, 10.0, metrics)

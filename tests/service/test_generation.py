@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from service.disconnect import Client, Disconnected
 from service.errors import Problem
@@ -19,7 +18,7 @@ from training.artifact import Artifact
 
 @pytest.fixture
 def generation(small_artifact: Artifact) -> Generation:
-    engine = Engine(small_artifact, device=torch.device("cpu"), dtype=torch.float32, max_batch=16)
+    engine = Engine(small_artifact, device="cpu", dtype="float32", max_batch=16)
     metrics = Metrics()
     registry = ModelRepository([Model("small", engine), Model("twin", engine)], "small")
     return Generation(registry, Batcher(4096, 10.0, metrics), metrics)
@@ -73,13 +72,13 @@ class HeldRequest:
     def __init__(self, generation: Generation) -> None:
         self.gate = threading.Event()
         engine = generation.repository.default.engine
-        forward = engine._eager
+        network = engine._network
 
-        def held(inputs: Any) -> Any:
+        def held(latents: Any, embedded: Any) -> Any:
             assert self.gate.wait(60)
-            return forward(inputs)
+            return network(latents, embedded)
 
-        engine._eager = held  # type: ignore[method-assign]
+        engine._network = held
         self.generation, self.client = generation, Client()
 
     async def play(

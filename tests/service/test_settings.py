@@ -91,7 +91,7 @@ def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ("--metrics-port", "-1", "0"),
         ("--images-per-second", "0", "greater than 0"),
         ("--burst-images", "0", "1"),
-        ("--dtype", "int8", "'auto', 'float32' or 'bfloat16'"),
+        ("--dtype", "int4", "'auto', 'float32', 'bfloat16' or 'int8'"),
         ("--log-level", "loud", "'debug'"),
         ("--root-path", "images/", "such as /images"),
     ],

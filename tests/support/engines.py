@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from service.inference.engine import Engine, ReferenceImages
@@ -36,7 +35,7 @@ class EngineStub(Engine):
         self, max_batch: int = 64, paint: Paint = paint_rows, artifact: Artifact | None = None
     ) -> None:
         self.max_batch = max_batch
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.device, self.dtype = "cpu", "float32"
         self._paint = paint
         self._calls: list[tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]] = []
         self.row_options: list[Sequence[RowOptions]] = []

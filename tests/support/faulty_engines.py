@@ -10,11 +10,13 @@ of bounds in a kernel, after which the process cannot use the device any more.
 
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from service.inference.engine import Engine
+from service.inference.errors import DeviceLost, OutOfMemory
 from service.inference.repository import ModelRepository
 from service.server import process as server
 from service.settings import Settings, parse_settings
@@ -23,16 +25,20 @@ SLOW, NAN, MEMORY, LOST = 6, 7, 8, 9
 FITS = 4
 
 
-def exhaust(device: torch.device) -> None:
-    if device.type == "cuda":
+def exhaust(device: str) -> None:
+    if device != "cpu":
+        import torch  # noqa: PLC0415
+
         torch.empty(1 << 50, dtype=torch.uint8, device=device)
-    raise torch.OutOfMemoryError("CUDA out of memory")
+    raise OutOfMemory("out of memory")
 
 
-def lose(device: torch.device) -> None:
-    if device.type == "cuda":
+def lose(device: str) -> None:
+    if device != "cpu":
+        import torch  # noqa: PLC0415
+
         torch.zeros(1, device=device)[torch.ones(1, dtype=torch.int64, device=device)].cpu()
-    raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+    raise DeviceLost("unspecified launch failure")
 
 
 class FaultyNetwork:
@@ -40,28 +46,34 @@ class FaultyNetwork:
 
     def __init__(self, engine: Engine) -> None:
         self.network, self.device = engine._network, engine.device
-        self.pads_inputs = engine._network.pads_inputs
-        self.embedding = torch.from_numpy(engine._embedding)  # (classes, embedding_dim)
+        self.embedding = engine._embedding  # (classes, embedding_dim)
 
-    def __call__(self, x: Tensor, rows: int | None = None) -> Tensor:
-        embedded = x[:, -self.embedding.shape[1] :]
-        labels = torch.cdist(embedded, self.embedding).argmin(1)
-        labels[~embedded.any(1)] = 0  # rows that only fill a batch
+    def __call__(
+        self, latents: NDArray[np.float32], embedded: NDArray[np.float32]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        labels = np.square(embedded[:, None] - self.embedding).sum(2).argmin(1)
         if (labels == SLOW).any():
             time.sleep(0.5)
-        if (labels == LOST).any():
-            lose(self.device)
-        if (labels == MEMORY).sum() > FITS:
-            exhaust(self.device)
-        images = self.network(x.to(self.device), rows).cpu()
-        return images.masked_fill((labels == NAN)[:rows, None], torch.nan)
+        with self.translated_errors():
+            if (labels == LOST).any():
+                lose(self.device)
+            if (labels == MEMORY).sum() > FITS:
+                exhaust(self.device)
+        pixels, finite = self.network(latents, embedded)
+        return pixels, finite & (labels != NAN)
+
+    def translated_errors(self) -> AbstractContextManager[None]:
+        if self.device == "cpu":
+            return nullcontext()
+        from service.inference.cuda import translated_errors  # noqa: PLC0415
+
+        return translated_errors()
 
 
 def load(settings: Settings) -> ModelRepository:
     repository = original_load(settings)
     for model in repository:
-        model.engine._network = FaultyNetwork(model.engine)  # type: ignore[assignment]
-        model.engine._graph = None  # a captured forward would not call the network
+        model.engine._network = FaultyNetwork(model.engine)
     return repository
 
 

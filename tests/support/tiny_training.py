@@ -21,19 +21,16 @@ import torch
 from torch import Tensor
 
 from training import config
-from training.artifact import ArtifactInfo, save_artifact
+from training.artifact import ArtifactInfo
 from training.config import TrainingConfig
 from training.data import named as data
 from training.data.named import FILES, Dataset, DatasetSpec
+from training.generator_config import ConvGeneratorConfig, GeneratorConfig, MLPGeneratorConfig
 from training.loop import recompute_batch_norm, train_step
-from training.networks import (
-    ConvGeneratorConfig,
-    GeneratorConfig,
-    MLPGeneratorConfig,
-    build_generator,
-)
+from training.networks import build_generator
 from training.quality.certificate import CertificateSize
 from training.quality.classifier import FeatureClassifier, train_classifier
+from training.saving import save_artifact
 from training.state import TrainState, create_state
 
 CPU = torch.device("cpu")

@@ -22,8 +22,11 @@ from torch import Tensor
 from tests.support import tiny_training as tiny
 from tests.support.malicious_files import Payload, torch_saved
 from training import artifact as artifact_module
-from training.artifact import ArtifactError, ArtifactInfo, load_artifact, save_artifact
-from training.networks import MLPGeneratorConfig, build_generator
+from training.artifact import ArtifactError, ArtifactInfo
+from training.generator_config import MLPGeneratorConfig
+from training.loading import load_artifact
+from training.networks import build_generator
+from training.saving import save_artifact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,14 +58,25 @@ Edit = Callable[[dict[str, Any]], object]
 Form = Literal["NFC", "NFD"]
 
 
-def rewrite(path: Path, *, describe: Edit = lambda _: None, tensors: Edit = lambda _: None) -> None:
-    """Another file than the code would write: its description or its tensors edited."""
+def rewrite(
+    path: Path,
+    *,
+    describe: Edit = lambda _: None,
+    tensors: Edit = lambda _: None,
+    undigested: bool = False,
+) -> None:
+    """Another file than the code would write: its description or its tensors edited.
+
+    Without a digest only they tell.
+    """
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     description = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["artifact"])
     contents = safetensors.torch.load(data)
     describe(description)
     tensors(contents)
+    if undigested:
+        description.pop("contents_sha256")
     metadata = {"artifact": json.dumps(description)}
     path.write_bytes(safetensors.torch.save(contents, metadata))
 
@@ -114,8 +128,11 @@ def test_the_same_contents_give_the_same_bytes(tmp_path: Path) -> None:
 def test_it_is_a_plain_safetensors_file_that_describes_itself(path: Path) -> None:
     with safetensors.safe_open(path, "pt") as file:
         described = json.loads(file.metadata()["artifact"])
-        assert set(file.keys()) == set(build_generator(tiny.NETWORK).state_dict())
-    assert (described["format"], described["version"]) == ("cgan-generator", 1)
+        own = set(build_generator(tiny.NETWORK).state_dict())
+        reference = {f"reference.{name}" for name in ("latents", "labels", "images")}
+        assert set(file.keys()) == {*own, *reference, "onnx.float32"}
+    assert (described["format"], described["version"]) == ("cgan-generator", 2)
+    assert set(described["graphs"]["float32"]) <= own
     assert described["network"] == {**dataclasses.asdict(tiny.NETWORK), "hidden": [16, 32, 24]}
 
 
@@ -398,7 +415,7 @@ WRONG_TENSORS: list[tuple[Edit, str]] = [
         lambda t: t.update({"main.3.num_batches_tracked": torch.tensor(1.0)}),
         "main.3.num_batches_tracked: dtype is torch.float32, expected torch.int64",
     ),
-    (lambda t: t.clear(), "the tensor 'label_embedding.weight' is missing"),
+    (lambda t: t.clear(), "the tensor 'onnx.float32' is missing"),
 ]
 
 
@@ -409,7 +426,7 @@ def test_tensors_that_the_network_does_not_have_are_refused(
     path = tmp_path / "a.safetensors"
     deep = replace(tiny.NETWORK, hidden=(16, 32, 24, 8))  # its last layer is main.11
     tiny.artifact_file(path, network=deep)
-    rewrite(path, tensors=edit)
+    rewrite(path, tensors=edit, undigested=True)
     assert refusal(path) == cause
 
 
@@ -439,7 +456,9 @@ WRONG_DESCRIPTIONS: list[tuple[Edit, str]] = [
     (lambda it: it.update(class_names=["a", ""]), "class_names.1: "),
     (lambda it: it.update(class_names=["a", "b" * 201]), "class_names.1: "),
     (lambda it: it.update(class_names=["a", 5]), "class_names.1: "),
-    (lambda it: it.update(version=2), "version: "),
+    (lambda it: it.update(version=3), "version: "),
+    (lambda it: it.update(graphs={"int4": []}), "graphs: "),
+    (lambda it: it.update(graphs={"int8": []}), "the tensor 'onnx.int8' is missing"),
     (lambda it: it.update(format="other"), "format: "),
     (lambda it: it.update(value_range="[0, 1]"), "value_range: "),
     (lambda it: it.update(latent_prior="uniform"), "latent_prior: "),
@@ -459,13 +478,13 @@ WRONG_DESCRIPTIONS: list[tuple[Edit, str]] = [
     (network(hidden=[10**7]), "network.hidden.0: "),
     (network(hidden=[8192] * 17), "network.hidden: "),
     # As large as is allowed: two gigabytes of weights, for which no memory is taken.
-    (network(hidden=[8192] * 16, image_size=512, channels=3), "main.0.weight: shape is [16, 12]"),
+    (network(hidden=[8192] * 16), "main.0.weight: shape is [16, 12]"),
 ]
 
 
 @pytest.mark.parametrize(("edit", "cause"), WRONG_DESCRIPTIONS, ids=range(len(WRONG_DESCRIPTIONS)))
 def test_a_wrong_description_is_refused_with_the_field(path: Path, edit: Edit, cause: str) -> None:
-    rewrite(path, describe=edit)
+    rewrite(path, describe=edit, undigested=True)
     assert cause in refusal(path)
 
 

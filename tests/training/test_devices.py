@@ -1,17 +1,13 @@
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
 from training.devices import (
-    DeviceError,
-    available_cores,
     describe,
     has_native_bfloat16,
     limit_threads,
     resolve_device,
 )
+from training.machine import DeviceError
 
 
 def test_auto_is_cuda_where_there_is_one_and_else_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,108 +54,17 @@ def test_bfloat16_of_the_cpu_depends_on_its_instructions(
     assert not has_native_bfloat16(torch.device("cpu"))
 
 
-# The cores of a process -----------------------------------------------------------------------
-
-V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
-V1 = "32 31 0:29 {} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct"
-V1_MEMORY = "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A root folder of a machine on which 16 cores are this process's by affinity."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    (tmp_path / "proc/self").mkdir(parents=True)
-    return tmp_path
-
-
-def describe_process(root: Path, cgroup: str, *mounts: str) -> None:
-    (root / "proc/self/cgroup").write_text(f"{cgroup}\n")
-    (root / "proc/self/mountinfo").write_text("".join(f"{mount}\n" for mount in mounts))
-
-
-def limit(root: Path, group: str, **files: str) -> None:
-    folder = root / "sys/fs/cgroup" / group
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / f"cpu.{name}").write_text(f"{text}\n")
-
-
-def test_without_control_groups_the_cores_are_those_of_the_affinity(root: Path) -> None:
-    assert available_cores(root) == 16
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"),
-    [
-        ("max 100000", 16),
-        ("200000 100000", 2),
-        ("250000 100000", 3),
-        ("5000 100000", 1),
-        ("9900000 100000", 16),
-        ("", 16),
-        ("many 100000", 16),
-        ("200000", 16),
-        ("100000 0", 16),
-        ("-1 100000", 16),
-    ],
-)
-def test_a_quota_of_cgroup_v2_limits_the_cores(root: Path, quota: str, cores: int) -> None:
-    describe_process(root, "0::/", V2)
-    limit(root, ".", max=quota)
-    assert available_cores(root) == cores
-
-
-def test_the_smallest_quota_of_a_group_and_its_parents_counts(root: Path) -> None:
-    describe_process(root, "0::/pods/pod/container", V2)
-    limit(root, "pods", max="800000 100000")
-    limit(root, "pods/pod", max="300000 100000")
-    limit(root, "pods/pod/container", max="max 100000")
-    limit(root, "pods/other", max="100000 100000")
-    assert available_cores(root) == 3
-
-
-@pytest.mark.parametrize(("quota", "cores"), [("-1", 16), ("150000", 2), ("100000", 1)])
-def test_a_quota_of_cgroup_v1_limits_the_cores(root: Path, quota: str, cores: int) -> None:
-    describe_process(root, "9:memory:/m\n4:cpu,cpuacct:/job\n0::/", V1_MEMORY, V1.format("/"), V2)
-    limit(root, "cpu,cpuacct/job", cfs_quota_us=quota, cfs_period_us="100000")
-    limit(root, "memory/m", cfs_quota_us="100000", cfs_period_us="100000")
-    assert available_cores(root) == cores
-
-
-def test_the_root_of_a_mount_may_be_the_groups_own(root: Path) -> None:
-    describe_process(root, "4:cpu,cpuacct:/docker/0123", V1.format("/docker/0123"))
-    limit(root, "cpu,cpuacct", cfs_quota_us="400000", cfs_period_us="100000")
-    assert available_cores(root) == 4
-
-
-@pytest.mark.parametrize("mount", ["", "30", "30 23 - cgroup2", "30 23 0:26 / x - cgroup2 cgroup2"])
-def test_files_that_cannot_be_parsed_mean_no_limit(root: Path, mount: str) -> None:
-    describe_process(root, "0::/", mount)
-    limit(root, ".", max="100000 100000")
-    assert available_cores(root) == 16
-    (root / "proc/self/cgroup").write_bytes(b"\xff")
-    assert available_cores(root) == 16
-
-
-def test_the_cores_of_this_process_are_at_least_one() -> None:
-    assert 1 <= available_cores() <= (os.cpu_count() or 1)
-
-
-@pytest.mark.parametrize(
-    ("threads", "cores", "processes", "expected"),
-    [(8, 16, 1, 8), (8, 3, 1, 3), (8, 16, 2, 4), (8, 16, 3, 2), (8, 6, 2, 3), (8, 8, 16, 1)],
-)
-def test_processes_share_the_threads(
-    threads: int, cores: int, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("threads", "cores", "expected"), [(8, 16, 8), (8, 3, 3)])
+def test_threads_are_at_most_the_cores_of_the_process(
+    threads: int, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(torch, "set_num_threads", limits.append)
     monkeypatch.setattr("training.devices.available_cores", lambda: cores)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    limit_threads(processes)
+    limit_threads()
     assert limits == []
     monkeypatch.delenv("OMP_NUM_THREADS")
-    limit_threads(processes)
+    limit_threads()
     assert limits == [expected]

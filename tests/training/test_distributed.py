@@ -18,9 +18,9 @@ from torch import nn
 from tests.support import tiny_training as tiny
 from tests.support.processes import torchrun
 from training.__main__ import main
-from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint
 from training.distributed import SINGLE_PROCESS, DistributedContext, init_distributed, local_device
+from training.loading import load_artifact
 from training.loop import sample_batch
 from training.run_log import RunFolder
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from tests.support import tiny_training as tiny
-from training.artifact import load_artifact
 from training.images import class_grid, grid, save_png
+from training.loading import load_artifact
 from training.networks import build_generator
 from training.quality.report import render_page, write_report
 from training.sampling import to_pixels

@@ -28,12 +28,14 @@ from torch import Tensor, nn
 import training.__main__ as command_line
 from service.inference.engine import Engine
 from tests.support.malicious_files import Payload, torch_saved
-from training import importing
-from training.artifact import MAX_BYTES, ArtifactInfo, load_artifact, save_artifact
+from training import conversion, importing
+from training.artifact import MAX_BYTES, ArtifactInfo
 from training.data import named as data
 from training.data.named import DATASETS, DatasetSpec
 from training.importing import ForeignCheckpointError, load_foreign
+from training.loading import load_artifact
 from training.quality.certificate import read_certificate
+from training.saving import save_artifact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -525,7 +527,7 @@ def test_an_imported_artifact_is_served(
     assert artifact.sha256 in result.stdout
 
     first, second = (
-        Engine(artifact, device=CPU, dtype=torch.float32, max_batch=16) for _ in range(2)
+        Engine(artifact, device="cpu", dtype="float32", max_batch=16) for _ in range(2)
     )
     order = (np.arange(16, dtype=np.uint64), np.arange(16), np.arange(16) % 10)
     assert np.array_equal(first(*order), second(*order))
@@ -581,7 +583,7 @@ def test_the_certificate_is_written_with_the_artifact(
         asked.append({**options, "path": path, "dataset": dataset})
         return certificate
 
-    monkeypatch.setattr(command_line, "certify_artifact", certify)
+    monkeypatch.setattr(conversion, "certify_artifact", certify)
     result = invoke(checkpoint, "--out", out, "--dataset", "mnist", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert asked == [{"path": checkpoint, "dataset": "mnist", "device": "cpu", "data_dir": None}]

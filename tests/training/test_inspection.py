@@ -17,11 +17,12 @@ from PIL import Image
 from tests.conftest import make_artifact
 from tests.support import tiny_training as tiny
 from training.__main__ import main
-from training.artifact import Artifact, load_artifact, save_artifact
 from training.inspection import render_ansi, render_picture, render_summary, summary
+from training.loading import LoadedArtifact, load_artifact
 from training.networks import count_parameters
 from training.quality.certificate import read_certificate
 from training.quality.report import TABLE_CLASSES, render_table
+from training.saving import save_artifact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,7 +54,8 @@ def test_the_summary_has_all_of_the_description(path: Path) -> None:
     assert found["network"]["hidden"] == [16, 32, 24]
     assert found["class_names"] == ["cat", "dog", "emu"]
     assert (found["images_seen"], found["certificate"]) == (5, None)
-    assert (found["format"], found["version"]) == ("cgan-generator", 1)
+    assert (found["format"], found["version"]) == ("cgan-generator", 2)
+    assert found["graphs"] == ["float32"]
 
 
 def test_the_text_has_a_line_for_each_value(path: Path) -> None:
@@ -173,7 +175,7 @@ def test_every_line_gives_the_terminal_its_colours_back() -> None:
     [(1000, 36, 6), (36, 36, 6), (35, 18, 3), (12, 12, 2), (3, 3, 1), (1, 3, 1)],
 )
 def test_a_picture_is_as_wide_as_the_terminal_allows(
-    small_artifact: Artifact, columns: int, width: int, height: int
+    small_artifact: LoadedArtifact, columns: int, width: int, height: int
 ) -> None:
     """Three classes of 12x12 pixels, shrunk by whole numbers."""
     lines = ESCAPE.sub("", render_picture(small_artifact, columns)).splitlines()

@@ -18,6 +18,7 @@ from tests.support import tiny_training as tiny
 from training import loop
 from training.config import PRESETS, TrainingConfig
 from training.data.named import Dataset
+from training.generator_config import ConvGeneratorConfig, MLPGeneratorConfig
 from training.loop import (
     DivergedError,
     LogPoint,
@@ -31,14 +32,7 @@ from training.loop import (
     train_step,
     update_ema,
 )
-from training.networks import (
-    ConvDiscriminator,
-    ConvGeneratorConfig,
-    MLPDiscriminator,
-    MLPGeneratorConfig,
-    ResidualBlock,
-    build_generator,
-)
+from training.networks import ConvDiscriminator, MLPDiscriminator, ResidualBlock, build_generator
 from training.state import TrainState, create_state, generator_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

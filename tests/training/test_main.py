@@ -25,14 +25,14 @@ from tests.support.other_systems import WINDOWS, as_on
 from tests.support.processes import run
 from training import choice
 from training.__main__ import main
-from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint
 from training.cli import RENAMED_OPTIONS
 from training.config import PRESETS
 from training.data import named as data
 from training.data.named import Dataset
 from training.devices import has_native_bfloat16
-from training.networks import GeneratorConfig
+from training.generator_config import GeneratorConfig
+from training.loading import load_artifact
 from training.quality import classifier as classifier_module
 from training.quality.budget import Costs
 from training.quality.certificate import read_certificate

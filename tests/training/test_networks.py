@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.config import PRESETS
+from training.generator_config import ConvGeneratorConfig, MLPGeneratorConfig
 from training.networks import (
     ConvDiscriminator,
     ConvGenerator,
-    ConvGeneratorConfig,
     MLPDiscriminator,
     MLPGenerator,
-    MLPGeneratorConfig,
     ResidualBlock,
     build_generator,
     count_parameters,
@@ -360,17 +359,6 @@ def test_a_residual_block_is_the_identity_at_first_and_not_for_ever() -> None:
     with torch.no_grad():
         block.second.weight.sub_(0.01 * block.second.weight.grad)
     assert not torch.equal(block(x), x)
-
-
-def test_the_first_of_several_images_can_be_drawn_alone() -> None:
-    generator = conv_generator(conv_config(finest=4), trained=True)
-    style = torch.randn(8, generator.config.style_dim)
-    sizes = []
-    generator.out.register_forward_hook(lambda _m, _given, made: sizes.append(len(made)))
-    assert torch.allclose(
-        generator.synthesise(style, 2), generator.synthesise(style)[:2], atol=1e-5
-    )
-    assert sizes == [2, 8]
 
 
 def test_every_block_of_both_residual_networks_starts_as_the_identity() -> None:

@@ -16,8 +16,8 @@ from tests.support import tiny_training as tiny
 from tests.support.image_folders import fill
 from training import loop
 from training.__main__ import main
-from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint
+from training.loading import load_artifact
 from training.run import StopFlag
 from training.state import TrainState, generator_config
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny_training as tiny
-from training.artifact import load_artifact
 from training.checkpoint import read_checkpoint
 from training.distributed import SINGLE_PROCESS
+from training.loading import load_artifact
 from training.loop import measure_progress
 from training.plan import (
     MIN_TRAINING_SHARE,

@@ -11,7 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
-from training.quantisation import MAX_WEIGHT, MIN_WEIGHT, PREFIX, quantise
+from training import quantisation
+from training.artifact import QUANTISED
+from training.quantisation import MAX_WEIGHT, MIN_WEIGHT, quantise
 
 Array = NDArray[Any]
 
@@ -111,6 +113,15 @@ def test_images_differ_by_few_levels(kind: str) -> None:
     assert 0.0 < np.abs(found - exact).mean() * 127.5 < 4.0
 
 
+def test_ranges_come_from_all_positions_of_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many samples as rows: evenly spaced ones would all be of one position."""
+    inputs = draw(200, seed=1)
+    exact = run(start(make_model("conv")), inputs)
+    monkeypatch.setattr(quantisation, "_SAMPLES", 512)
+    found = run(start(quantise(make_model("conv"), draw(512))), inputs)
+    assert np.abs(found - exact).mean() * 127.5 < 4.0
+
+
 def test_a_row_depends_on_no_other_row(kind: str) -> None:
     inputs, session = draw(512, seed=2), start(make_int8(kind))
     together = run(session, inputs)
@@ -131,7 +142,7 @@ def test_the_model_is_valid_and_has_names_for_all_that_changed(kind: str) -> Non
     onnx.checker.check_model(model, full_check=True)
     own = {each.name: each for each in make_model(kind).graph.initializer}
     for tensor in model.graph.initializer:
-        if not tensor.name.startswith(PREFIX):
+        if not tensor.name.startswith(QUANTISED):
             assert tensor == own[tensor.name]
     names = [each.name for each in model.graph.initializer]
     assert len(set(names)) == len(names)

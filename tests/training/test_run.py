@@ -28,10 +28,10 @@ from tests.support import tiny_training as tiny
 from training import loop
 from training import run as run_module
 from training.__main__ import main
-from training.artifact import load_artifact
 from training.checkpoint import CheckpointError, RunMetadata, read_checkpoint, save_checkpoint
 from training.config import TrainingConfig
 from training.gamma_search import EvaluateFn
+from training.loading import load_artifact
 from training.loop import DivergedError, StepFn, make_eager_step
 from training.networks import Generator
 from training.prepare import resume

@@ -9,6 +9,7 @@ Inception's, so they are comparable only between certificates of the same classi
 import dataclasses
 import logging
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from typing import Annotated
@@ -35,9 +36,15 @@ from training.quality.metrics import (
 )
 from training.quality.parzen import VALIDATION_IMAGES, Parzen, parzen
 from training.quality.spread import binomial, bootstrap
-from training.sampling import generate
+from training.sampling import Sampler, generate
 
 IMAGES = 10_000
+INT8_SEEDS = 5
+# Metrics that int8 must not make worse: 1 if more is better, else -1.
+_BETTER = {
+    **dict.fromkeys(("gan_test", "precision", "recall", "density", "coverage"), 1.0),
+    "frechet_distance": -1.0,
+}
 # The only data set with published log-likelihoods.
 PARZEN_DATASET = "mnist"
 
@@ -106,6 +113,21 @@ class Quality:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int8Quality:
+    """The quality of a generator in int8, compared with its own in float32.
+
+    Nothing is lost if the mean of no metric over the seeds is worse than in float32, with the same
+    latents, by more than twice the standard deviation of float32 over the seeds.
+    """
+
+    generated: Quality  # of images of the certificate's latents
+    change: dict[str, float]  # of the mean over the seeds from float32 to int8, by metric
+    std: dict[str, float]  # standard deviation of float32 over the seeds, by metric
+    seeds: int
+    lossless: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """The measured quality of a generator; an alias is the field's name inside artifacts."""
 
@@ -124,6 +146,7 @@ class Certificate:
     parzen_reference: Annotated[Parzen | None, Field(alias="parzen_real")]  # of training images
     brief: str | None = None  # the smaller numbers of images in it; None in a full certificate
     test_images: int | None = None  # real ones to compare with; None for all of the data set
+    int8: Int8Quality | None = None  # None in a brief certificate
 
 
 _CERTIFICATE = TypeAdapter(Certificate)
@@ -191,6 +214,49 @@ def certify(
     )
 
 
+def measure_int8(
+    int8: Sampler,
+    generator: Sampler,
+    certificate: Certificate,
+    classifier: FeatureClassifier,
+    test: Dataset,
+) -> Int8Quality:
+    """Measure a generator in int8 and in float32, with several seeds.
+
+    Args:
+        int8: the generator in int8.
+        generator: in evaluation mode, on the data set's device.
+        certificate: its full certificate.
+        classifier: of the certificate.
+        test: the real images of the certificate.
+    """
+    logger.info("Measuring %d seeds in int8 and in float32 …", INT8_SEEDS)
+    _, features = classifier.classify(test.images)
+
+    def quality(sampler: Sampler, seed: int) -> Quality:
+        made = generate_dataset(sampler, test, images=certificate.images, seed=seed)
+        return measure(classifier, made, features)
+
+    # The next seed is that of GAN-train.
+    seeds = range(certificate.seed + 2, certificate.seed + 1 + INT8_SEEDS)
+    exact = [certificate.generated, *(quality(generator, seed) for seed in seeds)]
+    found = [quality(int8, seed) for seed in (certificate.seed, *seeds)]
+    change, std = {}, {}
+    for name in _BETTER:
+        values, others = (
+            [getattr(each, name) for each in qualities] for qualities in (exact, found)
+        )
+        change[name] = statistics.mean(others) - statistics.mean(values)
+        std[name] = statistics.stdev(values)
+    return Int8Quality(
+        generated=found[0],
+        change=change,
+        std=std,
+        seeds=INT8_SEEDS,
+        lossless=all(sign * change[name] >= -2.0 * std[name] for name, sign in _BETTER.items()),
+    )
+
+
 def _choose(dataset: Dataset, count: int, seed: int) -> Dataset:
     """Return a random choice of images."""
     rng = torch.Generator().manual_seed(seed)
@@ -200,7 +266,7 @@ def _choose(dataset: Dataset, count: int, seed: int) -> Dataset:
     )
 
 
-def generate_dataset(generator: Generator, like: Dataset, *, images: int, seed: int) -> Dataset:
+def generate_dataset(generator: Sampler, like: Dataset, *, images: int, seed: int) -> Dataset:
     """Generate a data set with the classes of a real one, the labels 0, 1, 2, … in turn.
 
     The generator is in evaluation mode, on the device of the real data set.

@@ -5,17 +5,17 @@ images must stay unseen until the certificate.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from training.data.named import Dataset, default_cache
 from training.networks import Generator
-from training.quality.certificate import FULL, Certificate, CertificateSize, certify
+from training.quality.certificate import FULL, Certificate, CertificateSize, certify, measure_int8
 from training.quality.classifier import FeatureClassifier, get_classifier
 from training.quality.metrics import frechet_distance, prdc
-from training.sampling import generate
+from training.sampling import Sampler, generate
 
 QUICK_IMAGES = 3000  # generated for quick metrics
 REFERENCE_IMAGES = 5000  # real training images that they compare with
@@ -100,12 +100,20 @@ class Evaluator:
         *,
         size: CertificateSize | None = None,
         seconds: float = math.inf,
+        int8: Sampler | None = None,
     ) -> Certificate:
-        """Measure a generator: in full, or at a smaller size within a time limit."""
-        return certify(
+        """Measure a generator: in full, or at a smaller size within a time limit.
+
+        A full certificate also measures it in int8.
+        """
+        certificate = certify(
             *(generator, self.classifier),
             train=self.train,
             test=self.test,
             size=size or FULL,
             seconds=seconds,
         )
+        if int8 is None or certificate.brief is not None:
+            return certificate
+        found = measure_int8(int8, generator, certificate, self.classifier, self.test)
+        return replace(certificate, int8=found)

@@ -6,11 +6,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from training.artifact import Artifact, list_artifacts, load_artifact
+from training.artifact import list_artifacts
 from training.files import write_atomically
 from training.images import class_grid, save_png
+from training.loading import LoadedArtifact, load_artifact
 from training.networks import count_parameters
-from training.quality.certificate import Certificate, Quality, QualitySpread, read_certificate
+from training.quality.certificate import (
+    Certificate,
+    Int8Quality,
+    Quality,
+    QualitySpread,
+    read_certificate,
+)
 from training.quality.gan_train import GANTrainSpread
 from training.quality.memorisation import Memorisation, MemorisationSpread
 from training.quality.parzen import PUBLISHED, Parzen
@@ -29,14 +36,39 @@ explains them. `python -m training evaluate FILE --report` writes this page.
 
 def render_table(certificate: Certificate, class_names: tuple[str, ...]) -> str:
     """Return a certificate as an aligned Markdown table; a brief one says so below it."""
-    header = ("", "generated", "real images")
-    rows = [header, *_rows(certificate, class_names)]
-    rows = [(name.replace("|", "\\|").replace("\n", " "), a, b) for name, a, b in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [f"| {a:<{widths[0]}} | {b:>{widths[1]}} | {c:>{widths[2]}} |" for a, b, c in rows]
-    rule = f"|{'-' * (widths[0] + 2)}|{'-' * (widths[1] + 1)}:|{'-' * (widths[2] + 1)}:|"
-    brief = [] if certificate.brief is None else ["", f"Brief: {certificate.brief}."]
-    return "\n".join([lines[0], rule, *lines[1:], *brief])
+    rows: list[tuple[str, ...]] = [("", "generated", "real images")]
+    rows += _rows(certificate, class_names)
+    notes = [] if certificate.brief is None else ["", f"Brief: {certificate.brief}."]
+    if certificate.int8 is not None:
+        in_int8 = {"": "in int8", **_int8_values(certificate.int8)}
+        rows = [(name, fake, in_int8.get(name, ""), real) for name, fake, real in rows]
+        notes += ["", _int8_note(certificate.int8)]
+    rows = [(name.replace("|", "\\|").replace("\n", " "), *cells) for name, *cells in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"| {name:<{widths[0]}} | "
+        + " | ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        + " |"
+        for name, *cells in rows
+    ]
+    rule = "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
+    return "\n".join([lines[0], f"|{'-' * (widths[0] + 2)}|{rule}", *lines[1:], *notes])
+
+
+def _int8_values(int8: Int8Quality) -> dict[str, str]:
+    made = int8.generated
+    metrics = {name: _metric(made, name) for name in ("precision", "recall", "density", "coverage")}
+    distance = {"Fréchet distance": _metric(made, "frechet_distance"), "KID": _kid(made)}
+    return {"GAN-test": _share(made.gan_test, None), **metrics, **distance}
+
+
+def _int8_note(int8: Int8Quality) -> str:
+    """Return the meaning of the column of int8."""
+    verdict, which = ("nothing", "no") if int8.lossless else ("something", "a")
+    return (
+        f"In int8 {verdict} is lost: the mean of {which} metric over {int8.seeds} seeds is worse "
+        "than that of float32 by more than twice its standard deviation."
+    )
 
 
 def _rows(certificate: Certificate, class_names: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
@@ -136,17 +168,17 @@ def write_report(folder: Path) -> None:
     write_atomically(folder / "README.md", render_page(artifacts).encode())
 
 
-def picture_path(artifact: Artifact) -> Path:
+def picture_path(artifact: LoadedArtifact) -> Path:
     """Return the path of an artifact's picture."""
     return artifact.path.with_suffix(".png")
 
 
-def render_page(artifacts: list[Artifact]) -> str:
+def render_page(artifacts: list[LoadedArtifact]) -> str:
     """Return the page in Markdown: a table of all models, then a section per model."""
     return "\n".join([_INTRODUCTION, _overview(artifacts), "", *map(_section, artifacts)])
 
 
-def _overview(artifacts: list[Artifact]) -> str:
+def _overview(artifacts: list[LoadedArtifact]) -> str:
     lines = [
         "| model | network | parameters | GAN-train | GAN-test | coverage | Fréchet distance |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -164,7 +196,7 @@ def _overview(artifacts: list[Artifact]) -> str:
     return "\n".join(lines)
 
 
-def _certificate(artifact: Artifact) -> Certificate | str:
+def _certificate(artifact: LoadedArtifact) -> Certificate | str:
     """Return the certificate, or the reason for its absence."""
     try:
         return read_certificate(artifact.info) or "Not certified."
@@ -180,7 +212,7 @@ def _earlier_runs(training: Mapping[str, Any]) -> Iterator[int]:
         training = origin
 
 
-def _section(artifact: Artifact) -> str:
+def _section(artifact: LoadedArtifact) -> str:
     info, name = artifact.info, artifact.path.stem
     network, training = info.network, info.training
     seen = training.get("images_seen", info.images_seen)

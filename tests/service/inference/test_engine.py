@@ -1,4 +1,4 @@
-import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,25 +6,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from service.inference.engine import (
-    Engine,
-    FusedConv,
-    FusedMLP,
-    fuse,
-    resolve_dtype,
-)
+from service.inference.cpu import OnnxNetwork
+from service.inference.engine import DtypeName, Engine, choose_dtype
 from service.inference.errors import EngineError
 from service.inference.latents import RowOptions, SamplingOptions, draw_latents
 from tests.conftest import make_artifact
 from tests.support.processes import REPOSITORY
-from training.artifact import Artifact, load_artifact
-from training.devices import has_native_bfloat16
+from training.artifact import Artifact, Graph, Precision, read_artifact
+from training.loading import load_artifact
 
-CPU = torch.device("cpu")
-DTYPES = [torch.float32, torch.bfloat16]
 BUNDLED = sorted((REPOSITORY / "weights").glob("*.safetensors"))
 
-
+Pixels = tuple[NDArray[np.uint8], NDArray[np.bool_]]
+Floats = NDArray[np.float32]
 Rows = tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -34,40 +28,19 @@ def rows(count: int, classes: int = 10) -> Rows:
     return seeds, rng.integers(0, 1024, count), rng.integers(0, classes, count)
 
 
-# PyTorch takes minutes to emulate the convolutions of a bundled model in bfloat16.
-ENGINES = [
-    (path, dtype)
-    for path, dtype in itertools.product(BUNDLED, DTYPES)
-    if dtype is torch.float32 or path.stem == "mnist-mlp" or has_native_bfloat16(CPU)
-]
-
-
 @pytest.fixture(
-    scope="module", params=ENGINES, ids=lambda each: f"{each[0].stem}-{str(each[1])[6:]}"
+    scope="module",
+    params=[(path, dtype) for path in BUNDLED for dtype in ("float32", "int8")],
+    ids=lambda each: f"{each[0].stem}-{each[1]}",
 )
 def engine(request: pytest.FixtureRequest) -> Engine:
     path, dtype = request.param
-    return Engine(load_artifact(path), device=CPU, dtype=dtype, max_batch=256)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", ["mlp", "conv"])
-def test_the_fused_network_is_the_artifacts_network(
-    tmp_path: Path, kind: str, channels: int
-) -> None:
-    path = make_artifact(tmp_path / "a.safetensors", kind=kind, channels=channels)
-    artifact = load_artifact(path)
-    fused = fuse(artifact.generator, device=CPU, dtype=torch.float32)
-    latents, labels = torch.randn(32, 9), torch.arange(32) % 3
-    with torch.inference_mode():
-        expected = artifact.generator(latents, labels).flatten(1)
-        inputs = torch.cat([latents, artifact.generator.label_embedding(labels)], 1)
-        assert torch.allclose(fused(inputs), expected, atol=1e-5)
+    return Engine(read_artifact(path), device="cpu", dtype=dtype, max_batch=256)
 
 
 def test_pixels_are_the_rounded_image_in_rows_of_height_width_channels(tmp_path: Path) -> None:
     artifact = load_artifact(make_artifact(tmp_path / "a.safetensors", channels=3))
-    engine = Engine(artifact, device=CPU, dtype=torch.float32, max_batch=8)
+    engine = Engine(artifact, device="cpu", dtype="float32", max_batch=8)
     seeds, indices, labels = rows(5, classes=3)
     made = engine(seeds, indices, labels)
     latents = torch.from_numpy(draw_latents(seeds, indices, 9))
@@ -119,18 +92,6 @@ def test_an_image_with_options_is_the_same_in_every_batch(engine: Engine) -> Non
     assert (labels == rows(64)[2]).all()
 
 
-def test_an_image_is_the_same_with_one_thread_and_with_two(engine: Engine) -> None:
-    order = rows(64)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = engine(*order)
-        torch.set_num_threads(2)
-        assert (engine(*order) == alone).all()
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_the_answer_is_the_callers_to_keep(engine: Engine) -> None:
     first = engine(*rows(8))
     kept = first.copy()
@@ -138,119 +99,82 @@ def test_the_answer_is_the_callers_to_keep(engine: Engine) -> None:
     assert (first == kept).all()
 
 
-def test_a_network_folded_wrongly_is_not_served(
+def test_a_network_with_other_images_than_the_artifacts_is_not_served(
     small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forget_the_label(fused: FusedMLP, x: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-        return original(fused, torch.cat([x[:, :-4], torch.zeros(len(x), 4)], 1), rows)
+    def forget_the_label(network: OnnxNetwork, latents: Floats, embedded: Floats) -> Pixels:
+        return original(network, latents, np.zeros_like(embedded))
 
-    original = FusedMLP.__call__
-    monkeypatch.setattr(FusedMLP, "__call__", forget_the_label)
+    original = OnnxNetwork.__call__
+    monkeypatch.setattr(OnnxNetwork, "__call__", forget_the_label)
     with pytest.raises(EngineError, match=r"artifact's own network by \d+"):
-        Engine(small_artifact, device=CPU, dtype=torch.float32, max_batch=8)
-
-
-@pytest.mark.parametrize(
-    ("asked", "other", "taken", "filled"),
-    [
-        (64, range(17), 64, 24),  # a product of few rows takes another kernel
-        (16, range(33), 16, 40),  # so do all requested sizes
-        (64, range(250), 64, 256),
-        (300, range(273, 400), 272, 8),  # so do some sizes of many rows
-    ],
-)
-def test_only_batch_sizes_that_round_alike_are_computed(
-    asked: int,
-    other: range,
-    taken: int,
-    filled: int,
-    small_artifact: Artifact,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    original = FusedMLP.__call__
-    shapes: set[int] = set()
-
-    def round_otherwise(
-        fused: FusedMLP, inputs: torch.Tensor, _rows: int | None = None
-    ) -> torch.Tensor:
-        shapes.add(len(inputs))
-        x = original(fused, inputs)
-        return x * (1 + 1e-6) if len(inputs) in other else x
-
-    monkeypatch.setattr(FusedMLP, "__call__", round_otherwise)
-    engine = Engine(small_artifact, device=CPU, dtype=torch.float32, max_batch=asked)
-    assert engine.max_batch == taken
-    shapes.clear()
-    for size in (1, 9, taken):
-        engine(*rows(size, classes=3))
-    assert min(shapes) == filled
-    assert not shapes & set(other)
-
-
-@pytest.mark.parametrize(
-    ("other", "expected"), [((), [2, 2, 4, None]), ((2,), [4, 4, 4, None]), ((2, 4), 4 * [None])]
-)
-def test_small_batches_are_those_that_round_alike(
-    other: tuple[int, ...],
-    expected: list[int | None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    original = FusedConv.__call__
-    drawn: list[int | None] = []
-    images: dict[bytes, torch.Tensor] = {}
-
-    def round_otherwise(
-        fused: FusedConv, inputs: torch.Tensor, rows: int | None = None
-    ) -> torch.Tensor:
-        drawn.append(rows)
-        # Each row alone and once, as on a processor on which all batches round alike.
-        needed = {row.numpy().tobytes(): row for row in inputs[:rows].split(1)}
-        images.update({key: original(fused, needed[key]) for key in needed.keys() - images.keys()})
-        x = torch.cat([images[key] for key in needed])
-        return x * (1 + 1e-6) if rows in other else x
-
-    monkeypatch.setattr(FusedConv, "__call__", round_otherwise)
-    artifact = load_artifact(make_artifact(tmp_path / "a.safetensors", kind="conv"))
-    engine = Engine(artifact, device=CPU, dtype=torch.float32, max_batch=8)
-    drawn.clear()
-    for size in (1, 2, 3, 5):
-        engine(*rows(size, classes=3))
-    assert drawn == expected
+        Engine(small_artifact, device="cpu", dtype="float32", max_batch=8)
 
 
 def test_an_image_that_depends_on_its_batch_is_not_served(
     small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = FusedMLP.__call__
+    def mix_rows(network: OnnxNetwork, latents: Floats, embedded: Floats) -> Pixels:
+        return original(network, latents + 0.1 * latents.mean(0), embedded)
 
-    def mix_rows(fused: FusedMLP, inputs: torch.Tensor, _rows: int | None = None) -> torch.Tensor:
-        return original(fused, inputs + 0.1 * inputs.mean(0))
-
-    monkeypatch.setattr(FusedMLP, "__call__", mix_rows)
+    original = OnnxNetwork.__call__
+    monkeypatch.setattr(OnnxNetwork, "__call__", mix_rows)
     with pytest.raises(EngineError, match="an image in a batch of"):
-        Engine(small_artifact, device=CPU, dtype=torch.float32, max_batch=32)
+        Engine(small_artifact, device="cpu", dtype="float32", max_batch=32)
 
 
-def test_a_dtype_is_chosen_by_name() -> None:
-    assert resolve_dtype("float32", CPU) is torch.float32
-    assert resolve_dtype("bfloat16", CPU) is torch.bfloat16
-    assert resolve_dtype("auto", CPU) in DTYPES
+def test_an_artifact_of_an_earlier_release_names_the_command_that_upgrades_it(
+    small_artifact: Artifact,
+) -> None:
+    old = replace(small_artifact, graphs={}, reference=None)
+    with pytest.raises(EngineError, match="python -m training upgrade FILE"):
+        Engine(old, device="cpu", dtype="auto", max_batch=8)
+
+
+def test_auto_is_int8_on_the_cpu_if_the_certificate_shows_no_loss(
+    small_artifact: Artifact,
+) -> None:
+    def certified(*, lossless: bool) -> Artifact:
+        info = replace(small_artifact.info, certificate={"int8": {"lossless": lossless}})
+        return replace(small_artifact, info=info, graphs=both)
+
+    graph = small_artifact.graphs["float32"]
+    both: dict[Precision, Graph] = {"float32": graph, "int8": graph}
+    assert choose_dtype("auto", "cpu", certified(lossless=True)) == "int8"
+    assert choose_dtype("auto", "cpu", certified(lossless=False)) == "float32"
+    assert choose_dtype("float32", "cpu", certified(lossless=True)) == "float32"
+    assert choose_dtype("int8", "cpu", certified(lossless=False)) == "int8"
+    assert choose_dtype("auto", "cpu", small_artifact) == "float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "expected"),
+    [
+        ("bfloat16", "cpu", "bfloat16 is for GPUs; on a CPU use --dtype auto, int8 or float32"),
+        ("int8", "cuda:0", "int8 is for CPUs; use --dtype auto, bfloat16 or float32"),
+        ("int8", "cpu", "no graph in int8; add it with: python -m training upgrade FILE"),
+    ],
+)
+def test_a_precision_that_the_device_or_the_artifact_lacks_is_an_error(
+    name: DtypeName, device: str, expected: str, small_artifact: Artifact
+) -> None:
+    with pytest.raises(EngineError, match=expected):
+        choose_dtype(name, device, small_artifact)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mnist", "mnist-mlp"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_captured_forward_agrees_with_the_cpu_and_with_itself(
-    bundled: Path, name: str, dtype: torch.dtype
+    bundled: Path, name: str, dtype: DtypeName
 ) -> None:
-    artifact = load_artifact(bundled.with_stem(name))
-    gpu = Engine(artifact, device=torch.device("cuda"), dtype=dtype, max_batch=64)
-    cpu = Engine(artifact, device=CPU, dtype=torch.float32, max_batch=64)
+    artifact = read_artifact(bundled.with_stem(name))
+    gpu = Engine(artifact, device="cuda:0", dtype=dtype, max_batch=64)
+    cpu = Engine(artifact, device="cpu", dtype="float32", max_batch=64)
     order = rows(64)
     pixels = gpu(*order)
     difference = np.abs(pixels.astype(int) - cpu(*order))
-    assert difference.mean() < (0.05 if dtype is torch.float32 else 2.0)
+    assert difference.mean() < (0.05 if dtype == "float32" else 2.0)
     for size in (1, 5, 63):
         seeds, indices, labels = order
         assert (gpu(seeds[:size], indices[:size], labels[:size]) == pixels[:size]).all()

@@ -28,7 +28,7 @@ from tests.support.engines import GatedEngine
 from tests.support.serving import ServiceProcess, serving
 from tests.support.wire import wait_until
 from tests.support.workers import client_of, logged, pids
-from training.artifact import load_artifact
+from training.loading import load_artifact
 
 RECIPE = "/generate?label=cat&n=3&seed=11"
 
@@ -303,7 +303,7 @@ def test_a_request_in_flight_is_answered_by_the_old_model_which_is_then_released
 def test_a_replaced_model_leaves_nothing_behind(path: Path) -> None:
     repository = load_repository(Settings(models=path.parent, device="cpu", max_batch=8))
     engine = repository.default.engine
-    left = [weakref.ref(each) for each in (repository.default, engine, engine.artifact.generator)]
+    left = [weakref.ref(each) for each in (repository.default, engine, engine._network)]
     del engine
     with serving(create_app(Settings(), repository)) as client:
         assert named(client.post(RECIPE)) == digest(path)

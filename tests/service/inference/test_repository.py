@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from service.inference import repository as repository_module
 from service.inference.repository import ModelRepository, load_repository
@@ -9,7 +8,7 @@ from service.settings import Settings
 from tests.conftest import make_artifact
 from training import artifact
 from training.artifact import Artifact, ArtifactError
-from training.devices import DeviceError
+from training.machine import DeviceError
 
 
 def settings(weights: Path, device: str = "cpu", default_model: str | None = None) -> Settings:
@@ -143,11 +142,11 @@ def test_a_file_is_read_again_when_it_changed_and_not_before(
     before = {model.name: model for model in repository}
     read: list[str] = []
 
-    def load_artifact(path: Path) -> Artifact:
+    def read_artifact(path: Path) -> Artifact:
         read.append(path.stem)
-        return artifact.load_artifact(path)
+        return artifact.read_artifact(path)
 
-    monkeypatch.setattr(repository_module, "load_artifact", load_artifact)
+    monkeypatch.setattr(repository_module, "read_artifact", read_artifact)
     rescan(repository)
     assert read == []
     assert [path.name for path in repository.load_errors] == ["bad.safetensors"]
@@ -216,7 +215,7 @@ def test_a_device_without_memory_for_another_engine_is_a_load_error(
     repository = load(tmp_path, "a")
 
     def no_room(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate a lot")
+        raise RuntimeError("CUDA out of memory.\nTried to allocate a lot")
 
     monkeypatch.setattr(repository_module, "Engine", no_room)
     make_artifact(tmp_path / "a.safetensors", seed=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from service.inference import devices
 from service.server import sizing
 from service.server.sizing import MAX_AUTO_WORKERS, available_memory, choose_workers
 from service.settings import Settings
@@ -19,9 +20,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Return a function that simulates a machine."""
 
     def simulate(*, cores: int, memory: int = 1024 * GIB, gpu: bool = False) -> None:
-        monkeypatch.setattr("training.devices.available_cores", lambda: cores)
+        monkeypatch.setattr(sizing, "available_cores", lambda: cores)
         monkeypatch.setattr(sizing, "available_memory", lambda: memory)
-        monkeypatch.setattr(sizing, "has_cuda_device", lambda: gpu)
+        monkeypatch.setattr(devices, "count_cuda_devices", lambda: int(gpu))
 
     return simulate
 

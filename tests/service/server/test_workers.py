@@ -13,11 +13,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
 from service.app import create_app
 from service.inference.repository import load_repository
-from service.server import supervisor
+from service.server import process, supervisor
 from service.server.process import assign_device
 from service.settings import Settings
 from tests.conftest import make_artifact
@@ -330,7 +329,7 @@ sys.exit(main())
 def test_workers_are_spread_over_gpus(
     device: str, gpus: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(process, "count_cuda_devices", lambda: gpus)
     settings = Settings(device=device)
     assert [assign_device(settings, index).device for index in range(3)] == expected
 

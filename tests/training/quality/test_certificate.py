@@ -1,5 +1,6 @@
 """Certificates: their contents, and that they can be reproduced."""
 
+import statistics
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from tests.support import tiny_training as tiny
 from tests.support.serving import MODEL
-from training.artifact import load_artifact, save_artifact
+from training.loading import load_artifact
 from training.networks import Generator, build_generator
 from training.quality import certificate as module
 from training.quality.certificate import (
@@ -19,6 +20,7 @@ from training.quality.certificate import (
     certify,
     generate_dataset,
     measure,
+    measure_int8,
     read_certificate,
     with_certificate,
 )
@@ -27,6 +29,7 @@ from training.quality.gan_train import gan_train
 from training.quality.memorisation import memorisation
 from training.quality.parzen import parzen
 from training.sampling import generate, to_pixels
+from training.saving import save_artifact
 
 pytestmark = pytest.mark.usefixtures("one_thread", "short")
 
@@ -263,7 +266,8 @@ def test_a_full_certificate_has_the_fields_that_it_always_had(
         with_certificate(info, certify_tiny(generator, classifier, size=size)).certificate or {}
         for size in (SIZE, BRIEF)
     )
-    bundled = load_artifact(MODEL).info.certificate or {}
+    bundled = dict(load_artifact(MODEL).info.certificate or {})
+    bundled.pop("int8", None)
     assert full.keys() == bundled.keys()
     for part in ("generated", "real", "gan_train", "memorisation"):
         assert full[part].keys() == bundled[part].keys()
@@ -291,6 +295,52 @@ def test_a_certificate_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tiny.artifact_file(tmp_path / "a.safetensors", certificate={"gan_test": 1.0})
     with pytest.raises(ValidationError, match="judge_sha256"):
         read_certificate(load_artifact(path).info)
+
+
+# Int8
+
+
+class Blurred:
+    """A generator whose images are less distinct by a factor."""
+
+    def __init__(self, generator: Generator, factor: float) -> None:
+        self.config, self.generator, self.factor = generator.config, generator, factor
+
+    def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        images: torch.Tensor = self.factor * self.generator(latents, labels)
+        return images
+
+
+def test_a_generator_that_makes_the_same_images_in_int8_loses_nothing(
+    classifier: FeatureClassifier, generator: Generator
+) -> None:
+    certificate = certify_tiny(generator, classifier)
+    found = measure_int8(generator, generator, certificate, classifier, TEST)
+    assert found.lossless
+    assert found.generated == certificate.generated
+    assert found.seeds == 5
+    assert found.std.keys() == {
+        *("gan_test", "precision", "recall", "density", "coverage", "frechet_distance")
+    }
+    others = [
+        measure(
+            classifier,
+            generate_dataset(generator, TEST, images=SIZE.images, seed=seed),
+            classifier.classify(TEST.images)[1],
+        ).frechet_distance
+        for seed in (0, 2, 3, 4, 5)
+    ]
+    assert found.std["frechet_distance"] == pytest.approx(statistics.stdev(others))
+
+
+def test_what_int8_loses_is_found(classifier: FeatureClassifier, generator: Generator) -> None:
+    certificate = certify_tiny(generator, classifier)
+    worse = Blurred(generator, 0.05)
+    found = measure_int8(worse, generator, certificate, classifier, TEST)
+    assert found.generated.frechet_distance > certificate.generated.frechet_distance
+    assert not found.lossless
+    better = replace(certificate, generated=replace(found.generated, frechet_distance=1e9))
+    assert measure_int8(worse, worse, better, classifier, TEST).lossless
 
 
 def test_an_untrained_generator_is_no_good(classifier: FeatureClassifier) -> None:

@@ -9,12 +9,19 @@ from PIL import Image
 
 from tests.support import tiny_training as tiny
 from tests.support.processes import REPOSITORY
-from training.artifact import load_artifact, save_artifact
-from training.quality.certificate import Certificate, Quality, QualitySpread, with_certificate
+from training.loading import load_artifact
+from training.quality.certificate import (
+    Certificate,
+    Int8Quality,
+    Quality,
+    QualitySpread,
+    with_certificate,
+)
 from training.quality.gan_train import GANTrain, GANTrainSpread
 from training.quality.memorisation import Memorisation, MemorisationSpread
 from training.quality.parzen import Parzen
 from training.quality.report import TABLE_CLASSES, render_page, render_table, write_report
+from training.saving import save_artifact
 
 QUALITY = Quality(
     gan_test=0.98765,
@@ -153,6 +160,25 @@ def test_every_metric_of_a_brief_certificate_has_its_error() -> None:
         ["nearest training image, 1st percentile", "0.1100 ± 0.0020", "0.1200 ± 0.0040"],
         ["nearest training image, close", "1.23% ± 0.50%", "1.00%"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("lossless", "verdict"),
+    [
+        (True, "In int8 nothing is lost: the mean of no metric over 5 seeds is worse than "),
+        (False, "In int8 something is lost: the mean of a metric over 5 seeds is worse than "),
+    ],
+)
+def test_int8_has_a_column_and_a_verdict(lossless: bool, verdict: str) -> None:
+    made = replace(QUALITY, gan_test=0.9812, recall=0.2222)
+    int8 = Int8Quality(generated=made, change={}, std={}, seeds=5, lossless=lossless)
+    table, _, note = render_table(replace(CERTIFICATE, int8=int8), ("a", "b")).rpartition("\n\n")
+    assert note == verdict + "that of float32 by more than twice its standard deviation."
+    columns = {row[0]: row[2] for row in cells(table)}
+    assert columns[""] == "in int8"
+    assert (columns["GAN-test"], columns["recall"]) == ("98.12%", "0.222")
+    assert columns["KID"] == "0.12346 ± 0.00111"
+    assert columns["GAN-train"] == columns["nearest training image, close"] == ""
 
 
 def test_the_legacy_metric_stands_beside_the_published_ones() -> None:
