@@ -26,6 +26,8 @@ from tests.support.processes import REPOSITORY
 PROJECT = f"cgan-test-{os.getpid()}"
 START_S = 180.0  # for a service to load its models on a busy machine
 VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+IMAGES = "cgan-service-cpu", "cgan-training"
+MAX_BYTES = 600_000_000  # of the image without PyTorch
 LABELS = {"SOURCE": "https://example.org/cgan", "REVISION": "abc", "VERSION": VERSION}
 
 
@@ -55,7 +57,7 @@ def inspect(kind: str, name: str) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def images() -> dict[str, object]:
     compose("build", "api-cpu", "train-cpu", **LABELS)
-    return {name: inspect("image", name)["Id"] for name in ("cgan-service", "cgan-training")}
+    return {name: inspect("image", name)["Id"] for name in IMAGES}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def client(images: dict[str, object], port: str) -> Iterator[httpx.Client]:
         compose("--profile", "*", "down", "--volumes", check=False)
 
 
-@pytest.mark.parametrize("name", ["cgan-service", "cgan-training"])
+@pytest.mark.parametrize("name", IMAGES)
 def test_the_program_in_an_image_has_the_version_of_the_project(
     images: dict[str, object], name: str
 ) -> None:
@@ -104,7 +106,7 @@ def test_built_again_nothing_changes(images: dict[str, object]) -> None:
     assert {name: inspect("image", name)["Id"] for name in images} == images
 
 
-@pytest.mark.parametrize("name", ["cgan-service", "cgan-training"])
+@pytest.mark.parametrize("name", IMAGES)
 def test_an_image_says_what_it_was_built_from(images: dict[str, object], name: str) -> None:
     config = inspect("image", name)["Config"]
     assert isinstance(config, dict)
@@ -112,6 +114,17 @@ def test_an_image_says_what_it_was_built_from(images: dict[str, object], name: s
     assert config["Labels"]["org.opencontainers.image.revision"] == "abc"
     assert config["Labels"]["org.opencontainers.image.version"] == VERSION
     assert config["User"] == "10001:10001"
+
+
+def test_the_image_for_the_cpu_is_small_and_has_no_pytorch(images: dict[str, object]) -> None:
+    size = inspect("image", "cgan-service-cpu")["Size"]
+    assert isinstance(size, int)
+    assert size <= MAX_BYTES
+    command = ("--entrypoint", "python", "cgan-service-cpu", "-c", "import torch")
+    ended = subprocess.run(
+        ["docker", "run", "--rm", *command], capture_output=True, text=True, check=False
+    )
+    assert "No module named 'torch'" in ended.stderr
 
 
 def test_the_container_serves_the_bundled_models(client: httpx.Client) -> None:
