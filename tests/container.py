@@ -27,7 +27,8 @@ PROJECT = f"cgan-test-{os.getpid()}"
 START_S = 180.0  # for a service to load its models on a busy machine
 VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
 IMAGES = "cgan-service-cpu", "cgan-training"
-MAX_BYTES = 600_000_000  # of the image without PyTorch
+# Of the image without PyTorch, which is to have at most 600 MB with its base image of 130 MB.
+MAX_ADDED_BYTES = 470_000_000
 LABELS = {"SOURCE": "https://example.org/cgan", "REVISION": "abc", "VERSION": VERSION}
 
 
@@ -116,10 +117,23 @@ def test_an_image_says_what_it_was_built_from(images: dict[str, object], name: s
     assert config["User"] == "10001:10001"
 
 
-def test_the_image_for_the_cpu_is_small_and_has_no_pytorch(images: dict[str, object]) -> None:
-    size = inspect("image", "cgan-service-cpu")["Size"]
-    assert isinstance(size, int)
-    assert size <= MAX_BYTES
+def added_bytes(image: str) -> int:
+    """Return the size of what the Dockerfile adds to its base image, which differs by engine."""
+    columns = "{{.Size}} {{.CreatedBy}}"
+    listed = subprocess.run(
+        ["docker", "history", "--human=false", "--no-trunc", "--format", columns, image],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    added, base, _ = listed.stdout.partition("useradd")  # the first step; the newest is above
+    assert base
+    return sum(int(line.split()[0]) for line in added.splitlines())
+
+
+@pytest.mark.usefixtures("images")
+def test_the_image_for_the_cpu_is_small_and_has_no_pytorch() -> None:
+    assert 50_000_000 < added_bytes("cgan-service-cpu") <= MAX_ADDED_BYTES
     command = ("--entrypoint", "python", "cgan-service-cpu", "-c", "import torch")
     ended = subprocess.run(
         ["docker", "run", "--rm", *command], capture_output=True, text=True, check=False
