@@ -192,7 +192,7 @@ def _add_model_routes(
         return ModelMetadata(
             name=model.name,
             versions=[model.sha256],
-            platform="pytorch",
+            platform="onnxruntime_onnx" if model.engine.device == "cpu" else "pytorch",
             inputs=inputs,
             outputs=list(codec.describe_outputs(model.engine.image_shape).values()),
         )

@@ -158,7 +158,9 @@ def compare(
         size = f"{png.pixels.shape[1]}x{png.pixels.shape[0]}"
         detail = f"The recipe gives {width}x{height} pixels; the file has {size}."
     elif differing := int((enlarge(sheet, scale) != png.pixels).any(axis=-1).sum()):
-        detail = f"{differing} of {width * height} pixels differ."
+        engine = request.model.engine
+        device = f"computed in {engine.dtype} on {engine.device}"
+        detail = f"{differing} of {width * height} pixels differ ({device})."
     else:
         same_pixels, same_file = True, encode_sheet(request, result, scale) == png.file
         other = "All pixels are identical; another encoder wrote the file."
