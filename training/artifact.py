@@ -37,6 +37,7 @@ _METADATA_KEY = "artifact"  # a single key of sorted JSON: equal contents give e
 _DIGEST_KEY = "contents_sha256"
 _GRAPHS_KEY = "graphs"  # also beside them: for each graph the names of its initialisers
 # Prefixes of the names of tensors that are not the generator's own.
+EMBEDDING = "label_embedding.weight"  # (num_classes, embedding_dim)
 _GRAPH, _REFERENCE, QUANTISED = "onnx.", "reference.", "int8."
 
 Precision = Literal["float32", "int8"]
@@ -224,11 +225,23 @@ def read_artifact(path: Path) -> Artifact:
         raise ArtifactError(path, f"is not a valid safetensors file: {error}") from error
     for name, tensor in stored.items():
         check_values(path, name, tensor)
+    _check_embedding(path, stored, info.network)
     if written_digest not in (None, digest):
         raise ArtifactError(path, "is damaged: its contents are not the ones that were written")
     graphs, reference = _take_graphs(path, stored, names), _take_reference(path, stored, info)
     own = {name: each for name, each in stored.items() if not name.startswith(QUANTISED)}
     return Artifact(path, hashlib.sha256(data).hexdigest(), info, own, graphs, reference)
+
+
+def _check_embedding(path: Path, stored: Tensors, network: GeneratorConfig) -> None:
+    """Raise ArtifactError unless the embedding, which is in no graph, is that of the network."""
+    embedding = stored.get(EMBEDDING)
+    if embedding is None:
+        raise ArtifactError(path, f"the tensor {EMBEDDING!r} is missing")
+    expected = [network.num_classes, network.embedding_dim]
+    if embedding.dtype != np.float32 or list(embedding.shape) != expected:
+        found = f"{embedding.dtype} {list(embedding.shape)}"
+        raise ArtifactError(path, f"{EMBEDDING}: is {found}, expected float32 {expected}")
 
 
 def _take_graphs(
@@ -266,8 +279,10 @@ def _take_reference(
         tensors.append(tensor)
     reference = Reference(*tensors)
     labels = reference.labels
-    if len({len(tensor) for tensor in tensors}) > 1 or not (
-        ((labels >= 0) & (labels < network.num_classes)).all()
+    if (
+        len({len(tensor) for tensor in tensors}) > 1
+        or not len(labels)
+        or not (((labels >= 0) & (labels < network.num_classes)).all())
     ):
         raise ArtifactError(path, f"{_REFERENCE}labels: are not those of this network")
     return reference

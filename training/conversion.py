@@ -126,7 +126,8 @@ def export_command(*, artifact: Path, out: Path, precision: Precision) -> None:
     loaded = load_artifact(artifact)
     if precision not in loaded.graphs:
         raise ArtifactError(
-            artifact, f"has no graph in {precision}; add it with: python -m training upgrade FILE"
+            artifact,
+            f"has no graph in {precision}; add it with: python -m training upgrade {artifact}",
         )
     check_folder(out.parent)
     try:
@@ -139,7 +140,10 @@ def export_command(*, artifact: Path, out: Path, precision: Precision) -> None:
 
 
 def _list(path: Path) -> list[Path]:
-    return list_artifacts(path) if path.is_dir() else [path]
+    found = list_artifacts(path) if path.is_dir() else [path]
+    if not found:
+        raise ArtifactError(path, "holds no *.safetensors file")
+    return found
 
 
 @click.command("upgrade")
@@ -149,7 +153,15 @@ def upgrade_command(*, paths: tuple[Path, ...]) -> None:
 
     It gets compute graphs, and with them another SHA-256.
     """
+    failed = 0
     for path in [each for given in paths for each in _list(given)]:
-        loaded = load_artifact(path)
-        save_artifact(path, loaded.generator, loaded.info, int8=True)
-        click.echo(f"{path}: SHA-256 {read_artifact(path).sha256}, before {loaded.sha256}")
+        try:
+            loaded = load_artifact(path)
+            save_artifact(path, loaded.generator, loaded.info, int8=True)
+        except ArtifactError as error:
+            click.echo(f"Error: {error}", err=True)
+            failed += 1
+        else:
+            click.echo(f"{path}: SHA-256 {read_artifact(path).sha256}, before {loaded.sha256}")
+    if failed:
+        raise click.exceptions.Exit(1)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from training.artifact import QUANTISED, Graph, Precision, Reference, Tensors
+from training.artifact import EMBEDDING, QUANTISED, Graph, Precision, Reference, Tensors
 from training.generator_config import GeneratorConfig
 from training.loading import LoadedArtifact
 from training.networks import Generator, Uninitialised, build_generator
@@ -31,7 +31,6 @@ from training.transposition import transpose_convolutions
 OPSET = 20
 REFERENCE_IMAGES = 4
 CALIBRATION_IMAGES = 256
-_EMBEDDING = "label_embedding.weight"
 _PREFIX = "generator."
 # Smaller initialisers stay inside the graph: the runtime accepts no values for them.
 _MIN_EXTERNAL_BYTES = 128
@@ -130,8 +129,8 @@ def to_onnx(artifact: LoadedArtifact, precision: Precision) -> bytes:
     else:
         model = _with_weights(artifact.graphs[precision])
     graph = model.graph
-    graph.initializer.append(numpy_helper.from_array(artifact.tensors[_EMBEDDING], _EMBEDDING))
-    graph.node.insert(0, helper.make_node("Gather", [_EMBEDDING, "labels"], ["embedded"]))
+    graph.initializer.append(numpy_helper.from_array(artifact.tensors[EMBEDDING], EMBEDDING))
+    graph.node.insert(0, helper.make_node("Gather", [EMBEDDING, "labels"], ["embedded"]))
     inputs = {each.name: each for each in graph.input}
     rows = inputs["latents"].type.tensor_type.shape.dim[0].dim_param
     labels = helper.make_tensor_value_info("labels", TensorProto.INT64, [rows])

@@ -35,6 +35,10 @@ class Session:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.enable_cpu_mem_arena = False  # it would keep the memory of the largest batch
         options.log_severity_level = 4  # its errors are raised as well
+        # Without it an initialiser that is not supplied would be a file of the current folder.
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", os.devnull
+        )
         names = list(graph.initialisers)
         make = onnxruntime.OrtValue.ortvalue_from_numpy
         options.add_external_initializers(names, [make(graph.initialisers[each]) for each in names])

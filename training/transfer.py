@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from training.artifact import EMBEDDING
 from training.checkpoint import read_checkpoint
 from training.config import PRESETS
 from training.files import FileError
@@ -15,7 +16,6 @@ from training.loading import load_artifact
 from training.run_log import RunFolder
 from training.state import TrainState
 
-EMBEDDING = "label_embedding.weight"  # (classes, …), in every network
 # Each network of a state and its optimiser.
 _NETWORKS = {
     "generator": "generator_optimizer",

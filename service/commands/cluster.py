@@ -14,6 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.failure import ServiceError
+from service.inference.devices import has_pytorch
 from service.server.sockets import find_free_port, format_url
 from service.settings import ClusterSettings, Settings
 
@@ -146,7 +147,7 @@ def _gpus(device: str) -> int:
     """Return the number of GPUs of a replica."""
     import ray  # noqa: PLC0415
 
-    if device == "auto":
+    if device == "auto" and has_pytorch():
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return 1 if resources.get("GPU") else 0
-    return 0 if device == "cpu" else 1
+    return 0 if device in ("auto", "cpu") else 1

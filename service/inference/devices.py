@@ -19,13 +19,13 @@ def resolve_device(name: str) -> str:
     Raises:
         DeviceError: the name is unknown, or the device or PyTorch is missing.
     """
-    if name == "auto" and count_cuda_devices() and not _has_pytorch():
+    if name == "auto" and count_cuda_devices() and not has_pytorch():
         log.warning("the CPU is used: the GPU needs PyTorch, which is not installed; %s", _INSTALL)
     if name == "cpu" or (name == "auto" and not is_gpu(name)):
         return "cpu"
     if name != "auto" and name.partition(":")[0] != "cuda":
         raise DeviceError(f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N")
-    if not _has_pytorch():
+    if not has_pytorch():
         raise DeviceError(f"device {name} needs PyTorch, which is not installed; {_INSTALL}")
     from training import devices  # noqa: PLC0415  (it imports PyTorch)
 
@@ -36,7 +36,8 @@ def resolve_device(name: str) -> str:
 def is_gpu(name: str) -> bool:
     """Return True if an option names a GPU, as far as this is known without PyTorch."""
     if name == "auto":
-        return count_cuda_devices() > 0 and _has_pytorch()
+        # In this order: a process that has asked the driver cannot be forked any more.
+        return has_pytorch() and count_cuda_devices() > 0
     return name.startswith("cuda")
 
 
@@ -67,5 +68,6 @@ def free_memory(device: str) -> tuple[int, int]:
     return torch.cuda.mem_get_info(device)
 
 
-def _has_pytorch() -> bool:
+def has_pytorch() -> bool:
+    """Return True if PyTorch is installed."""
     return find_spec("torch") is not None

@@ -4,6 +4,7 @@ At start-up the engine compares its images with those that the artifact holds, a
 image does not depend on its batch; an engine that fails either does not serve.
 """
 
+import shlex
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ from service.inference.cpu import OnnxNetwork, choose_run_rows
 from service.inference.devices import has_native_bfloat16
 from service.inference.errors import CorruptRows, EngineError
 from service.inference.latents import RowOptions, draw_latents, mix_embeddings
-from training.artifact import Artifact
+from training.artifact import EMBEDDING, Artifact
 
 DtypeName = Literal["auto", "float32", "bfloat16", "int8"]
 
@@ -74,10 +75,13 @@ def choose_dtype(name: DtypeName, device: str, artifact: Artifact) -> str:
     if name == "auto":
         return "int8" if "int8" in artifact.graphs and artifact.info.int8_is_lossless else "float32"
     if name not in artifact.graphs:
-        raise EngineError(
-            f"it has no graph in {name}; add it with: python -m training upgrade FILE"
-        )
+        raise EngineError(f"it has no graph in {name}; add it with: {_upgrade(artifact)}")
     return name
+
+
+def _upgrade(artifact: Artifact) -> str:
+    command = shlex.join(["python", "-m", "training", "upgrade", str(artifact.path)])
+    return f"{command} (it needs: pip install -e '.[train]')"
 
 
 class Engine:
@@ -104,7 +108,7 @@ class Engine:
         if artifact.reference is None or "float32" not in artifact.graphs:
             raise EngineError(
                 "it is of an earlier release, without a compute graph; add that with: "
-                "python -m training upgrade FILE"
+                f"{_upgrade(artifact)}"
             )
         network = artifact.info.network
         self.artifact = artifact
@@ -113,7 +117,7 @@ class Engine:
         self.max_batch = max_batch
         self.image_shape = (network.image_size, network.image_size, network.channels)
         self._latent_dim = network.latent_dim
-        self._embedding: NDArray[np.float32] = artifact.tensors["label_embedding.weight"]
+        self._embedding: NDArray[np.float32] = artifact.tensors[EMBEDDING]
         self._network = self._create_network()
         self.reference = self._self_test()
 

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.failure import ServiceError
-from service.inference.devices import describe_device
+from service.inference.devices import describe_device, is_gpu
 from service.inference.repository import ModelRepository, load_repository
 from service.server import protocol
 from service.server.metrics_port import open_metrics_port
@@ -248,6 +248,7 @@ def create_worker(
 
 def assign_device(settings: Settings, index: int) -> Settings:
     """Return the settings of a worker: its own GPU, if it may choose from several."""
-    if settings.device not in ("auto", "cuda") or (count := count_cuda_devices()) < 2:
+    choosable = settings.device in ("auto", "cuda") and is_gpu(settings.device)
+    if not choosable or (count := count_cuda_devices()) < 2:
         return settings
     return settings.model_copy(update={"device": f"cuda:{index % count}"})

@@ -389,6 +389,7 @@ def with_value(name: str, value: float) -> Edit:
 
 
 NOT_FINITE = "holds values that are not finite"
+REFERENCE = ("latents", "labels", "images")
 WRONG_TENSORS: list[tuple[Edit, str]] = [
     (with_value("main.0.weight", float("nan")), f"main.0.weight: {NOT_FINITE}"),
     (with_value("main.11.bias", float("inf")), f"main.11.bias: {NOT_FINITE}"),
@@ -415,7 +416,16 @@ WRONG_TENSORS: list[tuple[Edit, str]] = [
         lambda t: t.update({"main.3.num_batches_tracked": torch.tensor(1.0)}),
         "main.3.num_batches_tracked: dtype is torch.float32, expected torch.int64",
     ),
-    (lambda t: t.clear(), "the tensor 'onnx.float32' is missing"),
+    (lambda t: t.clear(), "the tensor 'label_embedding.weight' is missing"),
+    (lambda t: t.pop("onnx.float32"), "the tensor 'onnx.float32' is missing"),
+    (
+        lambda t: t.update({"label_embedding.weight": torch.zeros(5, 4)}),
+        "label_embedding.weight: is float32 [5, 4], expected float32 [2, 3]",
+    ),
+    (
+        lambda t: t.update({f"reference.{n}": t[f"reference.{n}"][:0] for n in REFERENCE}),
+        "reference.labels: are not those of this network",
+    ),
 ]
 
 

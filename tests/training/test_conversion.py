@@ -85,7 +85,7 @@ def test_int8_is_exported_where_the_artifact_has_it(path: Path, tmp_path: Path) 
     arguments = ("export", path, "--onnx", tmp_path / "small.onnx", "--precision", "int8")
     refused = invoke(*arguments)
     assert refused.exit_code == 1
-    assert "has no graph in int8; add it with: python -m training upgrade FILE" in refused.output
+    assert "has no graph in int8; add it with: python -m training upgrade " in refused.output
     loaded = load_artifact(path)
     save_artifact(path, loaded.generator, loaded.info, int8=True)
     assert sorted(read_artifact(path).graphs) == ["float32", "int8"]
@@ -96,3 +96,20 @@ def test_another_suffix_is_refused_before_anything_is_read(tmp_path: Path) -> No
     result = invoke("export", tmp_path / "none.safetensors", "--onnx", tmp_path / "out.pb")
     assert result.exit_code == 2
     assert f"{tmp_path / 'out.pb'} must end in .onnx" in result.output
+
+
+def test_a_bad_file_of_a_folder_keeps_no_other_from_its_upgrade(path: Path) -> None:
+    bad = path.with_name("bad.safetensors")
+    bad.write_bytes(path.read_bytes()[:-1])
+    result = invoke("upgrade", path.parent)
+    assert result.exit_code == 1
+    assert f"Error: {bad}: is not a valid safetensors file" in result.output
+    assert f"{path}: SHA-256 {read_artifact(path).sha256}" in result.output
+
+
+def test_a_folder_without_artifacts_is_an_error(tmp_path: Path) -> None:
+    result = invoke("upgrade", tmp_path)
+    assert (result.exit_code, f"{tmp_path}: holds no *.safetensors file" in result.output) == (
+        1,
+        True,
+    )

@@ -118,3 +118,15 @@ def test_too_little_memory_is_out_of_memory_and_spoils_nothing(tmp_path: Path) -
     ended = run("-c", TOO_LITTLE, str(make_artifact(tmp_path / "a.safetensors")))
     assert (ended.stdout, ended.returncode) == ("OutOfMemory\n", 0), ended.stderr
     assert "[E:" not in ended.stderr  # a second log of errors
+
+
+def test_an_initialiser_that_is_not_supplied_is_no_file_of_the_current_folder(
+    small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = small_artifact.graphs["float32"]
+    name, values = next(iter(graph.initialisers.items()))
+    (tmp_path / "weights").write_bytes(values.tobytes())
+    monkeypatch.chdir(tmp_path)
+    others = {key: each for key, each in graph.initialisers.items() if key != name}
+    with pytest.raises(Exception, match="xternal"):
+        OnnxNetwork(replace(graph, initialisers=others), 256)

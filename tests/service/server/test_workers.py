@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from service.app import create_app
+from service.inference import devices
 from service.inference.repository import load_repository
 from service.server import process, supervisor
 from service.server.process import assign_device
@@ -329,9 +330,17 @@ sys.exit(main())
 def test_workers_are_spread_over_gpus(
     device: str, gpus: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "count_cuda_devices", lambda: gpus)
+    for module in (process, devices):
+        monkeypatch.setattr(module, "count_cuda_devices", lambda: gpus)
     settings = Settings(device=device)
     assert [assign_device(settings, index).device for index in range(3)] == expected
+
+
+def test_workers_without_pytorch_are_assigned_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (process, devices):
+        monkeypatch.setattr(module, "count_cuda_devices", lambda: 2)
+    monkeypatch.setattr(devices, "has_pytorch", lambda: False)
+    assert assign_device(Settings(device="auto"), 1).device == "auto"
 
 
 def test_clients_are_timed_out_although_metrics_cannot_be_written(
