@@ -67,8 +67,8 @@ def _int8_note(int8: Int8Quality) -> str:
     verdict, which = ("nothing", "no") if int8.lossless else ("something", "a")
     return (
         f"In int8 {verdict} is lost: {which} mean of GAN-test, precision, recall, density, "
-        f"coverage or Fréchet distance over {int8.seeds} seeds is worse than that of float32 by more than "
-        "twice its standard deviation."
+        f"coverage or Fréchet distance over {int8.seeds} seeds is worse than that of float32 by "
+        "more than twice its standard deviation."
     )
 
 
