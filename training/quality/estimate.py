@@ -103,8 +103,8 @@ def forecast_varied_s(history: Sequence[tuple[float, float]]) -> float | None:
     rising = all(a < b for (_, a), (_, b) in pairwise(last))
     if not rising or coverage >= VARIED or not 0.0 < first_s < last_s:
         return None
-    slope = (coverage - first) / math.log(last_s / first_s)
-    growth = (VARIED - coverage) / slope  # the logarithm of a factor of time
+    passed = math.log(last_s) - math.log(first_s)
+    growth = (VARIED - coverage) / (coverage - first) * passed  # the logarithm of a factor of time
     return last_s * math.exp(growth) if growth <= math.log(FORECAST_FACTOR) else None
 
 
