@@ -15,7 +15,7 @@ import torch
 from training.data.named import Dataset, default_cache
 from training.devices import has_native_bfloat16
 from training.networks import Generator
-from training.quality.certificate import FULL, INT8_SEEDS, CertificateSize, generate_dataset
+from training.quality.certificate import FULL, CertificateSize, generate_dataset
 from training.quality.classifier import (
     BATCH,
     ClassifierNetwork,
@@ -150,15 +150,7 @@ def _metrics_s(costs: Costs, test: Dataset, size: CertificateSize) -> float:
         + (2 * size.images + real) * costs.classify_s
         + pairs * costs.pair_s
         + 2 * size.memorisation_images * costs.nearest_s
-        + (_int8_s(costs, real) if size == FULL else 0.0)
     )
-
-
-def _int8_s(costs: Costs, real: int) -> float:
-    """Estimate the duration of measuring int8 and float32 with several seeds."""
-    pairs = FULL.images**2 + real**2 + FULL.images * real
-    images_s = FULL.images * (costs.generate_s + costs.classify_s)
-    return 2 * INT8_SEEDS * (images_s + pairs * costs.pair_s)
 
 
 def _gan_train_s(costs: Costs, images: int, tested: float) -> float:

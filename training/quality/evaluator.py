@@ -5,6 +5,7 @@ images must stay unseen until the certificate.
 """
 
 import math
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,8 +105,9 @@ class Evaluator:
     ) -> Certificate:
         """Measure a generator: in full, or at a smaller size within a time limit.
 
-        A full certificate also measures it in int8.
+        A full certificate also measures it in int8, if the time suffices.
         """
+        ends_at = time.perf_counter() + seconds
         certificate = certify(
             *(generator, self.classifier),
             train=self.train,
@@ -115,5 +117,7 @@ class Evaluator:
         )
         if int8 is None or certificate.brief is not None:
             return certificate
-        found = measure_int8(int8, generator, certificate, self.classifier, self.test)
+        left_s = ends_at - time.perf_counter()
+        measured = int8, generator, certificate, self.classifier, self.test
+        found = measure_int8(*measured, seconds=left_s)
         return replace(certificate, int8=found)
