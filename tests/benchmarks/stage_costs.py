@@ -27,7 +27,7 @@ from service.inference.scheduling import GenerationResult
 from service.telemetry.metrics import Metrics
 from tests.benchmarks.serving import WEIGHTS
 from tests.support.engines import EngineStub
-from training.artifact import read_artifact
+from training.artifact import list_artifacts, read_artifact
 
 ROUNDS = 7
 
@@ -68,7 +68,8 @@ def batching(rows: int, together: int = 64, rounds: int = 200) -> float:
 
 
 def forwards(engine: Engine) -> None:
-    """Print what latents and pixels of an image cost, by batch size."""
+    """Print what latents, network and pixels of an image cost, by batch size."""
+    print(f"{engine.artifact.path.stem}, {engine.dtype}")
     latent_dim = engine.artifact.info.network.latent_dim
     for rows in (1, 8, 16, 64, 128, 256):
         seeds, numbers = np.full(rows, 5, np.uint64), np.arange(rows)
@@ -86,9 +87,12 @@ def whole_zip(request: ResolvedRequest, result: GenerationResult) -> bytes:
 
 def main() -> None:
     """Measure all steps of requests for 1, 16 and 64 images."""
+    for path in list_artifacts(WEIGHTS.parent):
+        artifact = read_artifact(path)
+        for dtype in artifact.graphs:
+            forwards(Engine(artifact, device="cpu", dtype=dtype, max_batch=256))
     engine = Engine(read_artifact(WEIGHTS), device="cpu", dtype="auto", max_batch=256)
     print(f"{WEIGHTS.stem}, {engine.dtype}")
-    forwards(engine)
     metrics = Metrics()
     batcher = Batcher(4096, 10.0, metrics)
     registry = ModelRepository([Model(WEIGHTS.stem, engine)], WEIGHTS.stem)
