@@ -27,8 +27,8 @@ PROJECT = f"cgan-test-{os.getpid()}"
 START_S = 180.0  # for a service to load its models on a busy machine
 VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
 IMAGES = "cgan-service-cpu", "cgan-training"
-# Of the image without PyTorch, which is to have at most 600 MB with its base image of 130 MB.
-MAX_ADDED_BYTES = 470_000_000
+# Of the image without PyTorch, which is to have at most 600 MB: the base image may take a third.
+MAX_ADDED_BYTES = 400_000_000
 LABELS = {"SOURCE": "https://example.org/cgan", "REVISION": "abc", "VERSION": VERSION}
 
 

@@ -6,19 +6,7 @@
 `qemu-user` of Debian) on an x86-64 machine with AVX2.
 """
 
-import platform
-import shutil
-import subprocess
-import sys
-
-import pytest
-
-from tests.support.processes import REPOSITORY
-
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64" or shutil.which("qemu-x86_64") is None,
-    reason="needs qemu-x86_64 on an x86-64 machine",
-)
+from tests.support.processes import emulate, run
 
 # Images of every bundled model in both precisions: plain, truncated, mixed and interpolated ones.
 DIGESTS = """
@@ -42,20 +30,8 @@ for path in sorted(Path("weights").glob("*.safetensors")):
 """
 
 
-def digests(*command: str) -> list[str]:
-    ended = subprocess.run(
-        [*command, sys.executable, "-c", DIGESTS],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout.splitlines()
-
-
 def test_images_are_the_same_bytes_on_a_processor_with_avx2_alone() -> None:
-    native = digests()
-    assert len(native) == 12
-    assert digests("qemu-x86_64", "-cpu", "Haswell") == native
+    emulated, native = emulate("Haswell", "-c", DIGESTS), run("-c", DIGESTS)
+    assert (emulated.returncode, native.returncode) == (0, 0), emulated.stderr + native.stderr
+    assert len(native.stdout.splitlines()) == 12
+    assert emulated.stdout == native.stdout

@@ -1,12 +1,16 @@
 """Python programs as processes of their own."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -41,6 +45,21 @@ def run(*arguments: str, environment: Mapping[str, str] | None = None) -> Ended:
         process.communicate()
         raise
     return Ended(process.args, process.returncode, output, errors)
+
+
+def emulate(processor: str, *arguments: str) -> Ended:
+    """Run Python in the repository on an x86-64 processor that QEMU emulates, or skip the test."""
+    emulator = shutil.which("qemu-x86_64")
+    if emulator is None or platform.machine() != "x86_64":
+        pytest.skip("needs qemu-x86_64 (Debian: qemu-user) on x86-64")
+    return subprocess.run(
+        [emulator, "-cpu", processor, sys.executable, *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
 
 
 @contextmanager

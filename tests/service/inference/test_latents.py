@@ -1,8 +1,4 @@
 import json
-import platform
-import shutil
-import subprocess
-import sys
 from statistics import NormalDist
 
 import numpy as np
@@ -19,7 +15,7 @@ from service.inference.latents import (
 )
 from service.inference.normal import DEVIATES_PER_WORD
 from tests.support.latent_digests import latent_digests
-from tests.support.processes import REPOSITORY
+from tests.support.processes import emulate
 
 # They may never change: every image that a seed ever gave depends on them, on every processor.
 DIGESTS = {
@@ -111,16 +107,8 @@ def test_inputs_of_a_network_keep_their_bytes() -> None:
 
 @pytest.mark.parametrize("model", ["Haswell", "Westmere"])  # with AVX2, and with SSE 4.2 alone
 def test_inputs_of_a_network_are_the_same_bytes_on_another_processor(model: str) -> None:
-    emulator = shutil.which("qemu-x86_64")
-    if emulator is None or platform.machine() != "x86_64":
-        pytest.skip("needs qemu-user (`apt install qemu-user`) on x86-64")
-    ended = subprocess.run(
-        [emulator, "-cpu", model, sys.executable, "-m", "tests.support.latent_digests"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        check=True,
-        timeout=300,
-    )
+    ended = emulate(model, "-m", "tests.support.latent_digests")
+    assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout) == DIGESTS
 
 
