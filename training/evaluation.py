@@ -6,7 +6,6 @@ from training.artifact import ArtifactError, ArtifactInfo
 from training.data.named import Dataset
 from training.generator_config import GeneratorConfig
 from training.networks import Generator
-from training.onnx_graph import quantised
 from training.prepare import load_splits, select_device
 from training.quality.certificate import Certificate
 from training.quality.evaluator import Evaluator
@@ -40,8 +39,7 @@ def certify_artifact(
         raise ArtifactError(path, f"has its classes in another order than {dataset}")
     if info.training.get("dataset_sha256", train_set.digest) != train_set.digest:
         raise ArtifactError(path, f"was trained on other images than {dataset} contains now")
-    int8 = quantised(generator)
-    return Evaluator.create(train_set, test_set).certify(generator.to(torch_device), int8=int8)
+    return Evaluator.create(train_set, test_set).certify(generator.to(torch_device))
 
 
 def image_shape(images: GeneratorConfig | Dataset) -> str:

@@ -7,11 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.artifact import (
-    Artifact,
-    ArtifactError,
-    read_artifact,
-)
+from training.artifact import Artifact, ArtifactError, read_artifact
 from training.files import FileError
 from training.networks import Generator, Uninitialised, build_generator
 

@@ -25,7 +25,7 @@ from training.generator_config import GeneratorConfig
 from training.loading import LoadedArtifact
 from training.networks import Generator, Uninitialised, build_generator
 from training.quantisation import quantise
-from training.session import Session, run_file
+from training.session import Session, start
 from training.transposition import transpose_convolutions
 
 OPSET = 20
@@ -96,9 +96,10 @@ def make_graphs(
 
 
 def quantised(generator: Generator) -> GraphGenerator:
-    """Return a generator in int8; it is in evaluation mode, on the CPU, with finite weights."""
-    graphs = make_graphs(generator, make_reference(generator), int8=True)
-    return GraphGenerator(graphs["int8"], generator)
+    """Return a generator in int8; it is in evaluation mode, on any device, with finite weights."""
+    on_cpu = copy.deepcopy(generator).cpu()
+    graphs = make_graphs(on_cpu, make_reference(on_cpu), int8=True)
+    return GraphGenerator(graphs["int8"], on_cpu)
 
 
 @torch.inference_mode()
@@ -140,7 +141,11 @@ def to_onnx(artifact: LoadedArtifact, precision: Precision) -> bytes:
     onnx.checker.check_model(model, full_check=True)
     serialised: bytes = model.SerializeToString(deterministic=True)
     if artifact.reference is not None:
-        _check(run_file(serialised, artifact.reference), artifact.reference, precision)
+        rows = artifact.reference
+        (images,) = start(serialised, {}).run(
+            ["images"], {"latents": rows.latents, "labels": rows.labels}
+        )
+        _check(images, artifact.reference, precision)
     return serialised
 
 

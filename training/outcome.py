@@ -7,7 +7,6 @@ import click
 from training.data.folder import is_folder
 from training.files import write_atomically
 from training.loading import load_artifact
-from training.onnx_graph import quantised
 from training.prepare import PreparedRun
 from training.quality.certificate import with_certificate
 from training.quality.estimate import describe
@@ -25,12 +24,10 @@ def report_finished(prepared: PreparedRun, settings: TrainSettings) -> None:
     if settings.certify:
         assert prepared.evaluator is not None
         loaded = load_artifact(artifact)
-        int8 = quantised(loaded.generator)
         certificate = prepared.evaluator.certify(
             loaded.generator.to(run.dataset.labels.device),
             size=measuring.size,
             seconds=measuring.certificate_s,
-            int8=int8,
         )
         info = with_certificate(loaded.info, certificate)
         save_artifact(artifact, loaded.generator, info, int8=True)

@@ -6,7 +6,6 @@ pairs of `QuantizeLinear` and `DequantizeLinear`, which ONNX Runtime fuses with 
 """
 
 import copy
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-# Read at import: without it, the runtime reports every process and model to its makers.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-import onnxruntime
-
 from training.artifact import QUANTISED
+from training.session import start
 
 Array = NDArray[Any]
 
@@ -178,12 +173,7 @@ def _run(model: ModelProto, inputs: Mapping[str, NDArray[np.float32]]) -> dict[s
     extended.graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inner
     )
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        extended.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = start(extended.SerializeToString(), {})
     rows = len(next(iter(inputs.values())))
     parts = [
         session.run(inner, {name: each[start : start + BATCH] for name, each in inputs.items()})

@@ -6,13 +6,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.artifact import Graph, Reference
+from training.artifact import Graph, Tensors
 
 # Without this variable, which is read at import, it reports every process and model to its makers
 # and leaves files behind.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
+
+
+def start(model: bytes, initialisers: Tensors) -> Any:
+    """Return a session of ONNX Runtime; see `Session` for what all of them have in common.
+
+    Args:
+        model: serialised.
+        initialisers: the values of those that have none in the model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False  # it would keep the memory of the largest batch
+    options.log_severity_level = 4  # its errors are raised as well
+    # Without it an initialiser that is not supplied would be a file of the current folder.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.devnull
+    )
+    values = map(onnxruntime.OrtValue.ortvalue_from_numpy, initialisers.values())
+    options.add_external_initializers(list(initialisers), list(values))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 class Session:
@@ -30,21 +51,7 @@ class Session:
             Exception: the graph is invalid, or its initialisers have other names, types or shapes;
                 the errors of the runtime have no common class.
         """
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = False  # it would keep the memory of the largest batch
-        options.log_severity_level = 4  # its errors are raised as well
-        # Without it an initialiser that is not supplied would be a file of the current folder.
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", os.devnull
-        )
-        names = list(graph.initialisers)
-        make = onnxruntime.OrtValue.ortvalue_from_numpy
-        options.add_external_initializers(names, [make(graph.initialisers[each]) for each in names])
-        self._session: Any = onnxruntime.InferenceSession(
-            graph.model, options, providers=["CPUExecutionProvider"]
-        )
+        self._session = start(graph.model, graph.initialisers)
 
     def __call__(
         self, latents: NDArray[np.float32], embedded: NDArray[np.float32]
@@ -53,12 +60,3 @@ class Session:
         (images,) = self._session.run(["images"], {"latents": latents, "embedded": embedded})
         found: NDArray[np.float32] = images
         return found
-
-
-def run_file(model: bytes, reference: Reference) -> NDArray[np.float32]:
-    """Return the images that a self-contained model makes of latents and labels."""
-    session: Any = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    inputs = {"latents": reference.latents, "labels": reference.labels}
-    (images,) = session.run(["images"], inputs)
-    found: NDArray[np.float32] = images
-    return found

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from training.data.named import Dataset, default_cache
 from training.networks import Generator
+from training.onnx_graph import quantised
 from training.quality.certificate import FULL, Certificate, CertificateSize, certify, measure_int8
 from training.quality.classifier import FeatureClassifier, get_classifier
 from training.quality.metrics import frechet_distance, prdc
-from training.sampling import Sampler, generate
+from training.sampling import generate
 
 QUICK_IMAGES = 3000  # generated for quick metrics
 REFERENCE_IMAGES = 5000  # real training images that they compare with
@@ -101,7 +102,6 @@ class Evaluator:
         *,
         size: CertificateSize | None = None,
         seconds: float = math.inf,
-        int8: Sampler | None = None,
     ) -> Certificate:
         """Measure a generator: in full, or at a smaller size within a time limit.
 
@@ -115,9 +115,9 @@ class Evaluator:
             size=size or FULL,
             seconds=seconds,
         )
-        if int8 is None or certificate.brief is not None:
+        if certificate.brief is not None:
             return certificate
         left_s = ends_at - time.perf_counter()
-        measured = int8, generator, certificate, self.classifier, self.test
+        measured = quantised(generator), generator, certificate, self.classifier, self.test
         found = measure_int8(*measured, seconds=left_s)
         return replace(certificate, int8=found)
